@@ -1,0 +1,41 @@
+"""What every attention kernel is given: a model's view of the arena, and a batch as data."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """One model's view of its unit's arena.
+
+    Element offset of K of (layer, kv head, token t of slot s), all in int64:
+        group, row = divmod(t, block_tokens); block, plane = divmod(layer * num_kv_heads + head, planes_per_block)
+        id = block_table[s, group * blocks_per_group + block]
+        offset = (id * planes_per_block + plane) * plane_elems + row * head_dim
+    V of the same token lies `plane_elems // 2` further.
+    """
+
+    arena: torch.Tensor  # [arena elements], the KV dtype; shared by all models of the unit
+    block_table: torch.Tensor  # [slots, max_blocks] int32, only appended to while a sequence lives
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    blocks_per_group: int
+    planes_per_block: int
+
+    @property
+    def plane_elems(self) -> int:
+        return 2 * self.block_tokens * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMeta:
+    """A batch of S sequences with T new tokens in all, sequence by sequence (varlen)."""
+
+    slots: torch.Tensor  # [S] int32: rows of `KvCache.block_table`
+    starts: torch.Tensor  # [S] int32: tokens already in the cache before this batch
+    query_starts: torch.Tensor  # [S + 1] int32: prefix sums of new tokens per sequence
+    positions: torch.Tensor  # [T] int64: position of each new token in its sequence
+    token_sequence: torch.Tensor  # [T] int32: which of the S sequences each token belongs to

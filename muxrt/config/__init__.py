@@ -1,0 +1,1 @@
+"""Typed, frozen configuration; an unknown key is an error."""

@@ -1,0 +1,227 @@
+"""The words of the brain: what is asked, what is generated, what a lane is told and what it answers.
+
+Wire types are `msgspec.Struct`s: they round-trip through msgpack, so that a thread, a process or
+a tensor-parallel rank can execute the same `Work`. The brain never looks into `Request.payload`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+BlockIds = npt.NDArray[np.int32]
+
+
+class Phase(Enum):
+    """The two phases of a sequence; a `MIXED` batch holds both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end-of-sequence or stop token
+    LENGTH = "length"  # max_tokens or the model's maximum length
+    ABORT = "abort"  # the client left
+    DEADLINE = "deadline"  # its first token could not come in time
+    ERROR = "error"  # its batch failed
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is drawn. Checked once, at the edge (server/openai.py)."""
+
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = {}
+    seed: int = 0  # with the position it fixes the random number, whatever the batch
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # top alternatives per generated token; 0 = only the chosen one
+    prompt_logprobs: int | None = None  # the same for every prompt token but the first
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """What `Request.payload` encodes (msgpack): read by the worker, opaque to the brain."""
+
+    tokens: bytes  # int32, little endian
+    sampling: SamplingParams
+
+    def token_ids(self) -> BlockIds:
+        """The prompt. Shape [prompt_tokens], int32."""
+        return np.frombuffer(self.tokens, dtype="<i4").astype(np.int32, copy=False)
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What came in, as the brain sees it: lengths, keys and times, never text or tokens."""
+
+    id: int
+    model: str
+    prompt_tokens: int
+    max_tokens: int
+    payload: bytes
+    keys: tuple[bytes, ...] = ()  # chained hash keys of the prompt's full block groups
+    arrived_s: float = 0.0  # monotonic clock of the machine
+    deadline_s: float | None = None  # first token by then, or refuse (same clock)
+
+
+@dataclass(slots=True, eq=False)
+class BlockGroup:
+    """The blocks that hold `block_tokens` tokens of one sequence (all layers, all kv heads)."""
+
+    model: str
+    blocks: BlockIds  # [blocks_per_group], layer-major planes inside
+    refs: int = 1
+    key: bytes | None = None  # set once its content is complete and may be reused
+
+
+class SequenceState(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"  # holds no blocks; `num_committed` is 0
+    RUNNING = "running"
+    SWAPPING_OUT = "swapping_out"
+    SWAPPED = "swapped"
+    SWAPPING_IN = "swapping_in"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one request's generation inside a unit.
+
+    Tokens are counted, not stored: `num_scheduled` counts tokens whose K and V some launched work
+    computes, `num_committed` those whose work is done. Outputs likewise. A step may be launched
+    before the one before it is read, hence two counters of each.
+    """
+
+    request: Request
+    order: int  # admission order in the unit; the newest is preempted first
+    state: SequenceState = SequenceState.WAITING
+    slot: int | None = None
+    groups: list[BlockGroup] = field(default_factory=list)
+    host_blocks: BlockIds | None = None  # where a swapped-out sequence's blocks lie
+    num_cached: int = 0  # prompt tokens found in the prefix cache at the last (re)start
+    num_scheduled: int = 0
+    num_committed: int = 0
+    outputs_scheduled: int = 0
+    outputs_committed: int = 0
+    in_flight: int = 0  # launched works that name this sequence
+    num_groups_sent: int = 0  # groups the worker's block table already holds
+    opened: bool = False  # the worker has the payload
+    abandoned: bool = False  # finished or aborted while work is in flight; blocks return after it
+    preempt: bool = False  # to be preempted as soon as no work is in flight
+    num_preemptions: int = 0
+    first_token_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known to the worker once all launched work is done (prompt and outputs)."""
+        return self.request.prompt_tokens + self.outputs_scheduled
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose K and V no launched work computes yet; 1 while decoding."""
+        return self.num_tokens - self.num_scheduled
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.outputs_scheduled > 0 and self.num_pending == 1
+
+
+class SlotOpen(msgspec.Struct, frozen=True, array_like=True):
+    """A slot of the model starts a new sequence; whatever it held before is forgotten."""
+
+    slot: int
+    payload: bytes  # msgpack of `Prompt`
+
+
+class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's part of a batch: `num_tokens` tokens from position `start` on."""
+
+    slot: int
+    start: int  # tokens of the sequence already in the KV cache
+    num_tokens: int
+    samples: bool  # draw a token after the last one
+    first_group: int = 0  # where in the slot's block table `blocks` go, in groups
+    blocks: bytes = b""  # appended block ids, int32 little endian, whole groups
+
+
+class Batch(msgspec.Struct, frozen=True, tag="batch"):
+    """One forward pass of one model."""
+
+    id: int
+    lane: int
+    model: str
+    phase: Phase
+    entries: tuple[BatchEntry, ...]
+    opened: tuple[SlotOpen, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.entries)
+
+
+class CopyKind(Enum):
+    """What a `Copy` moves."""
+
+    SWAP_OUT = "swap_out"  # arena -> host
+    SWAP_IN = "swap_in"  # host -> arena; the slot's block table becomes `blocks`
+
+
+class Copy(msgspec.Struct, frozen=True, tag="copy"):
+    """Move the blocks of one sequence between the arena and host memory."""
+
+    id: int
+    lane: int
+    model: str
+    kind: CopyKind
+    slot: int
+    blocks: bytes  # arena block ids, int32 little endian
+    host_blocks: bytes  # host block ids, as many
+
+
+Work = Batch | Copy
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model's own distribution (temperature 1)."""
+
+    token: int
+    logprob: float
+    top_tokens: tuple[int, ...] = ()  # most probable first
+    top_logprobs: tuple[float, ...] = ()
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What one `Work` gave. All lists are by entry of the batch; empty for a copy."""
+
+    tokens: tuple[int | None, ...] = ()  # None where the entry does not sample
+    stopped: tuple[bool, ...] = ()  # the token ends its sequence (eos or a stop token)
+    logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
+    elapsed_s: float = 0.0  # on the lane, without waiting
+    error: str | None = None
+
+
+def pack_ids(groups: list[BlockGroup]) -> bytes:
+    """The block ids of `groups` in order, as the wire carries them."""
+    if len(groups) == 1:
+        return groups[0].blocks.tobytes()
+    return b"".join([group.blocks.tobytes() for group in groups])
+
+
+def unpack_ids(ids: bytes) -> BlockIds:
+    """Inverse of `pack_ids`. Shape [blocks], int32, read-only."""
+    return np.frombuffer(ids, dtype=np.int32)

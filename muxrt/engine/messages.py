@@ -1,0 +1,120 @@
+"""What the API process and the unit processes say to each other (msgpack over ZeroMQ)."""
+
+import msgspec
+
+from muxrt.core import FinishReason, Request, TokenLogprobs
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """API -> unit: serve this request. Refusals come back as an `Output` with a `refusal`."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """API -> unit: the client left (or a stop string was found); free everything of it."""
+
+    request_id: int
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """API -> unit: finish what runs, take nothing new, exit when idle or after `deadline_s`."""
+
+    deadline_s: float
+
+
+ToUnit = Submit | Abort | Drain
+
+
+class ModelReady(msgspec.Struct, frozen=True):
+    """What the API must know of a model that a unit serves."""
+
+    name: str
+    block_tokens: int  # tokens per block group: the granularity of prefix keys
+    max_model_len: int  # prompt + output tokens a sequence may have (KV entitlement included)
+    quota_blocks: int
+    blocks_per_group: int
+    prefix_reuse: bool = True
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """unit -> API: progress while weights load and kernels compile."""
+
+    unit: str
+    stage: str  # "weights", "warm-up"
+    model: str | None
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """unit -> API: every model of the unit answers from now on."""
+
+    unit: str
+    pid: int
+    models: tuple[ModelReady, ...]
+    num_blocks: int
+    block_bytes: int
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a request was not served: an error of errors.py as data."""
+
+    status: int
+    kind: str
+    message: str
+    retry_after_s: float | None = None
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave one request."""
+
+    request_id: int
+    tokens: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token only
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    refusal: Refusal | None = None
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """unit -> API: the outputs of one step (or of refusals, aborts), all requests together."""
+
+    outputs: tuple[Output, ...]
+
+
+class ModelStats(msgspec.Struct, frozen=True):
+    """Gauges and counters of one model in one unit; counters only grow while the unit lives."""
+
+    model: str
+    waiting: int
+    running: int
+    swapped: int
+    blocks_used: int  # held by sequences; what the prefix cache alone keeps is `blocks_cached`
+    blocks_cached: int
+    blocks_quota: int
+    blocks_borrowed: int
+    preemptions_swap: int
+    preemptions_recompute: int
+    prefix_hit_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """unit -> API, about once a second while anything changes, and once when it goes idle."""
+
+    unit: str
+    blocks_total: int
+    blocks_free: int
+    models: tuple[ModelStats, ...]
+
+
+class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
+    """unit -> API: drained; the process exits with 0 after this."""
+
+    unit: str
+
+
+FromUnit = Loading | Ready | Step | Stats | Stopped
