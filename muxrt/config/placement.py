@@ -1,73 +1,81 @@
-"""Who lives where: the ONE schema that a hand-written YAML, the planner, the server and the simulator share."""
+"""Who lives where: the ONE schema of hand-written YAML, planner, server and simulator."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 GIB = 1 << 30
 MIB = 1 << 20
+
+Name = Annotated[str, Meta(min_length=1)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+Index = Annotated[int, Meta(ge=0)]
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Targets: time to first token and time per output token after it, seconds."""
 
-    ttft_s: float
-    tpot_s: float
+    ttft_s: Positive
+    tpot_s: Positive
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A model that the endpoint serves."""
 
-    name: str
-    path: str  # Hugging Face folder; relative paths are relative to the YAML
+    name: Name
+    path: Name  # Hugging Face folder; relative paths are relative to the YAML
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights and activations
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = dtype
-    max_model_len: int | None = None  # None = the model's own maximum
-    rate_rps: float = 1.0  # expected popularity; initial quotas are in proportion to rate x KV need
+    max_model_len: Count | None = None  # None = the model's own maximum
+    rate_rps: Positive = 1.0  # expected popularity; first quotas go by rate x KV need
     slo: Slo | None = None
-    queue_timeout_s: float | None = None  # first token by then, or 429; None = wait
-    max_queue: int = 256  # requests waiting for this model; beyond it 429
+    queue_timeout_s: Positive | None = None  # first token by then, or 429; None = wait
+    max_queue: Index = 256  # requests waiting for this model; beyond it 429
 
 
 class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The devices of one unit; on a CPU a set of cores."""
 
     device: Literal["cpu"] = "cpu"
-    cores: tuple[int, ...] | None = None  # None = every core this process may use
+    cores: tuple[Index, ...] | None = None  # as taskset numbers them; None = every core allowed
 
 
 class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the mesh's compute is shared out."""
 
     kind: Literal["cores", "processes"] = "cores"
-    split: tuple[int, ...] | None = None  # cores per lane; None = one lane with all cores
-    depth: int = 1  # works a lane may have in flight (2 hides the control path behind the device)
+    split: tuple[Count, ...] | None = None  # cores per lane; None = one lane with all cores
+    depth: Count = 1  # works a lane may have in flight (2 hides the control path behind the device)
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Explicit byte budgets; nothing is probed."""
 
-    kv_bytes: int
-    swap_bytes: int = 0  # host memory for preempted sequences; 0 = recompute only
-    planes_per_block: int | None = None  # None = the largest power of two <= 16 wasting <= 1 %
-    plane_tokens: int = 16  # tokens per plane of the model with the widest head row
+    kv_bytes: Count
+    swap_bytes: Index = 0  # host memory for preempted sequences; 0 = recompute only
+    planes_per_block: Count | None = None  # None = the largest power of two <= 16 wasting <= 1 %
+    plane_tokens: Count = 16  # tokens per plane of the model with the widest head row
 
 
 class UnitModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A model in a unit."""
 
-    name: str
-    quota: float | None = None  # share of the unit's blocks; None = by rate x KV need
-    traffic: float = 1.0  # weight among the model's replicas
+    name: Name
+    quota: Share | None = None  # share of the unit's blocks; None = by rate x KV need
+    traffic: Positive = 1.0  # weight among the model's replicas
 
 
 class Scheduling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Knobs of the unit's scheduler."""
 
     policy: Literal["fcfs", "round-robin", "adbs"] = "adbs"
-    prefill_tokens: int = 512  # token budget of one prefill batch; longer prompts go in chunks
-    max_sequences: int = 256  # per model: sequences with a slot (running or preempted)
-    quota_period_s: float = 2.0  # 0 = quotas never move
+    prefill_tokens: Count = 512  # token budget of one prefill batch; longer prompts go in chunks
+    max_sequences: Count = 256  # per model: sequences with a slot (running or preempted)
+    quota_period_s: NotNegative = 2.0  # 0 = quotas never move
     prefix_reuse: bool = True
     preempt: Literal["auto", "swap", "recompute"] = "auto"
 
@@ -75,7 +83,7 @@ class Scheduling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A mesh, the models colocated on it, and how they share it."""
 
-    name: str
+    name: Name
     models: tuple[UnitModel, ...]
     memory: Memory
     mesh: Mesh = Mesh()

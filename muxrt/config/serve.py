@@ -1,0 +1,160 @@
+"""What `muxrt serve` is told: the endpoint, the models, and the units that hold them."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from muxrt.config.document import KeyedError
+from muxrt.config.placement import (
+    MIB,
+    Count,
+    ModelSpec,
+    Name,
+    NotNegative,
+    Placement,
+    UnitSpec,
+)
+
+# Shares written as decimals may add up to a hair more than one (0.7 + 0.2 + 0.1).
+SHARE_SLACK = 1e-6
+
+
+class ApiKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the accepted API keys are: exactly one of a file (a key per line) or a variable."""
+
+    file: Name | None = None
+    env: Name | None = None  # name of an environment variable; keys separated by commas
+
+
+class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The HTTP side."""
+
+    host: Name = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000  # 0 = any free one
+    api_keys: ApiKeys | None = None  # None = open to whoever reaches the port
+    max_body_bytes: Count = 8 * MIB
+    drain_s: NotNegative = 30.0  # what runs at SIGTERM may finish until then
+
+
+class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One endpoint, its models, and where they live."""
+
+    models: tuple[ModelSpec, ...]
+    units: tuple[UnitSpec, ...]
+    endpoint: Endpoint = Endpoint()
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.units)
+
+    def model(self, name: str) -> ModelSpec:
+        """The model of that name; KeyError where there is none."""
+        for spec in self.models:
+            if spec.name == name:
+                return spec
+        raise KeyError(name)
+
+
+def check_references(config: ServeConfig) -> None:
+    """Raise `KeyedError` for the first key that contradicts another one."""
+    for problem in _problems(config):
+        raise problem
+
+
+def _problems(config: ServeConfig) -> Iterator[KeyedError]:
+    yield from _key_problems(config.endpoint.api_keys)
+    if not config.models:
+        yield KeyedError(("models",), "found an empty list, expected at least one model")
+    if not config.units:
+        yield KeyedError(("units",), "found an empty list, expected at least one unit")
+    yield from _twice("models", [model.name for model in config.models])
+    yield from _twice("units", [unit.name for unit in config.units])
+    known = [model.name for model in config.models]
+    for index, unit in enumerate(config.units):
+        yield from _unit_problems(index, unit, known)
+    placed = {model.name for unit in config.units for model in unit.models}
+    for index, name in enumerate(known):
+        if name not in placed:
+            yield KeyedError(
+                ("models", index, "name"),
+                f"{name!r} is in no unit: add {{name: {name}}} to the models of a unit"
+                " or remove it here",
+            )
+    yield from _core_problems(config.units)
+
+
+def _key_problems(keys: ApiKeys | None) -> Iterator[KeyedError]:
+    if keys is not None and (keys.file is None) == (keys.env is None):
+        found = "neither" if keys.file is None else "both"
+        yield KeyedError(
+            ("endpoint", "api_keys"),
+            f"found {found} of file and env, expected exactly one of them",
+        )
+
+
+def _twice(section: str, names: list[str]) -> Iterator[KeyedError]:
+    counts = Counter(names)
+    for index, name in enumerate(names):
+        if counts[name] > 1 and name in names[:index]:
+            first = names.index(name)
+            yield KeyedError(
+                (section, index, "name"), f"{name!r} is already the name of {section}[{first}]"
+            )
+
+
+def _unit_problems(index: int, unit: UnitSpec, known: list[str]) -> Iterator[KeyedError]:
+    at = ("units", index, "models")
+    if not unit.models:
+        yield KeyedError(at, "found an empty list, expected at least one model")
+    names = [model.name for model in unit.models]
+    for position, name in enumerate(names):
+        if name not in known:
+            yield KeyedError(
+                (*at, position, "name"),
+                f"found {name!r}, expected one of the models of this file: {', '.join(known)}",
+            )
+        if name in names[:position]:
+            yield KeyedError(
+                (*at, position, "name"),
+                f"{name!r} is already units[{index}].models[{names.index(name)}]",
+            )
+    shares = [model.quota for model in unit.models if model.quota is not None]
+    if sum(shares) > 1 + SHARE_SLACK:
+        terms = " + ".join(f"{share:g}" for share in shares)
+        yield KeyedError(
+            at, f"the quotas add up to {terms} = {sum(shares):g}, expected at most 1 in all"
+        )
+
+
+def _core_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:
+    owner: dict[int, int] = {}
+    for index, unit in enumerate(units):
+        cores = unit.mesh.cores
+        if cores is None:
+            continue
+        at = ("units", index, "mesh", "cores")
+        if not cores:
+            yield KeyedError(at, "found an empty list, expected core numbers")
+        for core in cores:
+            if core in owner:
+                yield KeyedError(at, f"core {core} is already in units[{owner[core]}].mesh.cores")
+            owner[core] = index
+        yield from split_problems(index, unit, len(cores), f"mesh.cores lists {len(cores)}")
+
+
+def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iterator[KeyedError]:
+    """Lanes that need more cores than the unit has; `why` says where `num_cores` comes from."""
+    split = unit.lanes.split
+    if split is None:
+        return
+    at = ("units", index, "lanes", "split")
+    if not split:
+        yield KeyedError(at, "found an empty list, expected cores per lane, such as [1, 1]")
+    elif sum(split) > num_cores:
+        yield KeyedError(
+            at,
+            f"the lanes need {sum(split)} cores and {why}: expected a sum of at most {num_cores}",
+        )
