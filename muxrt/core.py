@@ -118,12 +118,11 @@ class Sequence:
     outputs_scheduled: int = 0
     outputs_committed: int = 0
     in_flight: int = 0  # launched works that name this sequence
+    lane: int = 0  # where they run; works in flight of one sequence share a lane (FIFO)
     num_groups_sent: int = 0  # groups the worker's block table already holds
     opened: bool = False  # the worker has the payload
-    abandoned: bool = False  # finished or aborted while work is in flight; blocks return after it
     preempt: bool = False  # to be preempted as soon as no work is in flight
     num_preemptions: int = 0
-    first_token_s: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -213,6 +212,27 @@ class Result(msgspec.Struct, frozen=True):
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     elapsed_s: float = 0.0  # on the lane, without waiting
     error: str | None = None
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """Why a request was not served: an error of errors.py as data."""
+
+    status: int
+    kind: str
+    message: str
+    retry_after_s: float | None = None
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """What one step gave one request."""
+
+    request_id: int
+    tokens: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # prompt chunk by prompt chunk
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    refusal: Refusal | None = None
 
 
 def pack_ids(groups: list[BlockGroup]) -> bytes:

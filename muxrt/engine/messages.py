@@ -2,7 +2,7 @@
 
 import msgspec
 
-from muxrt.core import FinishReason, Request, TokenLogprobs
+from muxrt.core import Output, Request
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -57,27 +57,6 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     block_bytes: int
 
 
-class Refusal(msgspec.Struct, frozen=True):
-    """Why a request was not served: an error of errors.py as data."""
-
-    status: int
-    kind: str
-    message: str
-    retry_after_s: float | None = None
-
-
-class Output(msgspec.Struct, frozen=True, array_like=True):
-    """What one step gave one request."""
-
-    request_id: int
-    tokens: tuple[int, ...] = ()
-    finish: FinishReason | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # with the first token only
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    refusal: Refusal | None = None
-
-
 class Step(msgspec.Struct, frozen=True, tag="step"):
     """unit -> API: the outputs of one step (or of refusals, aborts), all requests together."""
 
@@ -90,7 +69,7 @@ class ModelStats(msgspec.Struct, frozen=True):
     model: str
     waiting: int
     running: int
-    swapped: int
+    preempted: int  # started, hold no blocks now: swapped out or to be recomputed
     blocks_used: int  # held by sequences; what the prefix cache alone keeps is `blocks_cached`
     blocks_cached: int
     blocks_quota: int
@@ -100,6 +79,7 @@ class ModelStats(msgspec.Struct, frozen=True):
     prefix_hit_tokens: int
     prompt_tokens: int
     output_tokens: int
+    refused: int  # at their deadline
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):

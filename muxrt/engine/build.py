@@ -1,0 +1,153 @@
+"""From a placement to a running brain: the geometry of a unit, its quotas, its scheduler."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from muxrt.config.model import ModelShape
+from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.core import Sequence
+from muxrt.cost.latency import BatchShape, Latency, OnlineLatency, attention_work
+from muxrt.engine.executor import Executor
+from muxrt.engine.unit import Emit, Unit
+from muxrt.errors import ConfigError
+from muxrt.kvcache.block_pool import BlockPool
+from muxrt.kvcache.host_blocks import HostBlocks
+from muxrt.kvcache.layout import ArenaLayout, KvShape, plan_arena
+from muxrt.sched.memory import Memory, Preempt
+from muxrt.sched.policies import POLICIES
+from muxrt.sched.queues import ModelQueue, ServedModel
+from muxrt.sched.quota import Demand, initial_quotas
+from muxrt.sched.scheduler import Limits, Scheduler
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# Until the first copy was measured: memcpy of a two-channel server, read and write.
+HOST_COPY_BYTES_PER_S = 4e9
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """What follows from a unit's spec and its models' shapes; no memory is touched yet."""
+
+    spec: UnitSpec
+    arena: ArenaLayout
+    num_blocks: int
+    num_host_blocks: int
+    models: dict[str, ServedModel]
+    quotas: dict[str, int]
+
+
+def weight_dtype(spec: ModelSpec, shape: ModelShape) -> str:
+    """The dtype that weights and activations have on the device."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    # No CPU computes in float16; float32 holds its values exactly.
+    return "float32" if shape.dtype == "float16" else shape.dtype
+
+
+def kv_dtype(spec: ModelSpec, shape: ModelShape) -> str:
+    """The dtype of K and V in the arena."""
+    return weight_dtype(spec, shape) if spec.kv_dtype == "auto" else spec.kv_dtype
+
+
+def plan_unit(
+    spec: UnitSpec, models: Mapping[str, ModelSpec], shapes: Mapping[str, ModelShape]
+) -> UnitPlan:
+    """Lay out a unit's arena and split it into quotas.
+
+    Raises ConfigError if the models cannot share an arena, or if it cannot hold one sequence of
+    maximum length of each.
+    """
+    names = [model.name for model in spec.models]
+    memory = spec.memory
+    kv_shapes = [_kv_shape(models[name], shapes[name]) for name in names]
+    arena = plan_arena(kv_shapes, memory.plane_tokens, memory.planes_per_block)
+    served = {name: _served(spec, arena, models[name], shapes[name]) for name in names}
+    num_blocks = memory.kv_bytes // arena.block_bytes
+    quotas = initial_quotas(_demands(spec, models, served), num_blocks)
+    host = memory.swap_bytes // arena.block_bytes
+    return UnitPlan(spec, arena, num_blocks, host, served, quotas)
+
+
+def _kv_shape(spec: ModelSpec, shape: ModelShape) -> KvShape:
+    dtype_bytes = DTYPE_BYTES[kv_dtype(spec, shape)]
+    return KvShape(spec.name, shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype_bytes)
+
+
+def _served(
+    unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelShape
+) -> ServedModel:
+    length = spec.max_model_len or shape.max_positions
+    if length > shape.max_positions:
+        raise ConfigError(
+            f"max_model_len of {spec.name} is {length}, but the model has only"
+            f" {shape.max_positions} positions"
+        )
+    return ServedModel(spec.name, arena.models[spec.name], length, unit.scheduling.max_sequences)
+
+
+def _demands(
+    unit: UnitSpec, models: Mapping[str, ModelSpec], served: Mapping[str, ServedModel]
+) -> list[Demand]:
+    return [
+        Demand(
+            part.name,
+            served[part.name].floor_blocks,
+            models[part.name].rate_rps * part.traffic * _blocks_per_token(served[part.name]),
+            part.quota,
+        )
+        for part in unit.models
+    ]
+
+
+def _blocks_per_token(model: ServedModel) -> float:
+    return model.layout.blocks_per_group / model.layout.block_tokens
+
+
+def build_unit(
+    plan: UnitPlan,
+    executor: Executor,
+    now: Callable[[], float],
+    emit: Emit,
+    latency: Latency | None = None,
+) -> Unit:
+    """The brain of a unit, ready for requests."""
+    knobs = plan.spec.scheduling
+    latency = latency or OnlineLatency()
+    queues = {name: ModelQueue(model) for name, model in plan.models.items()}
+    pool = BlockPool({name: m.layout.blocks_per_group for name, m in plan.models.items()})
+    pool.grow(range(plan.num_blocks))
+    for name, blocks in plan.quotas.items():
+        pool.accounts[name].quota = blocks
+    choose = PreemptChooser(plan, latency).choose
+    memory = Memory(pool, queues, HostBlocks(plan.num_host_blocks), choose)
+    policy = POLICIES[knobs.policy](knobs.quota_period_s)
+    scheduler = Scheduler(queues, memory, policy, latency, _limits(plan.spec))
+    return Unit(plan.spec.name, scheduler, executor, now, emit, knobs.quota_period_s)
+
+
+def _limits(spec: UnitSpec) -> Limits:
+    num_lanes = len(spec.lanes.split) if spec.lanes.split else 1
+    return Limits(num_lanes, spec.lanes.depth, spec.scheduling.prefill_tokens)
+
+
+class PreemptChooser:
+    """Swap or recompute, whichever is predicted to cost less."""
+
+    def __init__(self, plan: UnitPlan, latency: Latency) -> None:
+        self._forced = plan.spec.scheduling.preempt
+        self._block_bytes = plan.arena.block_bytes
+        self._latency = latency
+
+    def choose(self, sequence: Sequence) -> Preempt:
+        """How `sequence` should give its blocks back."""
+        if self._forced != "auto":
+            return Preempt(self._forced)
+        tokens = sequence.num_tokens
+        recompute_s = self._latency.predict(
+            sequence.request.model, BatchShape(tokens, attention_work(0, tokens))
+        )
+        num_blocks = sum(len(group.blocks) for group in sequence.groups)
+        swap_s = 2 * num_blocks * self._block_bytes / HOST_COPY_BYTES_PER_S
+        if recompute_s is not None and recompute_s < swap_s:
+            return Preempt.RECOMPUTE
+        return Preempt.SWAP

@@ -1,0 +1,1 @@
+"""Who runs next and who may hold which blocks: pure policy over the pool."""

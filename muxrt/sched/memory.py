@@ -1,0 +1,300 @@
+"""Who may hold which blocks: entitlement, loans, claims, and preemption to make them come true.
+
+The rules, in the order they are asked:
+
+1. A model may take free blocks within its quota, always.
+2. Beyond its quota it borrows: what is free, less what others have a claim on.
+3. A model that is short of blocks within its quota gets them from borrowers: their newest
+   sequences are preempted until they are back within their quotas or the need is covered.
+4. A sequence short of blocks beyond the quota preempts newer sequences of its own model. The
+   newest one waits, holding what it has.
+
+So the oldest sequence of every model can always go on: alone it fits its quota (the floor), and
+everything above the quotas can be called back.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+
+from muxrt.core import (
+    BlockGroup,
+    Copy,
+    CopyKind,
+    Sequence,
+    SequenceState,
+    pack_ids,
+)
+from muxrt.kvcache.block_pool import BlockPool
+from muxrt.kvcache.host_blocks import HostBlocks
+from muxrt.sched.queues import ModelQueue
+
+WATERMARK = 0.01  # of all blocks stay free when a sequence starts or resumes on borrowed blocks
+
+
+class Preempt(Enum):
+    """How a sequence gives its blocks back; it keeps its tokens either way."""
+
+    SWAP = "swap"  # K and V move to host memory
+    RECOMPUTE = "recompute"  # K and V are computed again from the tokens
+
+
+class Memory:
+    """Takes blocks from the pool for sequences, and takes sequences off their blocks."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        queues: Mapping[str, ModelQueue],
+        host: HostBlocks,
+        choose: Callable[[Sequence], Preempt],
+    ) -> None:
+        self.pool = pool
+        self.host = host
+        self.claims: dict[str, int] = {}  # blocks that loans to other models must leave free
+        self.copies: deque[tuple[Sequence, CopyKind]] = deque()  # to be launched
+        self.num_preempted: dict[tuple[str, Preempt], int] = {}
+        self._queues = queues
+        self._choose = choose
+        self._leaving: set[Sequence] = set()  # their blocks return when their work is done
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def start(self, sequence: Sequence) -> bool:
+        """Take the blocks of all known tokens of a queue's head; it runs, or nothing changes.
+
+        A swapped sequence starts its way back from host memory. False = wait (what could be
+        called back has been).
+        """
+        if sequence.host_blocks is None:
+            return self._start_computing(sequence)
+        num_groups = len(sequence.host_blocks) // self._group_blocks(sequence)
+        if not self._may_start(sequence, num_groups, []):
+            return False
+        sequence.groups = self._take(sequence, num_groups)
+        self._queues[sequence.request.model].start(sequence)
+        sequence.state = SequenceState.SWAPPING_IN
+        self.copies.append((sequence, CopyKind.SWAP_IN))
+        return True
+
+    def _start_computing(self, sequence: Sequence) -> bool:
+        queue = self._queues[sequence.request.model]
+        known = self.pool.prefixes.match(sequence.request.keys)
+        missing = queue.model.layout.num_groups(sequence.num_tokens) - len(known)
+        if not self._may_start(sequence, missing, known):
+            return False
+        self.pool.share(known)
+        sequence.groups = known + self._take(sequence, missing)
+        sequence.num_cached = len(known) * queue.model.layout.block_tokens
+        sequence.num_scheduled = sequence.num_committed = sequence.num_cached
+        queue.start(sequence)
+        return True
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take blocks for `num_tokens` more tokens of a running sequence; False = not now."""
+        layout = self._queues[sequence.request.model].model.layout
+        missing = layout.num_groups(sequence.num_scheduled + num_tokens) - len(sequence.groups)
+        if missing <= 0:
+            return True
+        model, blocks = sequence.request.model, missing * layout.blocks_per_group
+        if not self._may_take(model, blocks):
+            self._make_room(sequence, blocks)
+            if sequence.preempt or not self._may_take(model, blocks):
+                return False
+        sequence.groups += self._take(sequence, missing)
+        return True
+
+    def need(self, sequence: Sequence) -> int:
+        """Blocks a waiting sequence needs to start, prefix hits not counted."""
+        model = self._queues[sequence.request.model].model
+        return model.layout.num_blocks(sequence.num_tokens)
+
+    def _may_start(self, head: Sequence, num_groups: int, known: list[BlockGroup]) -> bool:
+        model, idle = head.request.model, self.pool.num_idle(known)
+        blocks = num_groups * self._group_blocks(head)
+        if self._is_entitled(model, blocks + idle):
+            if self.pool.num_available - idle < blocks:
+                self.claims[model] = blocks + idle
+                self._call_back(blocks + idle)
+            return self.pool.num_available - idle >= blocks
+        watermark = int(WATERMARK * self.pool.num_blocks) + self._claimed_by_others(model)
+        return self.pool.num_available - idle - blocks >= watermark
+
+    def _may_take(self, model: str, blocks: int) -> bool:
+        available = self.pool.num_available
+        if self._is_entitled(model, blocks):
+            return available >= blocks
+        return available - blocks >= self._claimed_by_others(model)
+
+    def _is_entitled(self, model: str, blocks: int) -> bool:
+        account = self.pool.accounts[model]
+        return account.used + blocks <= account.quota
+
+    def _claimed_by_others(self, model: str) -> int:
+        return sum(blocks for owner, blocks in self.claims.items() if owner != model)
+
+    def _take(self, sequence: Sequence, num_groups: int) -> list[BlockGroup]:
+        groups = self.pool.take(sequence.request.model, num_groups)
+        assert groups is not None, "blocks that were available are gone"
+        return groups
+
+    def _group_blocks(self, sequence: Sequence) -> int:
+        return self.pool.accounts[sequence.request.model].blocks_per_group
+
+    # -- making room -------------------------------------------------------------------------
+
+    def _make_room(self, sequence: Sequence, blocks: int) -> None:
+        """Call blocks back for a running sequence that is short of them."""
+        if self._is_entitled(sequence.request.model, blocks):
+            self._call_back(blocks)
+        elif self.pool.num_available < blocks:
+            self._preempt_newer(sequence, blocks)
+        # Otherwise free blocks are there but claimed; the claim ends in a bounded time.
+
+    def _call_back(self, blocks: int) -> None:
+        """Preempt the newest sequences of borrowers until `blocks` are or will be available."""
+        while self.pool.num_available + self._num_returning() < blocks:
+            victim = self._newest_of_borrowers()
+            if victim is None:
+                return
+            self.preempt(victim)
+
+    def _preempt_newer(self, sequence: Sequence, blocks: int) -> None:
+        queue = self._queues[sequence.request.model]
+        for victim in reversed(queue.running):
+            if self.pool.num_available + self._num_returning(queue.name) >= blocks:
+                return
+            if victim.order <= sequence.order:
+                return
+            if self._can_leave(victim):
+                self.preempt(victim)
+
+    def _newest_of_borrowers(self) -> Sequence | None:
+        """Of the model that is furthest above its quota, what leaves already not counted."""
+        loans = {
+            name: account.used - self._num_returning(name) - account.quota
+            for name, account in self.pool.accounts.items()
+            if account.borrowed
+        }
+        for name in sorted(loans, key=lambda name: (-loans[name], name)):
+            if loans[name] > 0:
+                for victim in reversed(self._queues[name].running):
+                    if self._can_leave(victim):
+                        return victim
+        return None
+
+    def _can_leave(self, sequence: Sequence) -> bool:
+        return sequence.state is SequenceState.RUNNING and not sequence.preempt
+
+    def _num_returning(self, model: str | None = None) -> int:
+        """Blocks that come back when work in flight is done."""
+        return sum(
+            exclusive_blocks(sequence)
+            for sequence in self._leaving
+            if model in (None, sequence.request.model)
+        )
+
+    # -- giving back -------------------------------------------------------------------------
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence off its blocks, at once or when its work in flight is done."""
+        if sequence.in_flight:
+            sequence.preempt = True
+            self._leaving.add(sequence)
+            return
+        sequence.preempt = False
+        self._leaving.discard(sequence)
+        sequence.num_preemptions += 1
+        kind = self._choose(sequence)
+        if kind is Preempt.SWAP and not self._swap_out(sequence):
+            kind = Preempt.RECOMPUTE
+        if kind is Preempt.RECOMPUTE:
+            self._queues[sequence.request.model].stop(sequence, SequenceState.WAITING)
+            self._release(sequence)
+            sequence.num_scheduled = sequence.num_committed = 0
+        key = (sequence.request.model, kind)
+        self.num_preempted[key] = self.num_preempted.get(key, 0) + 1
+
+    def _swap_out(self, sequence: Sequence) -> bool:
+        ids = self.host.take(sum(len(group.blocks) for group in sequence.groups))
+        if ids is None:
+            return False
+        sequence.host_blocks = ids
+        self._queues[sequence.request.model].stop(sequence, SequenceState.SWAPPING_OUT)
+        self._leaving.add(sequence)
+        self.copies.append((sequence, CopyKind.SWAP_OUT))
+        return True
+
+    def abandon(self, sequence: Sequence) -> None:
+        """A finished or aborted sequence gives everything back, at the latest after its work."""
+        sequence.state = SequenceState.FINISHED
+        sequence.preempt = False
+        if sequence.in_flight or any(sequence is waiting for waiting, _ in self.copies):
+            self._leaving.add(sequence)
+            return
+        self._leaving.discard(sequence)
+        self._queues[sequence.request.model].remove(sequence)
+        self._release(sequence)
+        self._release_host(sequence)
+
+    def settle(self, sequence: Sequence) -> None:
+        """No work names `sequence` any more: do what had to wait for that."""
+        if sequence.state is SequenceState.FINISHED:
+            self.abandon(sequence)
+        elif sequence.preempt and sequence.state is SequenceState.RUNNING:
+            self.preempt(sequence)
+
+    def copy(self, sequence: Sequence, kind: CopyKind, work_id: int, lane: int) -> Copy:
+        """The work that moves a sequence's blocks."""
+        assert sequence.host_blocks is not None and sequence.slot is not None
+        return Copy(
+            work_id,
+            lane,
+            sequence.request.model,
+            kind,
+            sequence.slot,
+            pack_ids(sequence.groups),
+            sequence.host_blocks.tobytes(),
+        )
+
+    def copied(self, sequence: Sequence, kind: CopyKind) -> None:
+        """A copy is done: the sequence is on the other side."""
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if kind is CopyKind.SWAP_OUT:
+            self._leaving.discard(sequence)
+            self._release(sequence)
+            sequence.state = SequenceState.SWAPPED
+        else:
+            self._release_host(sequence)
+            sequence.num_groups_sent = len(sequence.groups)
+            sequence.state = SequenceState.RUNNING
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.groups)
+        sequence.groups = []
+        sequence.num_groups_sent = 0
+
+    def _release_host(self, sequence: Sequence) -> None:
+        if sequence.host_blocks is not None:
+            self.host.release(sequence.host_blocks)
+            sequence.host_blocks = None
+
+    def check(self, sequences: Iterable[Sequence]) -> bool:
+        """Every block is free, cached, or held by the sequences given; none is forgotten."""
+        alive = list(sequences)
+        self.pool.check()
+        held = {group: 0 for sequence in alive for group in sequence.groups}
+        for sequence in alive:
+            for group in sequence.groups:
+                held[group] += 1
+        assert all(group.refs == count for group, count in held.items()), "a reference is wrong"
+        assert sum(len(group.blocks) for group in held) == self.pool.num_used, "a group leaks"
+        self.host.check([s.host_blocks for s in alive if s.host_blocks is not None])
+        assert self._leaving <= set(alive), "a sequence left without its blocks"
+        return True
+
+
+def exclusive_blocks(sequence: Sequence) -> int:
+    """Blocks that come free when `sequence` lets go of its groups."""
+    return sum(len(group.blocks) for group in sequence.groups if group.refs == 1)

@@ -1,0 +1,82 @@
+"""ADBS, adaptive batch scheduling (MuxServe section 3.3, Algorithm 3).
+
+Prefill first, one at a time, models in round robin; then fill the other lanes with decode steps
+of as many models as there are lanes. What does not fit yet gets a reservation, so that decodes
+do not eat its blocks for ever.
+"""
+
+from muxrt.core import Batch
+from muxrt.sched.policies.turns import Turns
+from muxrt.sched.scheduler import Scheduler
+
+
+class Adbs:
+    """The paper's policy. On a unit of one lane, prefills alternate with rounds of decodes:
+
+    there "beside the prefill" can only mean "before the next one", and without it a queue of
+    prompts would stop every stream (docs/decisions.md).
+    """
+
+    def __init__(self, quota_period_s: float) -> None:
+        self._period_s = quota_period_s
+        self._prefills = Turns()
+        self._decodes = Turns()
+        self._round: set[str] = set()  # one lane: models that decode before the next prefill
+        self._reserved_until: dict[str, float] = {}
+
+    def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
+        """A prefill if none runs and one fits, else a decode step of the next model."""
+        self._lapse(scheduler, now)
+        if self._may_prefill(scheduler, lane):
+            batch = self._prefill(scheduler, lane, now)
+            if batch is not None:
+                return batch
+        return self._decode(scheduler, lane)
+
+    def _may_prefill(self, scheduler: Scheduler, lane: int) -> bool:
+        if scheduler.prefills_in_flight():
+            return False
+        self._round = {model for model in self._round if scheduler.can_decode(model, lane)}
+        return not self._round
+
+    def _prefill(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
+        for model in self._prefills.order(scheduler.queues):
+            if not scheduler.wants_prefill(model, lane):
+                continue
+            batch = scheduler.prefill(model, lane)
+            if batch is not None:
+                self._prefills.served(model)
+                self._reserved_until.pop(model, None)
+                if scheduler.limits.num_lanes == 1:
+                    self._round = set(scheduler.queues)
+                return batch
+            self._reserve(scheduler, model, now)
+        return None
+
+    def _decode(self, scheduler: Scheduler, lane: int) -> Batch | None:
+        for model in self._decodes.order(scheduler.queues):
+            batch = scheduler.decode(model, lane)
+            self._round.discard(model)
+            if batch is not None:
+                self._decodes.served(model)
+                return batch
+        return None
+
+    def _reserve(self, scheduler: Scheduler, model: str, now: float) -> None:
+        """Keep free blocks for a prefill that does not fit yet: one model at a time, for a while."""
+        head = scheduler.queues[model].head()
+        if head is None or self._reserved_until:
+            return
+        self._reserved_until[model] = now + self._period_s
+        scheduler.memory.claims.setdefault(model, scheduler.memory.need(head))
+
+    def _lapse(self, scheduler: Scheduler, now: float) -> None:
+        """End reservations whose time is over, or that would leave every lane idle.
+
+        For another period no new one is made, so that the decodes it held up can go on.
+        """
+        for model, until in list(self._reserved_until.items()):
+            if now >= until or not scheduler.num_in_flight:
+                scheduler.memory.claims.pop(model, None)
+            if now >= until + self._period_s or scheduler.queues[model].head() is None:
+                del self._reserved_until[model]

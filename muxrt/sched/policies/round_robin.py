@@ -1,0 +1,21 @@
+"""Round robin over models, a prefill before a decode: the paper's second ablation."""
+
+from muxrt.core import Batch
+from muxrt.sched.policies.turns import Turns
+from muxrt.sched.scheduler import Scheduler
+
+
+class RoundRobin:
+    """Every model in turn gets one batch."""
+
+    def __init__(self) -> None:
+        self._turns = Turns()
+
+    def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
+        """One batch of the next model that has something to run."""
+        for model in self._turns.order(scheduler.queues):
+            batch = scheduler.prefill(model, lane) or scheduler.decode(model, lane)
+            if batch is not None:
+                self._turns.served(model)
+                return batch
+        return None

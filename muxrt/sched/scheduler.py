@@ -1,0 +1,427 @@
+"""The scheduler of one unit: turns sequences into work, and results into tokens.
+
+Mechanism only: which model and which phase comes next is a policy's choice (`sched/policies`).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from typing import Protocol
+
+from muxrt.core import (
+    Batch,
+    BatchEntry,
+    Copy,
+    CopyKind,
+    FinishReason,
+    Output,
+    Phase,
+    Refusal,
+    Request,
+    Result,
+    Sequence,
+    SequenceState,
+    SlotOpen,
+    Work,
+    pack_ids,
+)
+from muxrt.cost.latency import BatchShape, Latency, attention_work
+from muxrt.errors import Overloaded
+from muxrt.sched.memory import Memory
+from muxrt.sched.queues import ModelQueue
+
+
+class Policy(Protocol):
+    """Chooses what an idle lane does next."""
+
+    def next_batch(self, scheduler: "Scheduler", lane: int, now: float) -> Batch | None:
+        """A batch made by `scheduler.prefill` or `scheduler.decode`, or None to leave it idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of what one batch and one lane take."""
+
+    num_lanes: int = 1
+    depth: int = 1  # works in flight per lane
+    prefill_tokens: int = 512  # of one prefill batch
+
+    @property
+    def copy_lane(self) -> int:
+        """The lane that moves bytes comes after those that compute."""
+        return self.num_lanes
+
+
+@dataclass(slots=True)
+class Counters:
+    """What one model did since the unit started."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    refused: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A launched work and the sequences it names."""
+
+    work: Work
+    sequences: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns the sequences of a unit from `add` to their last output."""
+
+    def __init__(
+        self,
+        queues: Mapping[str, ModelQueue],
+        memory: Memory,
+        policy: Policy,
+        latency: Latency,
+        limits: Limits,
+    ) -> None:
+        self.queues = queues
+        self.memory = memory
+        self.policy = policy
+        self.limits = limits
+        self.latency = latency
+        self.counters = {name: Counters() for name in queues}
+        self._sequences: dict[int, Sequence] = {}  # unfinished, by request id
+        self._flights: dict[int, _Flight] = {}
+        self._lane_load = [0] * (limits.num_lanes + 1)  # the copy lane is the last
+        self._orders = count()
+        self._work_ids = count()
+        self._deadlines: list[tuple[float, int]] = []  # (time, request id)
+
+    # -- arrivals and departures -------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request whose lengths the unit has checked."""
+        sequence = Sequence(request, next(self._orders))
+        self._sequences[request.id] = sequence
+        self.queues[request.model].waiting.append(sequence)
+        if request.deadline_s is not None:
+            heappush(self._deadlines, (request.deadline_s, request.id))
+
+    def abort(self, request_id: int) -> bool:
+        """Drop a request; its blocks are free when its work in flight is done. False = unknown."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._finish(sequence)
+        return True
+
+    def next_deadline(self) -> float | None:
+        """When the next waiting request must be refused, if nothing happens before."""
+        while self._deadlines and not self._is_waiting(self._deadlines[0][1]):
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def expire(self, now: float) -> list[Output]:
+        """Refuse the waiting requests whose first token can no longer come in time."""
+        outputs = []
+        for queue in self.queues.values():
+            while queue.waiting and not queue.preempted and self._is_late(queue.waiting[0], now):
+                outputs.append(self._refuse(queue.waiting[0]))
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            outputs.append(self._refuse(self._sequences[heappop(self._deadlines)[1]]))
+        return outputs
+
+    def _is_waiting(self, request_id: int) -> bool:
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.slot is None
+
+    def _is_late(self, sequence: Sequence, now: float) -> bool:
+        """Even started now, its prefill would end after the deadline."""
+        request = sequence.request
+        if request.deadline_s is None:
+            return False
+        tokens = request.prompt_tokens
+        shape = BatchShape(tokens, attention_work(0, tokens))
+        seconds = self.latency.predict(request.model, shape) or 0.0
+        return now + seconds > request.deadline_s
+
+    def _refuse(self, sequence: Sequence) -> Output:
+        self._finish(sequence)
+        self.counters[sequence.request.model].refused += 1
+        message = f"{sequence.request.model}: no first token within the queue's time limit"
+        refusal = Refusal(Overloaded.status, Overloaded.kind, message, retry_after_s=1.0)
+        return Output(sequence.request.id, finish=FinishReason.DEADLINE, refusal=refusal)
+
+    # -- launching ---------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._flights)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, runs or flies."""
+        return not self._sequences and not self._flights
+
+    def schedule(self, now: float) -> Work | None:
+        """The next work that fits now; None when every lane is full or nothing can run."""
+        if self.memory.copies:
+            return self._next_copy()
+        for lane in self._idle_lanes():
+            batch = self.policy.next_batch(self, lane, now)
+            if batch is not None:
+                return batch
+        # A policy that found no blocks may have preempted by swapping out.
+        return self._next_copy() if self.memory.copies else None
+
+    def _idle_lanes(self) -> list[int]:
+        """Lanes that take more work, the emptiest first."""
+        loads = self._lane_load[: self.limits.num_lanes]
+        idle = [lane for lane, load in enumerate(loads) if load < self.limits.depth]
+        return sorted(idle, key=loads.__getitem__)
+
+    def prefills_in_flight(self) -> int:
+        """Prefill batches that run or are queued on a lane."""
+        return sum(_phase(flight.work) is Phase.PREFILL for flight in self._flights.values())
+
+    def prefill(self, model: str, lane: int) -> Batch | None:
+        """A batch of prompt chunks of `model`; None if none can run on `lane` now.
+
+        Prompts under way come first, then those of the queue, while they fit the token budget
+        whole; only the first may be longer and goes in chunks.
+        """
+        queue, budget = self.queues[model], self.limits.prefill_tokens
+        chunks: list[tuple[Sequence, int]] = []
+        for sequence in self._prefillable(queue, lane):
+            if chunks and sequence.num_pending > budget:
+                break
+            chunks.append((sequence, min(budget, sequence.num_pending)))
+            budget -= chunks[-1][1]
+            if budget <= 0:
+                break
+        return self._launch(model, Phase.PREFILL, lane, chunks) if chunks else None
+
+    def _prefillable(self, queue: ModelQueue, lane: int) -> Iterator[Sequence]:
+        """Sequences with a prompt to compute; those of the queue start when they are asked for."""
+        for sequence in list(queue.prefilling()):
+            if _can_run(sequence, lane):
+                yield sequence
+        while (head := queue.head()) is not None and self._start(queue, head):
+            if head.state is SequenceState.RUNNING and head.num_pending > 0:
+                yield head
+
+    def _start(self, queue: ModelQueue, head: Sequence) -> bool:
+        if head.state not in (SequenceState.WAITING, SequenceState.SWAPPED):
+            return False  # on its way out to host memory
+        if head.slot is None and not queue.free_slots:
+            return False
+        is_new = head.slot is None
+        if not self.memory.start(head):
+            return False
+        self.memory.claims.pop(queue.name, None)
+        if is_new:
+            counters = self.counters[queue.name]
+            counters.prompt_tokens += head.request.prompt_tokens
+            counters.prefix_hit_tokens += head.num_cached
+        return True
+
+    def decode(self, model: str, lane: int) -> Batch | None:
+        """One decode step of all of `model`'s decoding sequences that may run on `lane`."""
+        queue = self.queues[model]
+        ready: list[tuple[Sequence, int]] = []
+        for sequence in list(queue.running):  # oldest first: it may preempt those after it
+            if _can_decode(sequence, lane) and self.memory.extend(sequence, 1):
+                ready.append((sequence, 1))
+        return self._launch(model, Phase.DECODE, lane, ready) if ready else None
+
+    def can_decode(self, model: str, lane: int) -> bool:
+        """Some sequence of `model` could take a decode step on `lane`, blocks permitting."""
+        return any(_can_decode(sequence, lane) for sequence in self.queues[model].running)
+
+    def wants_prefill(self, model: str, lane: int) -> bool:
+        """`model` has prompts under way or sequences that wait to start or resume."""
+        queue = self.queues[model]
+        if queue.head() is not None:
+            return True
+        return any(_can_run(sequence, lane) for sequence in queue.prefilling())
+
+    def _launch(
+        self, model: str, phase: Phase, lane: int, chunks: list[tuple[Sequence, int]]
+    ) -> Batch:
+        opened = tuple(_open(s) for s, _ in chunks if not s.opened)
+        entries = tuple(_entry(sequence, tokens, lane) for sequence, tokens in chunks)
+        batch = Batch(next(self._work_ids), lane, model, phase, entries, opened)
+        self._fly(batch, [sequence for sequence, _ in chunks])
+        return batch
+
+    def _next_copy(self) -> Copy | None:
+        sequence, kind = self.memory.copies.popleft()
+        lane = self.limits.copy_lane
+        work = self.memory.copy(sequence, kind, next(self._work_ids), lane)
+        sequence.lane = lane
+        sequence.in_flight += 1
+        self._fly(work, [sequence])
+        return work
+
+    def _fly(self, work: Work, sequences: list[Sequence]) -> None:
+        self._flights[work.id] = _Flight(work, sequences)
+        self._lane_load[work.lane] += 1
+
+    # -- landing -----------------------------------------------------------------------------
+
+    def commit(self, work: Work, result: Result, now: float) -> list[Output]:
+        """Account for a finished work; what its sequences gave, and whether they ended."""
+        flight = self._flights.pop(work.id)
+        self._lane_load[work.lane] -= 1
+        for sequence in flight.sequences:
+            sequence.in_flight -= 1
+        if result.error is not None:
+            return self._fail(flight.sequences, result.error)
+        if isinstance(work, Copy):
+            self._commit_copy(flight.sequences[0], work, result)
+            return []
+        self.latency.observe(work.model, BatchShape.of(work.entries), result.elapsed_s)
+        return self._commit_batch(work, flight.sequences, result)
+
+    def _commit_copy(self, sequence: Sequence, work: Copy, result: Result) -> None:
+        self.memory.copied(sequence, work.kind)
+        self.memory.settle(sequence)
+
+    def _commit_batch(
+        self, batch: Batch, sequences: list[Sequence], result: Result
+    ) -> list[Output]:
+        outputs = []
+        for index, (entry, sequence) in enumerate(zip(batch.entries, sequences, strict=True)):
+            if sequence.state is SequenceState.FINISHED:
+                self.memory.settle(sequence)  # a step past its end: drop it
+                continue
+            sequence.num_committed += entry.num_tokens
+            self._publish(sequence, entry)
+            output = self._output(sequence, entry, index, result)
+            if output is not None:
+                outputs.append(output)
+            if sequence.preempt and not sequence.in_flight:
+                self.memory.settle(sequence)
+        return outputs
+
+    def _publish(self, sequence: Sequence, entry: BatchEntry) -> None:
+        """Groups of the prompt that are complete now may be reused by others."""
+        keys = sequence.request.keys
+        if not keys or sequence.num_cached >= entry.start + entry.num_tokens:
+            return
+        size = self.queues[sequence.request.model].model.layout.block_tokens
+        done = min(sequence.num_committed // size, len(keys))
+        for index in range(entry.start // size, done):
+            self.memory.pool.prefixes.publish(sequence.groups[index], keys[index])
+
+    def _output(
+        self, sequence: Sequence, entry: BatchEntry, index: int, result: Result
+    ) -> Output | None:
+        token = result.tokens[index] if entry.samples else None
+        prompt = result.prompt_logprobs[index] if result.prompt_logprobs else None
+        finish = None
+        if token is not None:
+            sequence.outputs_committed += 1
+            self.counters[sequence.request.model].output_tokens += 1
+            finish = FinishReason.STOP if result.stopped[index] else None
+        if finish is None and _is_complete(sequence):
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._finish(sequence)
+        if token is None and finish is None and not prompt:
+            return None
+        logprobs = result.logprobs[index] if result.logprobs and token is not None else None
+        return Output(
+            sequence.request.id,
+            (token,) if token is not None else (),
+            finish,
+            (logprobs,) if logprobs is not None else None,
+            prompt or None,
+            sequence.num_cached,
+        )
+
+    def _fail(self, sequences: Iterable[Sequence], error: str) -> list[Output]:
+        """A batch that raised takes its sequences with it, and nobody else."""
+        outputs = []
+        for sequence in sequences:
+            if sequence.state is not SequenceState.FINISHED:
+                self._finish(sequence)
+                refusal = Refusal(500, "server_error", error)
+                outputs.append(
+                    Output(sequence.request.id, finish=FinishReason.ERROR, refusal=refusal)
+                )
+            else:
+                self.memory.settle(sequence)
+        return outputs
+
+    def _finish(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.id]
+        # Its claim, if it had one, was for it; the next head makes its own.
+        self.memory.claims.pop(sequence.request.model, None)
+        self.memory.abandon(sequence)
+
+    # -- proof -------------------------------------------------------------------------------
+
+    def check(self) -> bool:
+        """Queues, blocks and flights agree. Costs time: for tests."""
+        alive = [sequence for queue in self.queues.values() for sequence in queue]
+        for queue in self.queues.values():
+            queue.check()
+        self.memory.check(alive)
+        flying: dict[Sequence, int] = {}
+        for flight in self._flights.values():
+            for sequence in flight.sequences:
+                flying[sequence] = flying.get(sequence, 0) + 1
+        assert all(s.in_flight == flying.get(s, 0) for s in alive), "a flight is miscounted"
+        assert sum(self._lane_load) == len(self._flights)
+        unfinished = {s.request.id for s in alive if s.state is not SequenceState.FINISHED}
+        assert unfinished == self._sequences.keys(), "a sequence is lost"
+        return True
+
+
+def _phase(work: Work) -> Phase | None:
+    return work.phase if isinstance(work, Batch) else None
+
+
+def _can_run(sequence: Sequence, lane: int) -> bool:
+    """Not on its way out, and what is in flight of it comes before on the same lane."""
+    if sequence.state is not SequenceState.RUNNING or sequence.preempt:
+        return False
+    return not sequence.in_flight or sequence.lane == lane
+
+
+def _can_decode(sequence: Sequence, lane: int) -> bool:
+    return (
+        sequence.is_decoding
+        and sequence.outputs_scheduled < sequence.request.max_tokens
+        and _can_run(sequence, lane)
+    )
+
+
+def _is_complete(sequence: Sequence) -> bool:
+    request = sequence.request
+    return (
+        sequence.outputs_committed >= request.max_tokens
+        and sequence.num_committed >= request.prompt_tokens
+    )
+
+
+def _open(sequence: Sequence) -> SlotOpen:
+    assert sequence.slot is not None
+    sequence.opened = True
+    return SlotOpen(sequence.slot, sequence.request.payload)
+
+
+def _entry(sequence: Sequence, num_tokens: int, lane: int) -> BatchEntry:
+    """Put `num_tokens` of a sequence into a batch on `lane`."""
+    assert sequence.slot is not None
+    start, first_group = sequence.num_scheduled, sequence.num_groups_sent
+    samples = (
+        num_tokens == sequence.num_pending
+        and sequence.outputs_scheduled < sequence.request.max_tokens
+    )
+    sequence.num_scheduled += num_tokens
+    sequence.outputs_scheduled += samples
+    sequence.num_groups_sent = len(sequence.groups)
+    sequence.in_flight += 1
+    sequence.lane = lane
+    blocks = pack_ids(sequence.groups[first_group:])
+    return BatchEntry(sequence.slot, start, num_tokens, samples, first_group, blocks)

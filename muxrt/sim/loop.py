@@ -1,0 +1,61 @@
+"""A discrete-event loop: callbacks at points in time, in one repeatable order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+
+# At equal times, finish work before letting more arrive, and plan last.
+FINISH, ARRIVE, PLAN = range(3)
+
+
+@dataclass(order=True, slots=True)
+class Event:
+    """Equal times run by priority, then first come first served."""
+
+    at_s: float
+    priority: int
+    seq: int
+    callback: Callable[[], None] | None = field(compare=False)
+
+    def cancel(self) -> None:
+        """It will not happen; cancelling twice or too late does no harm."""
+        self.callback = None
+
+
+class EventLoop:
+    """Time moves only in `step`."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._seq = count()
+        self._heap: list[Event] = []
+
+    def after(self, delay_s: float, callback: Callable[[], None], priority: int = PLAN) -> Event:
+        """Call `callback` in `delay_s` seconds."""
+        if delay_s < 0:
+            raise ValueError(f"an event cannot be in the past: delay_s={delay_s}")
+        return self.at(self.now_s + delay_s, callback, priority)
+
+    def at(self, at_s: float, callback: Callable[[], None], priority: int = PLAN) -> Event:
+        """Call `callback` at `at_s`; a time that has passed means now."""
+        event = Event(max(at_s, self.now_s), priority, next(self._seq), callback)
+        heappush(self._heap, event)
+        return event
+
+    @property
+    def has_events(self) -> bool:
+        """Something is still to happen."""
+        while self._heap and self._heap[0].callback is None:
+            heappop(self._heap)
+        return bool(self._heap)
+
+    def step(self) -> bool:
+        """Run the next event; False when none is left."""
+        while self._heap:
+            event = heappop(self._heap)
+            if event.callback:
+                self.now_s = event.at_s
+                event.callback()
+                return True
+        return False
