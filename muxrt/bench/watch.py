@@ -1,0 +1,97 @@
+"""What the server's own /metrics says while a benchmark runs, where the server is muxrt."""
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from muxrt.bench.client import CONNECT_S, Target
+
+PERIOD_S = 1.0
+USED, QUOTA, BORROWED = "muxrt_blocks_used", "muxrt_blocks_quota", "muxrt_blocks_borrowed"
+PREEMPTED = "muxrt_preemptions_total"
+_SAMPLE = re.compile(r"(\w+)\{([^}]*)\}\s+(\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+Reading = Mapping[str, Mapping[str, float]]  # metric -> model -> value, all units together
+
+
+@dataclass(slots=True)
+class ModelBlocks:
+    """One model's blocks over a run; `used` and `borrowed` are the most that were seen."""
+
+    used: int = 0
+    quota: int = 0
+    borrowed: int = 0
+    preempted: int = 0
+
+
+@dataclass(slots=True)
+class Blocks:
+    """All models' blocks over a run."""
+
+    models: dict[str, ModelBlocks] = field(default_factory=dict)
+    peak_used: int = 0  # the most that all models held at one time
+    _first: dict[str, float] = field(default_factory=dict)
+
+    def add(self, reading: Reading) -> None:
+        """Take in one reading; counters count from the first."""
+        for model, used in reading.get(USED, {}).items():
+            seen = self.models.setdefault(model, ModelBlocks())
+            preempted = reading.get(PREEMPTED, {}).get(model, 0.0)
+            # A restarted unit counts from 0 again: then its own count is all there is.
+            before = min(self._first.setdefault(model, preempted), preempted)
+            seen.used = max(seen.used, int(used))
+            seen.quota = int(reading.get(QUOTA, {}).get(model, 0))
+            seen.borrowed = max(seen.borrowed, int(reading.get(BORROWED, {}).get(model, 0)))
+            seen.preempted = max(seen.preempted, int(preempted - before))
+        self.peak_used = max(self.peak_used, int(sum(reading.get(USED, {}).values())))
+
+
+def parse_metrics(text: str) -> Reading:
+    """The samples of Prometheus text that have a `model` label, added up over other labels."""
+    reading: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for name, model, value in _samples(text):
+        reading[name][model] += value
+    return reading
+
+
+def _samples(text: str) -> Iterator[tuple[str, str, float]]:
+    for match in _SAMPLE.finditer(text):
+        labels = dict(_LABEL.findall(match[2]))
+        if "model" in labels:
+            yield match[1], labels["model"], float(match[3])
+
+
+@asynccontextmanager
+async def watching(http: aiohttp.ClientSession, target: Target) -> AsyncIterator[Blocks]:
+    """Read /metrics once a second inside the block, and once more when it ends."""
+    blocks = Blocks()
+    task = asyncio.create_task(_poll(http, target, blocks))
+    try:
+        yield blocks
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await _read(http, target, blocks)
+
+
+async def _poll(http: aiohttp.ClientSession, target: Target, blocks: Blocks) -> None:
+    while True:
+        await _read(http, target, blocks)
+        await asyncio.sleep(PERIOD_S)
+
+
+async def _read(http: aiohttp.ClientSession, target: Target, blocks: Blocks) -> None:
+    """One reading; a server without /metrics is none of our business."""
+    try:
+        limit = aiohttp.ClientTimeout(total=CONNECT_S)
+        async with http.get(f"{target.root}/metrics", timeout=limit) as response:
+            if response.status == 200:
+                blocks.add(parse_metrics(await response.text(errors="replace")))
+    except (aiohttp.ClientError, TimeoutError, ValueError):
+        return

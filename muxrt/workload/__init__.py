@@ -1,0 +1,1 @@
+"""Traffic as data: which requests arrive when, for which model, how long."""
