@@ -7,16 +7,8 @@ from random import Random
 
 import aiohttp
 
-from muxrt.bench.client import (
-    Job,
-    Outcome,
-    Progress,
-    Target,
-    chars_per_token,
-    list_models,
-    replay,
-    session,
-)
+from muxrt.bench.client import chars_per_token, list_models, replay, session
+from muxrt.bench.job import Job, Outcome, Progress, Target
 from muxrt.bench.text import PROBE_CHARS, PromptText
 from muxrt.bench.watch import Blocks, watching
 from muxrt.errors import ConfigError

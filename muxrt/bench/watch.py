@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from muxrt.bench.client import CONNECT_S, Target
+from muxrt.bench.client import CONNECT_S
+from muxrt.bench.job import Target
 
 PERIOD_S = 1.0
 USED, QUOTA, BORROWED = "muxrt_blocks_used", "muxrt_blocks_quota", "muxrt_blocks_borrowed"

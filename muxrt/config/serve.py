@@ -127,6 +127,11 @@ def _unit_problems(index: int, unit: UnitSpec, known: list[str]) -> Iterator[Key
         yield KeyedError(
             at, f"the quotas add up to {terms} = {sum(shares):g}, expected at most 1 in all"
         )
+    if unit.scheduling.preempt == "swap" and not unit.memory.swap_bytes:
+        yield KeyedError(
+            ("units", index, "scheduling", "preempt"),
+            f"swap needs room: set units[{index}].memory.swap_bytes, such as 64MiB",
+        )
 
 
 def _core_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:

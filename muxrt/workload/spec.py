@@ -119,3 +119,27 @@ def with_models(workload: Workload, served: list[str]) -> Workload:
                 f"the workload asks for {model.name!r}, the endpoint serves: {', '.join(served)}"
             )
     return workload
+
+
+def adjusted(
+    workload: Workload, *, duration_s: float | None, speed: float, seed: int | None
+) -> Workload:
+    """`workload` for another time, at `speed` times its rates, from another seed."""
+    replace = msgspec.structs.replace
+    models = tuple(
+        replace(model, rate_rps=model.rate_rps and model.rate_rps * speed)
+        for model in workload.models
+    )
+    law, trace = workload.power_law, workload.trace
+    if law is not None and law.rate_rps is not None:
+        law = replace(law, rate_rps=law.rate_rps * speed)
+    if trace is not None:
+        trace = replace(trace, speed=trace.speed * speed)
+    return replace(
+        workload,
+        models=models,
+        power_law=law,
+        trace=trace,
+        duration_s=workload.duration_s if duration_s is None else duration_s,
+        seed=workload.seed if seed is None else seed,
+    )

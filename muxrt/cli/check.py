@@ -1,0 +1,209 @@
+"""Whether a configuration can be served on this machine, and what it gives each model."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from muxrt.config.document import Key, KeyedError
+from muxrt.config.load import load_file
+from muxrt.config.model import ModelShape, load_shape
+from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.serve import ApiKeys, ServeConfig, split_problems
+from muxrt.cost.memory import num_params
+from muxrt.engine.build import DTYPE_BYTES, UnitPlan, plan_unit, weight_dtype
+from muxrt.errors import ConfigError
+from muxrt.sched.queues import ServedModel
+
+# Large enough for any floor, small enough that quota arithmetic in floats stays exact.
+AMPLE_BYTES = 1 << 50
+KIB = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A configuration that can be served here, with what follows from it."""
+
+    config: ServeConfig
+    shapes: dict[str, ModelShape]
+    plans: tuple[UnitPlan, ...]
+
+
+def check_file(path: Path) -> Checked:
+    """Read and check everything that `muxrt serve` needs, without starting it.
+
+    Raises ConfigError: one line with file, line, key, what was found and what was expected.
+    """
+    file = load_file(path)
+    try:
+        return check(file.config, os.sched_getaffinity(0), os.environ)
+    except KeyedError as problem:
+        raise file.document.locate(problem) from None
+
+
+def check(config: ServeConfig, cores: set[int], environ: Mapping[str, str]) -> Checked:
+    """`check_file` for a configuration in memory; raises `KeyedError`."""
+    _check_keys(config.endpoint.api_keys, environ)
+    shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
+    for index, unit in enumerate(config.units):
+        _check_cores(index, unit, cores)
+    plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(config.units))
+    return Checked(config, shapes, plans)
+
+
+def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str]) -> None:
+    if keys is None:
+        return
+    if keys.file is not None and not Path(keys.file).is_file():
+        raise KeyedError(
+            ("endpoint", "api_keys", "file"),
+            f"there is no file {keys.file}, expected one with an API key per line",
+        )
+    if keys.env is not None and not environ.get(keys.env):
+        raise KeyedError(
+            ("endpoint", "api_keys", "env"),
+            f"the variable {keys.env} is not set, expected API keys separated by commas",
+        )
+
+
+def _shape(index: int, model: ModelSpec) -> ModelShape:
+    at: Key = ("models", index, "path")
+    folder = Path(model.path)
+    if not folder.is_dir():
+        raise KeyedError(at, f"there is no folder {folder}, expected a Hugging Face model folder")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise KeyedError(at, f"{name} is missing in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        raise KeyedError(at, f"no *.safetensors in {folder}: weights in other formats are not read")
+    try:
+        shape = load_shape(folder)
+    except ConfigError as error:
+        raise KeyedError(at, error.message) from None
+    if model.max_model_len is not None and model.max_model_len > shape.max_positions:
+        raise KeyedError(
+            ("models", index, "max_model_len"),
+            f"found {model.max_model_len}, expected at most {shape.max_positions},"
+            " the positions the model was made for",
+        )
+    return shape
+
+
+def _check_cores(index: int, unit: UnitSpec, cores: set[int]) -> None:
+    listed = ", ".join(str(core) for core in sorted(cores))
+    for core in unit.mesh.cores or ():
+        if core not in cores:
+            raise KeyedError(
+                ("units", index, "mesh", "cores"),
+                f"found core {core}, expected cores this process may use: {listed}",
+            )
+    if unit.mesh.cores is None:
+        for problem in split_problems(index, unit, len(cores), f"this machine has {len(cores)}"):
+            raise problem
+
+
+def _plan(
+    index: int, unit: UnitSpec, config: ServeConfig, shapes: Mapping[str, ModelShape]
+) -> UnitPlan:
+    specs = {model.name: model for model in config.models}
+    ample = msgspec.structs.replace(unit.memory, kv_bytes=AMPLE_BYTES)
+    try:
+        plan = plan_unit(msgspec.structs.replace(unit, memory=ample), specs, shapes)
+        _check_floor(index, unit, plan)
+        return plan_unit(unit, specs, shapes)
+    except KeyedError:
+        raise
+    except ConfigError as error:
+        raise KeyedError(("units", index), error.message) from None
+
+
+def _check_floor(index: int, unit: UnitSpec, plan: UnitPlan) -> None:
+    """The arena must hold one sequence of maximum length of every model at the same time."""
+    block_bytes = plan.arena.block_bytes
+    floors = {name: model.floor_blocks for name, model in plan.models.items()}
+    needed = sum(floors.values()) * block_bytes
+    if needed <= unit.memory.kv_bytes:
+        return
+    parts = " + ".join(
+        f"{name} {plan.models[name].max_model_len} tokens = {show_bytes(blocks * block_bytes)}"
+        for name, blocks in floors.items()
+    )
+    raise KeyedError(
+        ("units", index, "memory", "kv_bytes"),
+        f"found {show_bytes(unit.memory.kv_bytes)}, expected at least {-(-needed // KIB)}KiB"
+        f" ({show_bytes(needed)}), one sequence of maximum length per model: {parts}",
+    )
+
+
+def show_bytes(num_bytes: float) -> str:
+    """A size for people: `12.3 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def show_count(count: float) -> str:
+    """A number for people: `27.3 M`."""
+    for unit in ("", " K", " M", " B"):
+        if count < 1000 or unit == " B":
+            break
+        count /= 1000
+    return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+
+
+def summary(checked: Checked) -> dict[str, Any]:
+    """What `--check --json` prints."""
+    config = checked.config
+    return {
+        "endpoint": {"host": config.endpoint.host, "port": config.endpoint.port},
+        "models": [_model_summary(model, checked.shapes[model.name]) for model in config.models],
+        "units": [_unit_summary(plan) for plan in checked.plans],
+    }
+
+
+def _model_summary(model: ModelSpec, shape: ModelShape) -> dict[str, Any]:
+    dtype = weight_dtype(model, shape)
+    return {
+        "name": model.name,
+        "path": model.path,
+        "family": shape.family,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "max_model_len": model.max_model_len or shape.max_positions,
+        "dtype": dtype,
+        "num_params": num_params(shape),
+        "weight_bytes": num_params(shape) * DTYPE_BYTES[dtype],
+    }
+
+
+def _unit_summary(plan: UnitPlan) -> dict[str, Any]:
+    return {
+        "name": plan.spec.name,
+        "policy": plan.spec.scheduling.policy,
+        "kv_bytes": plan.spec.memory.kv_bytes,
+        "swap_bytes": plan.spec.memory.swap_bytes,
+        "block_bytes": plan.arena.block_bytes,
+        "num_blocks": plan.num_blocks,
+        "models": [_share_summary(model, plan) for model in plan.models.values()],
+    }
+
+
+def _share_summary(model: ServedModel, plan: UnitPlan) -> dict[str, Any]:
+    quota = plan.quotas[model.name]
+    return {
+        "name": model.name,
+        "block_tokens": model.layout.block_tokens,
+        "blocks_per_group": model.layout.blocks_per_group,
+        "quota_blocks": quota,
+        "quota_tokens": quota // model.layout.blocks_per_group * model.layout.block_tokens,
+        "floor_blocks": model.floor_blocks,
+        "sequences_of_max_len": quota // model.floor_blocks,
+    }
