@@ -291,3 +291,20 @@ class World:
         """Every batch launched so far (of `model`)."""
         works = self.memory.launched
         return [w for w in works if isinstance(w, Batch) and model in (None, w.model)]
+
+
+class FailingExecutor(SimExecutor):
+    """The simulator's executor, but one batch of one model raises."""
+
+    def __init__(self, loop: EventLoop, fail_model: str, fail_batch: int) -> None:
+        super().__init__(loop, ConstantCost())
+        self._fail_model = fail_model
+        self._fail_batch = fail_batch
+
+    def _run(self, work: Work, elapsed_s: float) -> Result:
+        result = super()._run(work, elapsed_s)
+        if work.model == self._fail_model:
+            self._fail_batch -= 1
+            if self._fail_batch == 0:
+                return Result(error="the kernel raised")
+        return result

@@ -2,6 +2,9 @@
 
 The rules, in the order they are asked:
 
+0. While a running sequence of a model is short of blocks, no other of that model starts: what
+   comes free is for it, or the two would take turns for ever.
+
 1. A model may take free blocks within its quota, always.
 2. Beyond its quota it borrows: what is free, less what others have a claim on.
 3. A model that is short of blocks within its quota gets them from borrowers: their newest
@@ -57,6 +60,7 @@ class Memory:
         self._queues = queues
         self._choose = choose
         self._leaving: set[Sequence] = set()  # their blocks return when their work is done
+        self._short: dict[str, Sequence] = {}  # by model: who runs and waits for blocks
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -99,10 +103,27 @@ class Memory:
         model, blocks = sequence.request.model, missing * layout.blocks_per_group
         if not self._may_take(model, blocks):
             self._make_room(sequence, blocks)
-            if sequence.preempt or not self._may_take(model, blocks):
+            if not self._may_take(model, blocks):
+                self._short.setdefault(model, sequence)
                 return False
         sequence.groups += self._take(sequence, missing)
+        if self._short.get(model) is sequence:
+            self._end_shortage(model)
         return True
+
+    def _is_short(self, model: str) -> bool:
+        """A running sequence of `model` waits for blocks."""
+        sequence = self._short.get(model)
+        if sequence is None:
+            return False
+        if self._can_leave(sequence):
+            return True
+        self._end_shortage(model)  # it was preempted or has ended
+        return False
+
+    def _end_shortage(self, model: str) -> None:
+        del self._short[model]
+        self.claims.pop(model, None)
 
     def need(self, sequence: Sequence) -> int:
         """Blocks a waiting sequence needs to start, prefix hits not counted."""
@@ -111,6 +132,8 @@ class Memory:
 
     def _may_start(self, head: Sequence, num_groups: int, known: list[BlockGroup]) -> bool:
         model, idle = head.request.model, self.pool.num_idle(known)
+        if self._is_short(model):
+            return False
         blocks = num_groups * self._group_blocks(head)
         if self._is_entitled(model, blocks + idle):
             if self.pool.num_available - idle < blocks:
@@ -146,6 +169,7 @@ class Memory:
     def _make_room(self, sequence: Sequence, blocks: int) -> None:
         """Call blocks back for a running sequence that is short of them."""
         if self._is_entitled(sequence.request.model, blocks):
+            self.claims[sequence.request.model] = blocks
             self._call_back(blocks)
         elif self.pool.num_available < blocks:
             self._preempt_newer(sequence, blocks)
