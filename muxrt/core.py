@@ -1,4 +1,4 @@
-"""The words of the brain: what is asked, what is generated, what a lane is told and what it answers.
+"""The words of the brain: what is asked and generated, what a lane is told and what it answers.
 
 Wire types are `msgspec.Struct`s: they round-trip through msgpack, so that a thread, a process or
 a tensor-parallel rank can execute the same `Work`. The brain never looks into `Request.payload`.

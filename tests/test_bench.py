@@ -211,5 +211,3 @@ def test_text_is_as_long_as_asked_and_repeats_with_the_seed() -> None:
     for num_chars in (1, 17, 5000, 3_000_000):
         assert len(text.cut(num_chars, Random(1))) == num_chars
     assert text.cut(99, Random(1)) == text.cut(99, Random(1)) != text.cut(99, Random(2))
-
-

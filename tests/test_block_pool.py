@@ -152,7 +152,10 @@ def test_host_blocks_come_and_go() -> None:
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["take", "release", "share", "publish", "grow", "retire"]), st.integers(0, 99)),
+    st.tuples(
+        st.sampled_from(["take", "release", "share", "publish", "grow", "retire"]),
+        st.integers(0, 99),
+    ),
     max_size=60,
 )
 

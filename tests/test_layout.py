@@ -6,7 +6,9 @@ from muxrt.errors import ConfigError
 from muxrt.kvcache.layout import KvShape, plan_arena
 
 
-def shape(name: str, layers: int, kv_heads: int, head_dim: int = 128, dtype_bytes: int = 2) -> KvShape:
+def shape(
+    name: str, layers: int, kv_heads: int, head_dim: int = 128, dtype_bytes: int = 2
+) -> KvShape:
     return KvShape(name, layers, kv_heads, head_dim, dtype_bytes)
 
 
@@ -35,7 +37,8 @@ def test_a_block_size_that_wastes_over_one_percent_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype_bytes", "block_tokens"), [(128, 2, 16), (64, 2, 32), (128, 1, 32), (64, 4, 16)]
+    ("head_dim", "dtype_bytes", "block_tokens"),
+    [(128, 2, 16), (64, 2, 32), (128, 1, 32), (64, 4, 16)],
 )
 def test_a_narrower_row_holds_more_tokens_in_the_same_bytes(
     head_dim: int, dtype_bytes: int, block_tokens: int

@@ -1,6 +1,7 @@
-"""What each policy does with an idle lane; and that every admitted request ends, whatever happens."""
+"""What each policy does with an idle lane; and that every admitted request ends."""
 
 import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -38,7 +39,7 @@ def test_adbs_runs_one_prefill_beside_decodes_of_other_models(lanes: int) -> Non
 
 
 def test_adbs_prefills_before_it_decodes() -> None:
-    # MuxServe's caller unpacks the policy's state in another order and breaks this every second tick.
+    # MuxServe's caller unpacks the policy's state in another order: broken every second tick.
     world = World("ab", lanes=1)
     world.submit("a", output=10)
     world.step()
@@ -66,7 +67,7 @@ def test_adbs_on_one_lane_lets_streams_go_on_between_prefills() -> None:
     order = phases(world)
     last_prefill = max(i for i, (_, phase) in enumerate(order) if phase == "prefill")
     between = order[order.index(("a", "decode")) : last_prefill]
-    assert all(pair != (("b", "prefill"), ("b", "prefill")) for pair in zip(between, between[1:], strict=False))
+    assert all(pair != (("b", "prefill"), ("b", "prefill")) for pair in pairwise(between))
     assert world.answers[rid].finish == "stop"
 
 
@@ -85,7 +86,9 @@ def test_two_streams_of_decodes_do_not_starve_a_prefill() -> None:
 
 def test_adbs_reserves_for_a_prefill_that_does_not_fit() -> None:
     """While the head of b waits for borrowed blocks, a's decodes do not borrow them away."""
-    world = World("ab", num_blocks=72, quotas={"a": 0.5, "b": 0.5}, quota_period_s=1000, max_sequences=4)
+    world = World(
+        "ab", num_blocks=72, quotas={"a": 0.5, "b": 0.5}, quota_period_s=1000, max_sequences=4
+    )
     held = world.submit("b", prompt=100, output=28)
     for _ in range(3):
         world.submit("a", prompt=30, output=90)
@@ -182,18 +185,32 @@ class Life(RuleBasedStateMachine):
         self.world = World(num_blocks=floor + int(spare * floor), **kwargs)  # type: ignore[arg-type]
 
     @rule(
-        model=st.integers(0, 2), prompt=st.integers(1, 100), output=st.integers(1, 127),
-        unread=st.integers(0, 20), family=st.sampled_from([None, 1, 2]), shared=st.integers(0, 100),
+        model=st.integers(0, 2),
+        prompt=st.integers(1, 100),
+        output=st.integers(1, 127),
+        unread=st.integers(0, 20),
+        family=st.sampled_from([None, 1, 2]),
+        shared=st.integers(0, 100),
         deadline_s=st.none() | st.floats(0, 1),
     )
     def add(
-        self, model: int, prompt: int, output: int, unread: int, family: int | None, shared: int,
+        self,
+        model: int,
+        prompt: int,
+        output: int,
+        unread: int,
+        family: int | None,
+        shared: int,
         deadline_s: float | None,
     ) -> None:
         output = min(output, 128 - prompt)
         self.world.submit(
-            self.models[model % len(self.models)], prompt, output,
-            max_tokens=min(output + unread, 128 - prompt), family=family, shared=shared,
+            self.models[model % len(self.models)],
+            prompt,
+            output,
+            max_tokens=min(output + unread, 128 - prompt),
+            family=family,
+            shared=shared,
             deadline_s=None if deadline_s is None else self.world.loop.now_s + deadline_s,
         )
 
@@ -245,7 +262,9 @@ TestLife = Life.TestCase
 @settings(max_examples=EXAMPLES // 4, deadline=None)
 @given(
     kwargs=WORLDS,
-    requests=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 127), st.integers(1, 127)), max_size=12),
+    requests=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 127), st.integers(1, 127)), max_size=12
+    ),
 )
 def test_every_request_ends_in_an_arena_that_holds_one_sequence_per_model(
     kwargs: dict[str, object], requests: list[tuple[int, int, int]]
@@ -256,7 +275,11 @@ def test_every_request_ends_in_an_arena_that_holds_one_sequence_per_model(
         world.submit(models[model % len(models)], prompt, min(output, 128 - prompt))
     bound = 200 + 40 * sum(prompt + output for _, prompt, output in requests)
     world.run(max_steps=bound)
-    assert all(len(a.tokens) == min(r[2], 128 - r[1]) for a, r in zip(world.answers.values(), requests, strict=True) if a.finish == "stop")
+    assert all(
+        len(a.tokens) == min(r[2], 128 - r[1])
+        for a, r in zip(world.answers.values(), requests, strict=True)
+        if a.finish == "stop"
+    )
 
 
 def test_worlds_cover_head_dims_in_one_arena() -> None:

@@ -38,7 +38,9 @@ def test_blocks_move_from_idle_to_full_and_queueing() -> None:
 
 
 def test_donors_give_in_proportion_to_what_they_spare() -> None:
-    quotas = adapt({"full": usage(100, 95, 24), "x": usage(100, 0, floor=40), "y": usage(100, 0, floor=80)})
+    quotas = adapt(
+        {"full": usage(100, 95, 24), "x": usage(100, 0, floor=40), "y": usage(100, 0, floor=80)}
+    )
     assert quotas == {"full": 124, "x": 82, "y": 94}
 
 
@@ -47,7 +49,10 @@ def test_donors_give_in_proportion_to_what_they_spare() -> None:
     [
         ("nobody is hungry", {"a": usage(100, 50), "b": usage(100, 100)}),
         ("nobody can spare", {"a": usage(100, 100, 50), "b": usage(100, 99)}),
-        ("a queue without a full quota waits for something else", {"a": usage(100, 20, 50), "b": usage(100, 0)}),
+        (
+            "a queue without a full quota waits for something else",
+            {"a": usage(100, 20, 50), "b": usage(100, 0)},
+        ),
     ],
 )
 def test_quotas_stay_when(name: str, usages: dict[str, Usage]) -> None:
@@ -58,7 +63,10 @@ USAGES = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=2),
     st.builds(
         lambda floor, more, peak, wanted: Usage(floor + more, floor, peak, wanted),
-        st.integers(1, 50), st.integers(0, 500), st.integers(0, 700), st.integers(0, 200),
+        st.integers(1, 50),
+        st.integers(0, 500),
+        st.integers(0, 700),
+        st.integers(0, 200),
     ),
     min_size=1,
 )
@@ -82,7 +90,9 @@ DEMANDS = st.lists(
 def test_initial_quotas_hand_out_every_block(
     parts: list[tuple[int, float, float | None]], spare: int
 ) -> None:
-    demands = [Demand(str(i), floor, weight, share) for i, (floor, weight, share) in enumerate(parts)]
+    demands = [
+        Demand(str(i), floor, weight, share) for i, (floor, weight, share) in enumerate(parts)
+    ]
     num_blocks = sum(demand.floor_blocks for demand in demands) + spare
     quotas = initial_quotas(demands, num_blocks)
     assert sum(quotas.values()) == num_blocks

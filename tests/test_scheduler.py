@@ -49,7 +49,9 @@ def test_a_long_prompt_goes_in_chunks_and_blocks_nobody(depth: int) -> None:
     world.submit("a", prompt=100, output=2)
     behind = world.submit("a", prompt=10, output=2)
     world.run()
-    starts = [entry.start for batch in world.batches() for entry in batch.entries if entry.slot == 0]
+    starts = [
+        entry.start for batch in world.batches() for entry in batch.entries if entry.slot == 0
+    ]
     assert starts[:4] == [0, 32, 64, 96]
     assert world.answers[behind].finish == "stop"
 
@@ -78,7 +80,9 @@ def test_max_sequences_is_per_model_and_counts() -> None:
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "status"), [(100, 29, 400), (129, 1, 400), (0, 1, 400), (100, 28, 200)]
 )
-def test_what_cannot_ever_fit_is_refused_at_the_door(prompt: int, max_tokens: int, status: int) -> None:
+def test_what_cannot_ever_fit_is_refused_at_the_door(
+    prompt: int, max_tokens: int, status: int
+) -> None:
     world = World("a")
     rid = world.submit("a", prompt=prompt, max_tokens=max_tokens)
     world.run()
@@ -145,7 +149,13 @@ def test_the_newest_is_preempted_and_the_oldest_never() -> None:
     newest = world.submit("a", prompt=60, output=60)
     world.run()
     assert world.answers[oldest].finished_s < world.answers[newest].finished_s  # type: ignore[operator]
-    restarts = [e.slot for b in world.batches() if b.phase is Phase.PREFILL for e in b.entries if e.start == 0]
+    restarts = [
+        e.slot
+        for b in world.batches()
+        if b.phase is Phase.PREFILL
+        for e in b.entries
+        if e.start == 0
+    ]
     assert restarts.count(0) == 1
     assert restarts.count(1) > 1
 
@@ -170,7 +180,9 @@ def test_a_swapped_sequence_is_not_computed_again() -> None:
 
 def test_running_sequences_get_freed_blocks_before_preempted_ones_return() -> None:
     # Found by fuzzing: the oldest freed a block by preempting, and the preempted took it back.
-    world = World("a", policy="round-robin", lanes=2, depth=2, num_blocks=36, swap_blocks=500, preempt="swap")
+    world = World(
+        "a", policy="round-robin", lanes=2, depth=2, num_blocks=36, swap_blocks=500, preempt="swap"
+    )
     for prompt in (13, 14, 18, 18):
         world.submit("a", prompt=prompt, output=48)
     world.run(max_steps=2000)
@@ -196,10 +208,18 @@ def test_a_busy_model_borrows_what_others_leave_free() -> None:
 @DEPTHS
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("preempt", ["swap", "recompute"])
-def test_lent_blocks_are_back_within_100_ms_plus_one_step(depth: int, lanes: int, preempt: str) -> None:
+def test_lent_blocks_are_back_within_100_ms_plus_one_step(
+    depth: int, lanes: int, preempt: str
+) -> None:
     world = World(
-        "ab", num_blocks=120, depth=depth, lanes=lanes, quotas={"a": 0.5, "b": 0.5}, quota_period_s=0,
-        swap_blocks=500, preempt=preempt,
+        "ab",
+        num_blocks=120,
+        depth=depth,
+        lanes=lanes,
+        quotas={"a": 0.5, "b": 0.5},
+        quota_period_s=0,
+        swap_blocks=500,
+        preempt=preempt,
     )
     flood(world, "a", 8)
     while world.pool.num_free > 8:

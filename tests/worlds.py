@@ -1,4 +1,4 @@
-"""Small worlds for the brain's tests: a unit under the simulator, with a KV memory that is checked."""
+"""Small worlds for the brain's tests: a unit under the simulator, its KV memory checked."""
 
 import hashlib
 from collections.abc import Callable
@@ -151,8 +151,9 @@ class Stream:
     def keys(self, block_tokens: int) -> tuple[bytes, ...]:
         full = (self.prompt_tokens - 1) // block_tokens
         return tuple(
-            hashlib.blake2b(repr([self.tag(p) for p in range((i + 1) * block_tokens)]).encode())
-            .digest()[:16]
+            hashlib.blake2b(
+                repr([self.tag(p) for p in range((i + 1) * block_tokens)]).encode()
+            ).digest()[:16]
             for i in range(full)
         )
 
@@ -201,7 +202,9 @@ class World:
         specs = {m: ModelSpec(name=m, path=m, max_model_len=max_model_len) for m in models}
         self.loop = EventLoop()
         self.plan = plan_unit(spec, specs, {m: SHAPES[m] for m in models})
-        inner = wrap(self.loop, self.plan) if wrap else SimExecutor(self.loop, cost or ConstantCost())
+        inner = (
+            wrap(self.loop, self.plan) if wrap else SimExecutor(self.loop, cost or ConstantCost())
+        )
         self.streams: dict[int, Stream] = {}
         self.memory = CheckedMemory(inner, self.plan, self.streams)
         self.answers: dict[int, Answer] = {}

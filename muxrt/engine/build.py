@@ -73,9 +73,7 @@ def _kv_shape(spec: ModelSpec, shape: ModelShape) -> KvShape:
     return KvShape(spec.name, shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype_bytes)
 
 
-def _served(
-    unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelShape
-) -> ServedModel:
+def _served(unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelShape) -> ServedModel:
     length = spec.max_model_len or shape.max_positions
     if length > shape.max_positions:
         raise ConfigError(

@@ -12,4 +12,4 @@ class Executor(Protocol):
     """Runs work on lanes. Works of one lane run one after the other, in launch order."""
 
     def launch(self, work: Work, done: Done) -> None:
-        """Start `work`; call `done` on the unit's loop thread when it is over, never inside `launch`."""
+        """Start `work`; `done` is called on the unit's loop thread, never inside `launch`."""

@@ -60,7 +60,9 @@ class BlockPool:
         known = set(self._all_ids())
         if not known.isdisjoint(new.tolist()) or len(set(new.tolist())) != len(new):
             raise ConfigError("grow: a block id is in the pool already")
-        self._free = np.concatenate([self._free[: self._num_free], new[::-1], self._spare(len(new))])
+        self._free = np.concatenate(
+            [self._free[: self._num_free], new[::-1], self._spare(len(new))]
+        )
         self._num_free += len(new)
         self.num_blocks += len(new)
 
@@ -146,7 +148,7 @@ class BlockPool:
         return bool(self._leaving) and not self._leaving.isdisjoint(group.blocks.tolist())
 
     def _evict(self, num_blocks: int) -> bool:
-        """Free at least `num_blocks` of idle groups; False (and nothing done) if there are fewer."""
+        """Free at least `num_blocks` of idle groups; False and nothing done if there are fewer."""
         if num_blocks > self._num_cached:
             return False
         target = self._num_free + num_blocks
@@ -169,7 +171,7 @@ class BlockPool:
         return np.empty(self.num_blocks - self._num_free + num_new, np.int32)
 
     def _all_ids(self) -> list[int]:
-        ids = self._free[: self._num_free].tolist()
+        ids: list[int] = self._free[: self._num_free].tolist()
         for group in [*self._held, *self.prefixes.idle()]:
             ids.extend(group.blocks.tolist())
         return ids
@@ -184,6 +186,8 @@ class BlockPool:
         for name, account in self.accounts.items():
             used = sum(len(g.blocks) for g in self._held if g.model == name)
             cached = sum(len(g.blocks) for g in self.prefixes.idle() if g.model == name)
-            assert (account.used, account.cached) == (used, cached), f"the account of {name} is wrong"
+            assert (account.used, account.cached) == (used, cached), (
+                f"the account of {name} is wrong"
+            )
         assert self._num_cached == sum(a.cached for a in self.accounts.values())
         return True

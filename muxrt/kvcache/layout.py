@@ -77,8 +77,8 @@ def plan_arena(
 ) -> ArenaLayout:
     """Choose the unit's plane and block size.
 
-    `plane_tokens` is how many tokens a plane holds for the model with the widest token row; narrower
-    rows hold more. Raises ConfigError where a row does not divide the plane.
+    `plane_tokens` is how many tokens a plane holds for the model with the widest token row;
+    narrower rows hold more. Raises ConfigError where a row does not divide the plane.
     """
     if not shapes:
         raise ConfigError("a unit needs at least one model")
@@ -95,8 +95,8 @@ def _model_layout(
     tokens, rest = divmod(plane_bytes, shape.token_plane_bytes)
     if rest:
         raise ConfigError(
-            f"{shape.model} and {widest.model} cannot share an arena: a plane of {plane_bytes} bytes"
-            f" ({widest.model}) is not a whole number of rows of {shape.token_plane_bytes} bytes"
+            f"{shape.model} and {widest.model} cannot share an arena: a plane of {plane_bytes}"
+            f" bytes ({widest.model}) is not a whole number of rows of {shape.token_plane_bytes} bytes"
             f" (2 x head_dim {shape.head_dim} x {shape.dtype_bytes} bytes)"
         )
     return ModelLayout(shape, tokens, -(-shape.num_planes // planes_per_block))

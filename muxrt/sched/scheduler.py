@@ -13,7 +13,6 @@ from muxrt.core import (
     Batch,
     BatchEntry,
     Copy,
-    CopyKind,
     FinishReason,
     Output,
     Phase,

@@ -63,7 +63,7 @@ class Adbs:
         return None
 
     def _reserve(self, scheduler: Scheduler, model: str, now: float) -> None:
-        """Keep free blocks for a prefill that does not fit yet: one model at a time, for a while."""
+        """Keep free blocks for a prefill that does not fit yet: one at a time, for a while."""
         head = scheduler.queues[model].head()
         if head is None or self._reserved_until:
             return
