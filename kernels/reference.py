@@ -1,0 +1,114 @@
+"""The kernels in plain torch: slow, and the definition of what every other one computes.
+
+Tensors are float32 unless said otherwise; K and V are rounded to the arena's dtype on the way in.
+"""
+
+import torch
+from torch import Tensor
+
+from muxrt.kernels.types import AttentionMeta, KvCache
+
+
+def plane_offsets(kv: KvCache, layer: int, slots: Tensor, positions: Tensor) -> Tensor:
+    """Element offset of K of every (token, kv head). slots, positions [T] -> [T, kv_heads] int64."""
+    heads = torch.arange(kv.num_kv_heads)
+    plane = layer * kv.num_kv_heads + heads  # [kv_heads]
+    group = positions // kv.block_tokens
+    column = group[:, None] * kv.blocks_per_group + (plane // kv.planes_per_block)[None, :]
+    ids = kv.block_table[slots.long()[:, None], column].long()  # [T, kv_heads]
+    planes = ids * kv.planes_per_block + (plane % kv.planes_per_block)[None, :]
+    rows = (positions % kv.block_tokens) * kv.head_dim
+    return planes * kv.plane_elems + rows[:, None]
+
+
+def write_kv(
+    k: Tensor, v: Tensor, meta: AttentionMeta, kv: KvCache, layer: int
+) -> None:
+    """Store K and V of the new tokens. k, v [T, kv_heads, head_dim]."""
+    slots = meta.slots[meta.token_sequence.long()]
+    start = plane_offsets(kv, layer, slots, meta.positions)
+    index = start[:, :, None] + torch.arange(kv.head_dim)  # [T, kv_heads, head_dim]
+    kv.arena[index] = k.to(kv.arena.dtype)
+    kv.arena[index + kv.plane_elems // 2] = v.to(kv.arena.dtype)
+
+
+def gather_kv(kv: KvCache, layer: int, slot: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """K and V of the first `num_tokens` tokens of a slot, each [num_tokens, kv_heads, head_dim]."""
+    positions = torch.arange(num_tokens)
+    start = plane_offsets(kv, layer, torch.full_like(positions, slot), positions)
+    index = start[:, :, None] + torch.arange(kv.head_dim)
+    return kv.arena[index], kv.arena[index + kv.plane_elems // 2]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, meta: AttentionMeta, kv: KvCache, layer: int, scale: float
+) -> Tensor:
+    """Write K and V, then attend causally, cached prefix included; softmax in float64.
+
+    q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads, head_dim].
+    """
+    write_kv(k, v, meta, kv, layer)
+    out = torch.empty_like(q)
+    bounds = meta.query_starts.tolist()
+    for sequence, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        start = int(meta.starts[sequence])
+        keys, values = gather_kv(kv, layer, int(meta.slots[sequence]), start + end - begin)
+        out[begin:end] = _attend(q[begin:end], keys, values, start, scale)
+    return out
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
+    """Queries at positions `start`.. against all keys up to themselves."""
+    groups = q.shape[1] // keys.shape[1]
+    keys = keys.double().repeat_interleave(groups, dim=1)  # [context, heads, head_dim]
+    values = values.double().repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
+    future = torch.arange(keys.shape[0])[None, :] > start + torch.arange(q.shape[0])[:, None]
+    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate q and k in place: dimension i pairs with i + head_dim / 2.
+
+    q [T, heads, head_dim], k [T, kv_heads, head_dim], cos and sin [T, head_dim / 2].
+    """
+    for x in (q, k):
+        low, high = x.chunk(2, dim=-1)
+        c, s = cos[:, None, :], sin[:, None, :]
+        rotated = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
+        x.copy_(rotated)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, add: Tensor | None = None) -> Tensor:
+    """`x += add` in place (the residual stream), then its norm. x, add [T, width] -> [T, width]."""
+    if add is not None:
+        x += add
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def rms_norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    """Norm every head of every token in place. x [T, heads, head_dim], weight [head_dim]."""
+    x.copy_(rms_norm(x.clone(), weight, eps))
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up. gate_up [T, 2 * width], gate first -> [T, width]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def copy_blocks(
+    src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor, block_bytes: int
+) -> None:
+    """Block `src_ids[i]` of one arena becomes block `dst_ids[i]` of another, byte by byte.
+
+    src, dst 1-D of any dtype; ids [N] int32, each dst id at most once.
+    """
+    blocks(dst, block_bytes)[dst_ids.long()] = blocks(src, block_bytes)[src_ids.long()]
+
+
+def blocks(arena: Tensor, block_bytes: int) -> Tensor:
+    """An arena's whole blocks as bytes. [elements] -> [blocks, block_bytes] uint8."""
+    data = arena.view(torch.uint8)
+    return data[: data.numel() // block_bytes * block_bytes].view(-1, block_bytes)

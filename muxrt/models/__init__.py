@@ -1,0 +1,1 @@
+"""Transformers as plain functions of their weights, over the kernels."""
