@@ -65,7 +65,7 @@ class Adbs:
     def _reserve(self, scheduler: Scheduler, model: str, now: float) -> None:
         """Keep free blocks for a prefill that does not fit yet: one at a time, for a while."""
         head = scheduler.queues[model].head()
-        if head is None or self._reserved_until:
+        if head is None or head.in_flight or self._reserved_until:
             return
         self._reserved_until[model] = now + self._period_s
         scheduler.memory.claims.setdefault(model, scheduler.memory.need(head))
