@@ -1,4 +1,4 @@
-"""muxrt: several LLaMAs behind one endpoint, on accelerators that they share."""
+"""muxrt: many LLMs of different sizes on shared accelerators, behind one endpoint."""
 
 from pathlib import Path
 
