@@ -2,7 +2,22 @@
 
 import msgspec
 
+from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.core import Output, Request
+
+
+class UnitBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a unit process is told at its start: JSON, the first line of its stdin.
+
+    Stdin stays open while the API process lives. Its end means that the API is gone, however it
+    died: the unit exits at once, so that nobody serves for nobody.
+    """
+
+    unit: UnitSpec
+    models: tuple[ModelSpec, ...]  # of this unit only; paths are absolute
+    endpoint: str  # ZeroMQ address to connect a DEALER to
+    identity: str  # the DEALER's routing id: unit name and generation
+    simulate: bool = False  # compute nothing: answer at the cost model's pace
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -91,10 +106,17 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     models: tuple[ModelStats, ...]
 
 
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """unit -> API: it cannot serve; the process exits with 1 after this."""
+
+    unit: str
+    message: str  # one line for people: what is wrong and what to do
+
+
 class Stopped(msgspec.Struct, frozen=True, tag="stopped"):
     """unit -> API: drained; the process exits with 0 after this."""
 
     unit: str
 
 
-FromUnit = Loading | Ready | Step | Stats | Stopped
+FromUnit = Loading | Ready | Step | Stats | Failed | Stopped
