@@ -86,9 +86,9 @@ async def running(stub: Stub) -> AsyncIterator[Stub]:
     app.router.add_get("/metrics", stub.read_metrics)
     app.router.add_post("/v1/completions", stub.generate)
     app.router.add_post("/v1/chat/completions", stub.generate)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
+    site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:

@@ -106,9 +106,7 @@ def test_what_goes_wrong_is_counted_by_kind(how: str, failed: bool, error: str) 
 
 
 def test_a_request_that_takes_too_long_fails() -> None:
-    report = bench(Stub(first_s=1.0), small(models=(Traffic(name="a"),)), timeout_s=1.05)
-    assert report.total.failed == 0
-    # The probe is short enough, the answers of 200 tokens are not.
+    # The probe of one token is short enough, the answers of 200 tokens are not.
     workload = small(models=(Traffic(name="a"),), output=Lengths(mean_tokens=200))
     report = bench(Stub(first_s=0.0, token_s=0.01), workload, timeout_s=0.3)
     assert report.total.failed == report.total.requests
@@ -117,10 +115,9 @@ def test_a_request_that_takes_too_long_fails() -> None:
 
 def test_the_loop_is_open() -> None:
     """Requests leave on time although no answer comes before all have left."""
-    stub = Stub(first_s=1.0)
-    report = bench(stub, small(duration_s=0.3))
+    report = bench(Stub(first_s=0.6), small(duration_s=0.3))
     assert report.client_lag_p99_s < 0.2
-    assert report.total.ttft_p99_s is not None and report.total.ttft_p99_s < 1.5
+    assert report.total.ttft_p99_s is not None and report.total.ttft_p99_s < 1.0
 
 
 def test_lateness_of_the_client_counts_as_waiting() -> None:
@@ -199,7 +196,7 @@ def test_a_model_that_is_not_served() -> None:
 
 def test_a_model_that_does_not_answer_is_named_before_the_load_starts() -> None:
     async def ask() -> None:
-        async with running(Stub(models=("a",), first_s=1.0)) as stub:
+        async with running(Stub(models=("a",), first_s=0.5)) as stub:
             await run(Target(stub.url, timeout_s=0.1), small(), lambda _: None)
 
     with pytest.raises(EndpointError, match="a does not answer a first request"):
