@@ -1,0 +1,204 @@
+"""The memory of a unit: arena, host blocks, slot tables, weights; other processes can map it.
+
+Every piece is a memfd: pages without a name, inherited by descriptor, that vanish with their last
+holder, however that ends. Sizes come from the plan; nothing is probed.
+"""
+
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from muxrt.engine.build import UnitPlan
+from muxrt.kernels import KvCache
+from muxrt.kvcache.layout import ModelLayout
+from muxrt.sched.queues import ServedModel
+
+KV_DTYPES = {4: torch.float32, 2: torch.bfloat16}  # by bytes of an element
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+
+
+class Segment:
+    """A range of zeroed memory that processes can share; pages are taken when touched."""
+
+    def __init__(self, num_bytes: int, fd: int | None = None) -> None:
+        """Reserve `num_bytes`, or map what another process's `fd` holds (and close `fd`)."""
+        self.num_bytes = num_bytes
+        self._is_owner = fd is None
+        self._fd = os.memfd_create("muxrt") if fd is None else fd
+        if self._is_owner:
+            os.ftruncate(self._fd, max(num_bytes, 1))
+        self._map: mmap.mmap | None = mmap.mmap(self._fd, max(num_bytes, 1))
+        if not self._is_owner:
+            os.close(self._fd)
+
+    @property
+    def fd(self) -> int:
+        """To hand to a child process; of the owner only."""
+        assert self._is_owner and self._map is not None
+        return self._fd
+
+    def tensor(self, dtype: torch.dtype = torch.uint8, offset: int = 0, count: int = -1) -> Tensor:
+        """`count` elements from byte `offset` on (-1 = as many as fit), 1-D, without a copy."""
+        assert self._map is not None, "the segment is closed"
+        if count < 0:
+            count = (self.num_bytes - offset) // dtype.itemsize
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, offset=offset, count=count)
+
+    def close(self) -> None:
+        """Give all pages back now; tensors that still look at them read zeros."""
+        if self._map is None:
+            return
+        if self._is_owner:
+            # Unmapping must wait for the last tensor, but the pages need not.
+            self._map.madvise(mmap.MADV_REMOVE)
+            os.close(self._fd)
+        self._map = None
+
+
+class SlotTable:
+    """What a device knows of one model's sequences, by slot: their tokens and their blocks."""
+
+    def __init__(self, model: ServedModel, segment: Segment) -> None:
+        self._segment = segment
+        slots, columns = model.max_sequences, _block_columns(model)
+        width = model.max_model_len + 1
+        ints = segment.tensor(torch.int32)
+        ends = np.cumsum([slots * width, slots * columns, slots]).tolist()
+        self.tokens: npt.NDArray[np.int32] = ints[: ends[0]].view(slots, width).numpy()
+        self.block_table = ints[ends[0] : ends[1]].view(slots, columns)
+        # The next prompt position whose logprobs were not reported: a prompt that is computed
+        # again after a preemption, on whatever lane, reports none twice.
+        self.unscored: npt.NDArray[np.int32] = ints[ends[1] : ends[2]].numpy()
+        self._blocks: npt.NDArray[np.int32] = self.block_table.numpy()
+        self._blocks_per_group = model.layout.blocks_per_group
+
+    @staticmethod
+    def num_bytes(model: ServedModel) -> int:
+        """Address space of a table; what no sequence uses takes no pages."""
+        return 4 * model.max_sequences * (model.max_model_len + 2 + _block_columns(model))
+
+    def open(self, slot: int, tokens: npt.NDArray[np.int32]) -> None:
+        """The slot starts a new sequence. tokens [prompt_tokens]."""
+        self.tokens[slot, : len(tokens)] = tokens
+        self.unscored[slot] = 1  # nothing predicts the first token
+
+    def append(self, slot: int, first_group: int, blocks: npt.NDArray[np.int32]) -> None:
+        """Put whole groups into the slot's block table from group `first_group` on."""
+        begin = first_group * self._blocks_per_group
+        self._blocks[slot, begin : begin + len(blocks)] = blocks
+
+    def close(self) -> None:
+        self._segment.close()
+
+
+def _block_columns(model: ServedModel) -> int:
+    return model.layout.num_blocks(model.max_model_len)
+
+
+class StorageFds(msgspec.Struct, frozen=True):
+    """The descriptors that a child process inherits to map the same memory."""
+
+    arena: int
+    slots: dict[str, int]  # by model
+
+
+class Storage:
+    """All KV memory of one unit."""
+
+    def __init__(self, plan: UnitPlan, fds: StorageFds | None = None) -> None:
+        """Reserve what `plan` says; with `fds`, map what another process reserved."""
+        self._plan = plan
+        block_bytes = plan.arena.block_bytes
+        self.arena = Segment(plan.num_blocks * block_bytes, fds.arena if fds else None)
+        # Only the owner copies between the two.
+        self.host = Segment(0 if fds else plan.num_host_blocks * block_bytes)
+        self._tables = {
+            name: Segment(SlotTable.num_bytes(model), fds.slots[name] if fds else None)
+            for name, model in plan.models.items()
+        }
+        self.slots = {
+            name: SlotTable(model, self._tables[name]) for name, model in plan.models.items()
+        }
+
+    @property
+    def fds(self) -> StorageFds:
+        return StorageFds(self.arena.fd, {name: s.fd for name, s in self._tables.items()})
+
+    def kv_cache(self, model: str) -> KvCache:
+        """The model's view of the arena."""
+        layout: ModelLayout = self._plan.models[model].layout
+        shape = layout.shape
+        return KvCache(
+            arena=self.arena.tensor(KV_DTYPES[shape.dtype_bytes]),
+            block_table=self.slots[model].block_table,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_tokens=layout.block_tokens,
+            blocks_per_group=layout.blocks_per_group,
+            planes_per_block=self._plan.arena.planes_per_block,
+        )
+
+    def close(self) -> None:
+        """Give every page back."""
+        self.arena.close()
+        self.host.close()
+        for table in self.slots.values():
+            table.close()
+
+
+class TensorPlace(msgspec.Struct, frozen=True):
+    """Where a tensor lies in a segment."""
+
+    dtype: str  # a name in torch: "float32", "bfloat16"
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """One copy of a model's weights that several processes compute with."""
+
+    segment: Segment
+    places: Mapping[str, TensorPlace]
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors by name, without a copy."""
+        return {name: self._tensor(place) for name, place in self.places.items()}
+
+    def _tensor(self, place: TensorPlace) -> Tensor:
+        dtype: torch.dtype = getattr(torch, place.dtype)
+        flat = self.segment.tensor(dtype, place.offset, prod(place.shape))
+        return flat.view(place.shape)
+
+
+def share_weights(state: dict[str, Tensor]) -> SharedWeights:
+    """Move tensors into shared memory one by one; `state` is emptied on the way."""
+    places = _lay_out(state)
+    shared = SharedWeights(Segment(sum(_aligned(t.nbytes) for t in state.values())), places)
+    for name, home in shared.state().items():
+        home.copy_(state.pop(name))
+    return shared
+
+
+def _lay_out(state: Mapping[str, Tensor]) -> dict[str, TensorPlace]:
+    places, offset = {}, 0
+    for name, tensor in state.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        places[name] = TensorPlace(dtype, tuple(tensor.shape), offset)
+        offset += _aligned(tensor.nbytes)
+    return places
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,230 @@
+"""Executes one `Work` on the caller's thread: the only place where messages become tensors."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from muxrt import kernels
+from muxrt.core import (
+    Batch,
+    BatchEntry,
+    Copy,
+    CopyKind,
+    Prompt,
+    Result,
+    SlotOpen,
+    TokenLogprobs,
+    unpack_ids,
+)
+from muxrt.kernels import AttentionMeta, KvCache, Team
+from muxrt.models.llama import Llama
+from muxrt.worker.kv_storage import SlotTable, Storage
+from muxrt.worker.sampler import SLICE_ELEMS, Drawn, Sampling, describe
+
+Ints = npt.NDArray[np.int64]
+_PROMPTS = msgspec.msgpack.Decoder(Prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A model that is there to be run: weights, its view of the arena, its slots."""
+
+    llama: Llama
+    kv: KvCache
+    slots: SlotTable
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, llama: Llama, model: str, storage: Storage) -> "Resident":
+        """The model of that name in the unit whose memory `storage` is."""
+        table = storage.slots[model]
+        shape = llama.shape
+        sampling = Sampling(len(table.tokens), shape.vocab_size, shape.eos_token_ids)
+        return cls(llama, storage.kv_cache(model), table, sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A batch as arrays: S entries, T tokens."""
+
+    slots: Ints  # [S]
+    starts: Ints  # [S]
+    bounds: Ints  # [S + 1]: prefix sums of tokens per entry
+    owners: Ints  # [T]: the entry of each token
+    positions: Ints  # [T]
+
+    @classmethod
+    def of(cls, entries: tuple[BatchEntry, ...]) -> "Layout":
+        numbers = [(entry.slot, entry.start, entry.num_tokens) for entry in entries]
+        slots, starts, counts = np.array(numbers, dtype=np.int64).T.copy()
+        bounds = np.concatenate(([0], np.cumsum(counts)))
+        owners = np.repeat(np.arange(len(entries)), counts)
+        positions = np.arange(bounds[-1]) + (starts - bounds[:-1])[owners]
+        return cls(slots, starts, bounds, owners, positions)
+
+    def meta(self) -> AttentionMeta:
+        """What the kernels read."""
+        return AttentionMeta(
+            slots=_int32(self.slots),
+            starts=_int32(self.starts),
+            query_starts=_int32(self.bounds),
+            positions=torch.from_numpy(self.positions),
+            token_sequence=_int32(self.owners),
+        )
+
+
+class Runner:
+    """Runs the batches of a unit's models with one team of threads."""
+
+    def __init__(self, models: Mapping[str, Resident], team: Team) -> None:
+        self._models = models
+        self._team = team
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Result:
+        """One forward pass: open slots, extend block tables, compute, draw."""
+        begun_s = perf_counter()
+        model = self._models[batch.model]
+        for opened in batch.opened:
+            _open(model, opened)
+        for entry in batch.entries:
+            if entry.blocks:
+                model.slots.append(entry.slot, entry.first_group, unpack_ids(entry.blocks))
+        layout = Layout.of(batch.entries)
+        hidden = self._forward(model, layout)
+        drawn = _sample(model, layout, batch.entries, hidden)
+        scored = _score_prompts(model, layout, hidden)
+        return _result(batch.entries, drawn, scored, perf_counter() - begun_s)
+
+    def learn(self, model: str, opened: Iterable[SlotOpen]) -> None:
+        """Another lane opens these slots: their tokens are its to write, how to draw is for all."""
+        for slot_open in opened:
+            prompt = _PROMPTS.decode(slot_open.payload)
+            num_tokens = len(prompt.tokens) // 4
+            self._models[model].sampling.open(slot_open.slot, num_tokens, prompt.sampling)
+
+    def _forward(self, model: Resident, layout: Layout) -> Tensor:
+        """Hidden states of all tokens of the batch, [T, hidden]."""
+        tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        return model.llama.forward(ids, layout.meta(), model.kv, self._team)
+
+
+class Copier:
+    """Moves blocks between arena and host memory."""
+
+    def __init__(self, storage: Storage, block_bytes: int) -> None:
+        self._arena = storage.arena.tensor()
+        self._host = storage.host.tensor()
+        self._slots = storage.slots
+        self._block_bytes = block_bytes
+
+    def run(self, copy: Copy) -> Result:
+        """Swap one sequence out or in; coming in, its slot's block table becomes `blocks`."""
+        begun_s = perf_counter()
+        ids, host_ids = unpack_ids(copy.blocks), unpack_ids(copy.host_blocks)
+        arena_side = (self._arena, torch.from_numpy(ids.copy()))
+        host_side = (self._host, torch.from_numpy(host_ids.copy()))
+        is_out = copy.kind is CopyKind.SWAP_OUT
+        (src, src_ids), (dst, dst_ids) = (
+            (arena_side, host_side) if is_out else (host_side, arena_side)
+        )
+        kernels.copy_blocks(src, dst, src_ids, dst_ids, self._block_bytes)
+        if not is_out:
+            self._slots[copy.model].append(copy.slot, 0, ids)
+        return Result(elapsed_s=perf_counter() - begun_s)
+
+
+def _open(model: Resident, opened: SlotOpen) -> None:
+    prompt = _PROMPTS.decode(opened.payload)
+    tokens = prompt.token_ids()
+    model.slots.open(opened.slot, tokens)
+    model.sampling.open(opened.slot, len(tokens), prompt.sampling)
+
+
+def _sample(
+    model: Resident, layout: Layout, entries: tuple[BatchEntry, ...], hidden: Tensor
+) -> Drawn | None:
+    """Draw a token after the last one of every entry that asks; None if none does.
+
+    The token goes into the slot's buffer, where the next batch finds it without waiting for us.
+    """
+    asking = np.flatnonzero([entry.samples for entry in entries])
+    if not len(asking):
+        return None
+    rows = layout.bounds[asking + 1] - 1
+    slots, positions = layout.slots[asking], layout.positions[rows] + 1
+    if len(rows) < len(hidden):
+        hidden = hidden[torch.from_numpy(rows)]
+    drawn = model.sampling.draw(model.llama.logits(hidden), slots, positions, model.slots.tokens)
+    model.slots.tokens[slots, positions] = drawn.tokens
+    return drawn
+
+
+def _score_prompts(
+    model: Resident, layout: Layout, hidden: Tensor
+) -> dict[int, tuple[TokenLogprobs, ...]] | None:
+    """Logprobs of the prompt tokens that this batch predicts, by entry; None if none asked."""
+    params = model.sampling.params[layout.slots]
+    if (params["prompt_logprobs"] < 0).all():
+        return None
+    scored = {}
+    for entry in np.flatnonzero(params["prompt_logprobs"] >= 0).tolist():
+        slot, begin = int(layout.slots[entry]), int(layout.bounds[entry])
+        start, tokens = int(layout.starts[entry]), int(layout.bounds[entry + 1]) - begin
+        # The row of position p predicts the token at p + 1.
+        first = max(start + 1, int(model.slots.unscored[slot]))
+        end = min(start + tokens + 1, int(params["prompt_tokens"][entry]))
+        if first < end:
+            rows = hidden[begin + first - 1 - start : begin + end - 1 - start]
+            known = model.slots.tokens[slot, first:end].tolist()
+            count = int(params["prompt_logprobs"][entry])
+            scored[entry] = tuple(_score(model.llama, rows, known, count))
+            model.slots.unscored[slot] = end
+    return scored
+
+
+def _score(llama: Llama, hidden: Tensor, tokens: list[int], count: int) -> Iterator[TokenLogprobs]:
+    """Logprobs of `tokens[i]` after `hidden[i]`, a slice of the vocabulary's rows at a time."""
+    step = max(1, SLICE_ELEMS // llama.shape.vocab_size)
+    for begin in range(0, len(tokens), step):
+        part = tokens[begin : begin + step]
+        scores = llama.logits(hidden[begin : begin + step]).log_softmax(dim=-1)
+        yield from describe(scores, part, [count] * len(part))
+
+
+def _result(
+    entries: tuple[BatchEntry, ...],
+    drawn: Drawn | None,
+    scored: dict[int, tuple[TokenLogprobs, ...]] | None,
+    elapsed_s: float,
+) -> Result:
+    """What the batch gave, by entry."""
+    prompts = None
+    if scored is not None:
+        prompts = tuple(scored.get(index, ()) for index in range(len(entries)))
+    if drawn is None:
+        nothing = (None,) * len(entries)
+        return Result(nothing, (False,) * len(entries), None, prompts, elapsed_s)
+    rows = iter(range(len(drawn.tokens)))
+    index = [next(rows) if entry.samples else None for entry in entries]
+    logprobs = None
+    if drawn.logprobs is not None:
+        logprobs = tuple(None if i is None else drawn.logprobs[i] for i in index)
+    return Result(
+        tokens=tuple(None if i is None else drawn.tokens[i] for i in index),
+        stopped=tuple(i is not None and drawn.stopped[i] for i in index),
+        logprobs=logprobs,
+        prompt_logprobs=prompts,
+        elapsed_s=elapsed_s,
+    )
+
+
+def _int32(values: Ints) -> Tensor:
+    return torch.from_numpy(values.astype(np.int32))
