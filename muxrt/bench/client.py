@@ -89,6 +89,29 @@ async def list_models(http: aiohttp.ClientSession, target: Target) -> list[str]:
         raise EndpointError(f"{url} does not answer like an OpenAI server") from None
 
 
+async def chat(
+    http: aiohttp.ClientSession, target: Target, model: str, question: str, max_tokens: int
+) -> str:
+    """One greedy answer in full. Raises EndpointError where there is none."""
+    asked = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    try:
+        url = f"{target.root}/v1/chat/completions"
+        async with http.post(url, data=msgspec.json.encode(asked)) as response:
+            if response.status != 200:
+                raise EndpointError(
+                    f"{model} answers {response.status}: {await _message(response)}"
+                )
+            answer = msgspec.json.decode(await response.read())
+            return str(answer["choices"][0]["message"]["content"])
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise EndpointError(f"{model} does not answer: {_name(error)}") from None
+
+
 async def replay(
     http: aiohttp.ClientSession, target: Target, jobs: Sequence[Job], progress: Progress
 ) -> list[Outcome]:

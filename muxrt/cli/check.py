@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from muxrt.cli.show import show_bytes
 from muxrt.config.document import Key, KeyedError
 from muxrt.config.load import load_file
 from muxrt.config.model import ModelShape, load_shape
@@ -136,24 +137,6 @@ def _check_floor(index: int, unit: UnitSpec, plan: UnitPlan) -> None:
         f"found {show_bytes(unit.memory.kv_bytes)}, expected at least {-(-needed // KIB)}KiB"
         f" ({show_bytes(needed)}), one sequence of maximum length per model: {parts}",
     )
-
-
-def show_bytes(num_bytes: float) -> str:
-    """A size for people: `12.3 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-
-
-def show_count(count: float) -> str:
-    """A number for people: `27.3 M`."""
-    for unit in ("", " K", " M", " B"):
-        if count < 1000 or unit == " B":
-            break
-        count /= 1000
-    return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
 
 
 def summary(checked: Checked) -> dict[str, Any]:

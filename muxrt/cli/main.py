@@ -25,9 +25,21 @@ class Verb:
 
 # In the order of `muxrt --help`.
 VERBS = {
+    "serve": Verb(
+        "muxrt.cli.serve:serve",
+        "Serve the models of a YAML file behind one OpenAI-compatible endpoint.",
+    ),
+    "models": Verb(
+        "muxrt.cli.models:models",
+        "List the models of a configuration or of a live endpoint.",
+    ),
     "bench": Verb(
         "muxrt.cli.bench:bench",
         "Load an OpenAI-compatible endpoint and measure TTFT, TPOT and SLO attainment.",
+    ),
+    "demo": Verb(
+        "muxrt.cli.demo:demo",
+        "Start an endpoint, chat with every model, replay real traffic, print a table.",
     ),
 }
 

@@ -29,23 +29,29 @@ class KeyedError(ConfigError):
     def __init__(self, key: Key, text: str) -> None:
         super().__init__(f"{dotted(key)}: {text}" if key else text)
         self.key = key
+        self.text = text
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A parsed file. `lines` maps a key to the line (from 1) where it is written."""
+    """A parsed file.
+
+    `lines` maps a key to the line (from 1) where it is written; `written_as` maps a key that a
+    short form stands for to what the file says instead.
+    """
 
     name: str
     value: Any
     lines: dict[Key, int] = field(default_factory=dict)
+    written_as: dict[Key, Key] = field(default_factory=dict)
 
     def locate(self, problem: KeyedError) -> ConfigError:
         """The same error with `file:line` in front: the line of the key or of what encloses it."""
-        key = problem.key
+        key = self.written_as.get(problem.key, problem.key)
+        message = KeyedError(key, problem.text).message
         while key and key not in self.lines:
             key = key[:-1]
-        line = self.lines.get(key, 1)
-        return ConfigError(f"{self.name}:{line}: {problem.message}")
+        return ConfigError(f"{self.name}:{self.lines.get(key, 1)}: {message}")
 
 
 def read_document(path: Path) -> Document:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from muxrt.config.document import Document, KeyedError, read_document
+from muxrt.config.document import Document, Key, KeyedError, read_document
 from muxrt.config.placement import Count
 from muxrt.config.schema import convert
 from muxrt.config.serve import ApiKeys, ServeConfig, check_references
@@ -81,7 +81,8 @@ def _one_unit(document: Document) -> Document:
     memory = {"kv_bytes": convert(written, _Budget).kv_bytes}
     unit: dict[str, Any] = {"name": ONE_UNIT, "models": names, "memory": memory}
     lines = {**document.lines, ("units",): document.lines[("kv_bytes",)]}
-    return Document(document.name, {**rest, "units": [unit]}, lines)
+    written_as: dict[Key, Key] = {("units", 0, "memory", "kv_bytes"): ("kv_bytes",)}
+    return Document(document.name, {**rest, "units": [unit]}, lines, written_as)
 
 
 def resolve(config: ServeConfig, folder: Path) -> ServeConfig:

@@ -170,7 +170,7 @@ def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
     low = f" of at least {kind.ge}" if kind.ge is not None else ""
     low = f" above {kind.gt}" if kind.gt is not None else low
     high = f"at most {kind.le}" if kind.le is not None else ""
-    return f"{low} and {high}" if low and high else low or high and f" of {high}"
+    return f"{low} and {high}" if low and high else low or (high and f" of {high}")
 
 
 def _wrong(key: Key, found: Any, expected: str) -> KeyedError:

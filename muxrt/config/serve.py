@@ -163,3 +163,14 @@ def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iter
             at,
             f"the lanes need {sum(split)} cores and {why}: expected a sum of at most {num_cores}",
         )
+
+
+def listening_on(config: ServeConfig, host: str | None, port: int | None) -> ServeConfig:
+    """`config` at another address; None leaves the file's."""
+    endpoint = config.endpoint
+    moved = msgspec.structs.replace(
+        endpoint,
+        host=endpoint.host if host is None else host,
+        port=endpoint.port if port is None else port,
+    )
+    return msgspec.structs.replace(config, endpoint=moved)

@@ -1,0 +1,95 @@
+"""Tables for people: models, units, shares."""
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from muxrt.cli.check import Checked
+from muxrt.cli.show import show_bytes, show_count
+from muxrt.config.model import ModelShape
+from muxrt.cost.memory import num_params
+from muxrt.engine.build import DTYPE_BYTES, UnitPlan, weight_dtype
+
+
+def print_checked(console: Console, file: Path, checked: Checked) -> None:
+    """What `muxrt serve --check` shows: each model, then each unit and how its arena is shared."""
+    endpoint = checked.config.endpoint
+    console.print(
+        f"[bold]{file}[/bold] can be served at http://{endpoint.host}:{endpoint.port}/v1",
+        highlight=False,
+    )
+    console.print(models_table(checked))
+    for plan in checked.plans:
+        console.print(_unit_line(plan), highlight=False)
+        console.print(shares_table(plan))
+
+
+def models_table(checked: Checked) -> Table:
+    """One line per model: its shape and its weights."""
+    table = _table("model", "family", "layers", "hidden", "heads x dim", "parameters", "weights")
+    for model in checked.config.models:
+        shape = checked.shapes[model.name]
+        dtype = weight_dtype(model, shape)
+        weight_bytes = num_params(shape) * DTYPE_BYTES[dtype]
+        table.add_row(
+            model.name,
+            shape.family,
+            str(shape.num_layers),
+            str(shape.hidden_size),
+            _heads(shape),
+            show_count(num_params(shape)),
+            f"{show_bytes(weight_bytes)} {dtype}",
+        )
+    return table
+
+
+def _heads(shape: ModelShape) -> str:
+    heads = str(shape.num_heads)
+    if shape.num_kv_heads != shape.num_heads:
+        heads += f" ({shape.num_kv_heads} kv)"
+    return f"{heads} x {shape.head_dim}"
+
+
+def _unit_line(plan: UnitPlan) -> str:
+    spec, arena = plan.spec, plan.arena
+    cores = "every core" if spec.mesh.cores is None else f"cores {_listed(spec.mesh.cores)}"
+    split = f" split {_listed(spec.lanes.split)}" if spec.lanes.split else ""
+    line = (
+        f"unit [bold]{spec.name}[/bold]: {spec.scheduling.policy} on {cores}{split};"
+        f" an arena of {show_bytes(spec.memory.kv_bytes)} ="
+        f" {plan.num_blocks} blocks of {show_bytes(arena.block_bytes)}"
+    )
+    swap_bytes = spec.memory.swap_bytes
+    return f"{line}; {show_bytes(swap_bytes)} to swap" if swap_bytes else line
+
+
+def shares_table(plan: UnitPlan) -> Table:
+    """One line per model of a unit: what its quota holds."""
+    table = _table(
+        "model", "quota\nblocks", "share", "= tokens", "longest\nsequence", "= blocks", "that fit"
+    )
+    for model in plan.models.values():
+        quota, layout = plan.quotas[model.name], model.layout
+        table.add_row(
+            model.name,
+            str(quota),
+            f"{quota / plan.num_blocks:.0%}",
+            str(quota // layout.blocks_per_group * layout.block_tokens),
+            f"{model.max_model_len} tokens",
+            str(model.floor_blocks),
+            f"{quota / model.floor_blocks:.1f}",
+        )
+    return table
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(str(number) for number in numbers)
