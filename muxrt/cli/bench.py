@@ -36,19 +36,19 @@ def bench(
     import asyncio
 
     import msgspec
-    from rich.console import Console
 
     from muxrt.bench.report import as_json, make_report
     from muxrt.bench.run import run
     from muxrt.bench.table import print_report
     from muxrt.cli.progress import replaying
+    from muxrt.cli.show import console
     from muxrt.workload.spec import adjusted, load_workload
 
     plan = adjusted(load_workload(workload), duration_s=duration, speed=speed, seed=seed)
     target = Target(url, api_key, api, ignore_eos=not eos, timeout_s=timeout)
-    with replaying(Console(stderr=True)) as changed:
+    with replaying(console(stderr=True)) as changed:
         report = make_report(asyncio.run(run(target, plan, changed)))
-    print_report(Console(), report)
+    print_report(console(), report)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(as_json(report))))
     raise typer.Exit(1 if report.total.failed or report.num_not_sent else 0)

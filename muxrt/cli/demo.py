@@ -1,7 +1,6 @@
 """`muxrt demo`: an endpoint of one's own, a chat with every model, real traffic, a table."""
 
 import asyncio
-import json
 import shlex
 import signal
 import sys
@@ -20,6 +19,7 @@ from muxrt.bench.job import Target
 from muxrt.bench.report import Report, make_report
 from muxrt.bench.run import run
 from muxrt.bench.table import print_report
+from muxrt.cli import show
 from muxrt.cli.check import check_file
 from muxrt.cli.endpoint import OwnEndpoint, start_endpoint
 from muxrt.cli.progress import replaying
@@ -52,7 +52,7 @@ def demo(
     checked = check_file(file)
     traffic = load_workload(workload or file.parent / "workloads" / "azure_conv.yaml")
     traffic = adjusted(traffic, duration_s=duration, speed=1.0, seed=None)
-    console = Console()
+    console = show.console()
     console.print(models_table(checked))
     signal.signal(signal.SIGTERM, _leave)
     endpoint = _start(file, checked.config)

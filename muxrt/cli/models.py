@@ -18,20 +18,20 @@ def models(
     Example: muxrt models http://127.0.0.1:8000
     """
     import msgspec
-    from rich.console import Console
 
     if source.startswith(("http://", "https://")):
         names = _served(source, api_key)
         print(msgspec.json.encode(names).decode() if as_json else "\n".join(names))
         return
     from muxrt.cli.check import check_file, summary
+    from muxrt.cli.show import console
     from muxrt.cli.tables import models_table
 
     checked = check_file(Path(source))
     if as_json:
         print(msgspec.json.encode(summary(checked)["models"]).decode())
     else:
-        Console().print(models_table(checked))
+        console().print(models_table(checked))
 
 
 def _served(url: str, api_key: str | None) -> list[str]:

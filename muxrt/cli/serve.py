@@ -44,11 +44,10 @@ def serve(
 
         print(msgspec.json.format(msgspec.json.encode(summary(checked))).decode())
     elif check:
-        from rich.console import Console
-
+        from muxrt.cli.show import console
         from muxrt.cli.tables import print_checked
 
-        print_checked(Console(), file, checked)
+        print_checked(console(), file, checked)
     else:
         from muxrt.config.serve import listening_on
         from muxrt.server.app import run

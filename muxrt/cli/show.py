@@ -1,4 +1,17 @@
-"""Numbers as people read them."""
+"""How things are shown to people."""
+
+import sys
+
+from rich.console import Console
+
+# Into a file or a pipe: wide enough for every table of ours.
+PLAIN_WIDTH = 120
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; colours only there."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 def show_bytes(num_bytes: float) -> str:

@@ -1,0 +1,188 @@
+"""Workloads: what a file may say, and which requests follow from it."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from muxrt.config.placement import Slo
+from muxrt.errors import ConfigError
+from muxrt.workload.arrivals import arrivals, draw, shares
+from muxrt.workload.spec import (
+    Lengths,
+    PowerLaw,
+    Trace,
+    Traffic,
+    Workload,
+    adjusted,
+    load_workload,
+    with_models,
+)
+from muxrt.workload.trace import TraceRow, read_trace
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+AB = (Traffic(name="a"), Traffic(name="b"))
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+BROKEN = {
+    "no rates": (
+        "duration_s: 1",
+        ":1: models: nothing gives the rates, expected rate_rps for every model, power_law,"
+        " or trace",
+    ),
+    "a model without a rate": (
+        "models: [{name: a, rate_rps: 1}, {name: b}]",
+        ":1: models: nothing gives the rates, expected rate_rps for every model, power_law,"
+        " or trace",
+    ),
+    "a power law without a rate": (
+        "power_law: {alpha: 1}",
+        ":1: power_law: rate_rps is missing, expected requests/s of all models together",
+    ),
+    "two sources of rates": (
+        "power_law: {alpha: 1, rate_rps: 2}\nmodels: [{name: a, rate_rps: 1}]",
+        ":2: models[0].rate_rps: power_law gives the rates: remove one of the two",
+    ),
+    "a trace and a total rate": (
+        "trace: {file: x.csv}\npower_law: {alpha: 1, rate_rps: 2}",
+        ":2: power_law.rate_rps: the trace has the rate: remove this or use trace.speed",
+    ),
+    "a trace and a model's rate": (
+        "trace: {file: x.csv}\nmodels: [{name: a, rate_rps: 2}]",
+        ":2: models[0].rate_rps: the trace has the rate: remove this,"
+        " or use trace.speed and power_law.alpha",
+    ),
+    "a model twice": (
+        "models: [{name: a, rate_rps: 2}, {name: a, rate_rps: 1}]",
+        ":1: models[1].name: 'a' is already in the list",
+    ),
+    "a misspelt key": (
+        "durations: 1",
+        ":1: durations: unknown key; did you mean duration_s?; allowed here: duration_s, seed,"
+        " models, power_law, trace, prompt, output, slo",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_wrong_file_gets_one_error(case: str, tmp_path: Path) -> None:
+    text, expected = BROKEN[case]
+    path = tmp_path / "workload.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_workload(path)
+    assert caught.value.message == f"{path}{expected}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "workloads").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_shipped_workloads_load_and_have_requests(path: Path) -> None:
+    workload = with_models(load_workload(path), ["pydoc-s", "pydoc-m", "pydoc-l"])
+    rows = read_trace(Path(workload.trace.file)) if workload.trace else []
+    plan = arrivals(workload, rows)
+    assert len(plan) > 200 and {arrival.model for arrival in plan} == set(shares(workload))
+    # The demo's models know 1,024 positions; prompts come out up to a third longer than asked.
+    assert max(1.33 * arrival.prompt_tokens + arrival.output_tokens for arrival in plan) < 1024
+
+
+def test_rates_and_lengths_come_out_as_asked() -> None:
+    workload = Workload(
+        duration_s=2000,
+        models=(Traffic(name="a", rate_rps=3), Traffic(name="b", rate_rps=1)),
+        prompt=Lengths(mean_tokens=200, cv=1.0),
+        output=Lengths(mean_tokens=50, cv=0.5),
+    )
+    plan = arrivals(workload)
+    counts = [sum(arrival.model == name for arrival in plan) for name in "ab"]
+    assert counts == [pytest.approx(6000, rel=0.1), pytest.approx(2000, rel=0.1)]
+    mean = sum(arrival.prompt_tokens for arrival in plan) / len(plan)
+    assert mean == pytest.approx(200, rel=0.1)
+    assert sorted(plan, key=lambda arrival: arrival.at_s) == plan
+
+
+def test_the_same_seed_gives_the_same_requests() -> None:
+    workload = Workload(models=AB, power_law=PowerLaw(alpha=1, rate_rps=5))
+    again = adjusted(workload, duration_s=None, speed=1.0, seed=1)
+    assert arrivals(workload) == arrivals(workload) != arrivals(again)
+
+
+def test_one_models_rate_leaves_the_others_requests_as_they_were() -> None:
+    def of_b(rate_rps: float) -> list[object]:
+        models = (Traffic(name="a", rate_rps=rate_rps), Traffic(name="b", rate_rps=2))
+        return [a for a in arrivals(Workload(models=models)) if a.model == "b"]
+
+    assert of_b(1) == of_b(20)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "expected"), [(0, [0.5, 0.5]), (1, [2 / 3, 1 / 3]), (2, [0.8, 0.2])]
+)
+def test_a_power_law_shares_by_rank(alpha: float, expected: list[float]) -> None:
+    workload = Workload(models=AB, power_law=PowerLaw(alpha=alpha, rate_rps=1))
+    assert list(shares(workload).values()) == pytest.approx(expected)
+
+
+def test_lengths_stay_within_their_bounds() -> None:
+    lengths = Lengths(mean_tokens=100, cv=2.0, min_tokens=50, max_tokens=120)
+    drawn = {draw(lengths, Random(seed)) for seed in range(200)}
+    assert min(drawn) == 50 and max(drawn) == 120
+    assert draw(Lengths(mean_tokens=100), Random(0)) == 100
+
+
+def test_a_trace_is_scaled_in_time_and_length() -> None:
+    rows = [TraceRow(0.0, 1000, 100), TraceRow(4.0, 10, 1), TraceRow(8.0, 9999, 9999)]
+    trace = Trace(
+        file="x", start_s=2, speed=2, prompt_scale=0.5, output_scale=0.1, max_prompt_tokens=600
+    )
+    workload = Workload(duration_s=10, models=(Traffic(name="a"),), trace=trace)
+    found = [(a.at_s, a.prompt_tokens, a.output_tokens) for a in arrivals(workload, rows)]
+    assert found == [(1.0, 5, 1), (3.0, 600, 1000)]
+
+
+def test_speed_multiplies_every_kind_of_rate() -> None:
+    given = Workload(
+        models=(Traffic(name="a", rate_rps=2),),
+        power_law=PowerLaw(alpha=1, rate_rps=3),
+        trace=Trace(file="x", speed=4),
+        slo=Slo(ttft_s=1, tpot_s=1),
+    )
+    fast = adjusted(given, duration_s=7, speed=10, seed=None)
+    assert fast.models[0].rate_rps == 20
+    assert fast.power_law == PowerLaw(alpha=1, rate_rps=30)
+    assert fast.trace == Trace(file="x", speed=40)
+    assert (fast.duration_s, fast.seed, fast.slo) == (7, given.seed, given.slo)
+
+
+def test_traces_are_read_in_order_of_time(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(
+        HEADER + "2023-11-16 18:17:04.0319600,3180,8\n2023-11-16 18:17:03.9799600,4808,10\n"
+    )
+    first, second = read_trace(path)
+    assert (first, second.prompt_tokens) == (TraceRow(0.0, 4808, 10), 3180)
+    assert second.at_s == pytest.approx(0.052, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ": no column TIMESTAMP, expected a CSV with the header TIMESTAMP,"),
+        ("TIMESTAMP,ContextTokens\n1,2\n", ": no column GeneratedTokens, expected a CSV"),
+        (HEADER, ": the trace has no requests"),
+        (HEADER + "1,2,3\nsoon,2,3\n", ":3: found soon,2,3, expected a time and two whole numbers"),
+        (HEADER + "1,2\n", ":2: found 1,2,None, expected a time and two whole numbers"),
+    ],
+)
+def test_a_wrong_trace_gets_one_error(text: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_trace(path)
+    assert caught.value.message.startswith(f"{path}{expected}")
+
+
+def test_the_excerpt_has_its_attribution_and_stays_small() -> None:
+    excerpt = CONFIGS / "traces" / "azure_conv_excerpt.csv"
+    assert excerpt.stat().st_size < 50_000 and len(read_trace(excerpt)) == 1015
+    assert "CC-BY 4.0" in (excerpt.parent / "ATTRIBUTION.md").read_text()
