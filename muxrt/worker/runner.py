@@ -20,6 +20,7 @@ from muxrt.core import (
     Result,
     SlotOpen,
     TokenLogprobs,
+    Work,
     unpack_ids,
 )
 from muxrt.kernels import AttentionMeta, KvCache, Team
@@ -87,8 +88,9 @@ class Runner:
         self._team = team
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> Result:
+    def run(self, batch: Work) -> Result:
         """One forward pass: open slots, extend block tables, compute, draw."""
+        assert isinstance(batch, Batch), "copies have a lane of their own"
         begun_s = perf_counter()
         model = self._models[batch.model]
         for opened in batch.opened:
@@ -125,8 +127,9 @@ class Copier:
         self._slots = storage.slots
         self._block_bytes = block_bytes
 
-    def run(self, copy: Copy) -> Result:
+    def run(self, copy: Work) -> Result:
         """Swap one sequence out or in; coming in, its slot's block table becomes `blocks`."""
+        assert isinstance(copy, Copy), "batches have lanes of their own"
         begun_s = perf_counter()
         ids, host_ids = unpack_ids(copy.blocks), unpack_ids(copy.host_blocks)
         arena_side = (self._arena, torch.from_numpy(ids.copy()))

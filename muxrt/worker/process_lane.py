@@ -1,0 +1,205 @@
+"""A lane that is a process: both of its ends.
+
+Arena, slot tables and weights are mapped, not copied. Orders go down one pipe, results come up
+another. When the unit closes its end or dies, the lane reads the end of the file and exits.
+"""
+
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+import msgspec
+
+import muxrt
+from muxrt.config.model import ModelShape
+from muxrt.core import Batch, Result, SlotOpen, Work
+from muxrt.engine.build import UnitPlan
+from muxrt.errors import MuxrtError
+from muxrt.models.llama import Llama
+from muxrt.worker.frames import FrameReader, write_frame
+from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds, TensorPlace
+from muxrt.worker.lanes import LaneDied, attempt, occupy
+from muxrt.worker.logs import log_to_stderr
+from muxrt.worker.runner import Resident, Runner
+
+log = logging.getLogger(__name__)
+
+
+class SharedModel(msgspec.Struct, frozen=True):
+    """Where a child process finds a model's weights."""
+
+    shape: ModelShape
+    fd: int
+    num_bytes: int
+    places: dict[str, TensorPlace]
+
+    @classmethod
+    def of(cls, shape: ModelShape, weights: SharedWeights) -> "SharedModel":
+        segment = weights.segment
+        return cls(shape, segment.fd, segment.num_bytes, dict(weights.places))
+
+    def attach(self) -> Llama:
+        """The model over the shared weights. In the child, once."""
+        segment = Segment(self.num_bytes, self.fd)
+        return Llama.from_state(self.shape, SharedWeights(segment, self.places).state())
+
+
+class LaneSetup(msgspec.Struct, frozen=True, tag="setup"):
+    """What a lane's process starts from; descriptors are inherited under the same numbers."""
+
+    name: str
+    plan: UnitPlan
+    cores: tuple[int, ...]
+    storage: StorageFds
+    models: dict[str, SharedModel]
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        weights = (model.fd for model in self.models.values())
+        return (self.storage.arena, *self.storage.slots.values(), *weights)
+
+
+class Learn(msgspec.Struct, frozen=True, tag="learn"):
+    """Another lane opens these slots."""
+
+    model: str
+    opened: tuple[SlotOpen, ...]
+
+
+_SETUPS = msgspec.msgpack.Decoder(LaneSetup)
+_ORDERS: msgspec.msgpack.Decoder[Batch | Learn] = msgspec.msgpack.Decoder(Batch | Learn)
+_RESULTS = msgspec.msgpack.Decoder(Result)
+
+
+class ProcessLane:
+    """The unit's end."""
+
+    def __init__(self, setup: LaneSetup) -> None:
+        """Start the process; `wait_started` tells whether it could."""
+        self.name = setup.name
+        down, self._orders = os.pipe()
+        self._results, up = os.pipe()
+        self._reader = FrameReader(self._results)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "muxrt.worker.process_lane", str(down), str(up)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(down, up, *setup.descriptors),
+                env=os.environ | {"PYTHONPATH": _python_path()},
+            )
+        finally:
+            os.close(down)
+            os.close(up)
+        os.set_blocking(self._results, False)
+        self._send(setup)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_started(self) -> None:
+        """Return when the lane takes work. Raises MuxrtError with the reason if it cannot."""
+        while not (results := self.collect()):
+            select.select([self._results], [], [])
+        if results[0].error is not None:
+            raise MuxrtError(f"lane {self.name} could not start: {results[0].error}")
+
+    def launch(self, work: Work) -> None:
+        self._send(work)
+
+    def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
+        self._send(Learn(model, opened))
+
+    def fileno(self) -> int:
+        return self._results
+
+    def collect(self) -> list[Result]:
+        results = [_RESULTS.decode(frame) for frame in self._reader.read()]
+        if self._reader.is_at_end and not results:
+            raise self._death()
+        return results
+
+    def close(self) -> None:
+        """The lane exits when it reads the end of its orders, whatever it is doing."""
+        if self._orders < 0:
+            return
+        os.close(self._orders)
+        os.close(self._results)
+        self._orders = self._results = -1
+        self._process.wait()
+
+    def _send(self, order: Work | Learn | LaneSetup) -> None:
+        try:
+            # The other end reads on a thread of its own: this waits for no batch.
+            write_frame(self._orders, msgspec.msgpack.encode(order))
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def _death(self) -> LaneDied:
+        status = self._process.wait()
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        return LaneDied(f"the process {self._process.pid} of lane {self.name} ended {how}")
+
+
+def main() -> None:
+    """The lane's end: `python -m muxrt.worker.process_lane ORDERS_FD RESULTS_FD`."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # the unit drains first, then closes the pipe
+    orders, results = (int(argument) for argument in sys.argv[1:])
+    inbox: SimpleQueue[bytes] = SimpleQueue()
+    Thread(target=_receive, args=(orders, inbox), name="orders", daemon=True).start()
+    with suppress(BrokenPipeError):  # the unit is gone
+        _serve(inbox, results)
+
+
+def _receive(orders: int, inbox: SimpleQueue[bytes]) -> None:
+    reader = FrameReader(orders)
+    while not reader.is_at_end:
+        for frame in reader.read():
+            inbox.put(frame)
+    os._exit(0)  # nobody is left to compute for, not even to the end of this batch
+
+
+def _serve(inbox: SimpleQueue[bytes], results: int) -> None:
+    setup = _SETUPS.decode(inbox.get())
+    log_to_stderr(setup.name)
+    try:
+        runner = _start(setup)
+    except Exception as error:
+        log.exception("event=lane_failed lane=%s", setup.name)
+        write_frame(results, msgspec.msgpack.encode(Result(error=repr(error))))
+        return
+    write_frame(results, msgspec.msgpack.encode(Result()))
+    while True:
+        order = _ORDERS.decode(inbox.get())
+        if isinstance(order, Learn):
+            runner.learn(order.model, order.opened)
+        else:
+            result = attempt(runner.run, order)
+            write_frame(results, msgspec.msgpack.encode(result))
+
+
+def _start(setup: LaneSetup) -> Runner:
+    team = occupy(setup.cores)
+    storage = Storage(setup.plan, setup.storage)
+    models = {
+        name: Resident.of(model.attach(), name, storage) for name, model in setup.models.items()
+    }
+    return Runner(models, team)
+
+
+def _python_path() -> str:
+    """Where this process finds muxrt, the child must too, wherever it was started."""
+    home = str(Path(muxrt.__file__).parent.parent)
+    return os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+
+
+if __name__ == "__main__":
+    main()
