@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from muxrt.metrics import Timing, tpot_s
+
 
 class Api(Enum):
     """Which of the two OpenAI routes generates."""
@@ -72,11 +74,11 @@ class Outcome:
     error: str | None = None
 
     @property
-    def tpot_s(self) -> float | None:
-        """Seconds per output token after the first; None where there is none."""
-        if self.ttft_s is None or self.last_s is None or self.output_tokens < 2:
-            return None
-        return (self.last_s - self.ttft_s) / (self.output_tokens - 1)
+    def timing(self) -> Timing:
+        """TTFT and TPOT as `muxrt.metrics` takes them."""
+        if self.ttft_s is None or self.last_s is None:
+            return Timing(self.ttft_s, None)
+        return Timing(self.ttft_s, tpot_s(self.ttft_s, self.last_s, self.output_tokens))
 
 
 @dataclass(slots=True)

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from muxrt.bench.job import Outcome, Status
 from muxrt.bench.run import Run
 from muxrt.bench.watch import ModelBlocks
 from muxrt.config.placement import Slo
+from muxrt.metrics import is_met, percentile
 
 ALL = "all"
 
@@ -79,7 +78,7 @@ def _row(
     run: Run,
 ) -> Row:
     ttfts = _known(outcome.ttft_s for outcome in outcomes if outcome.status is Status.OK)
-    tpots = _known(outcome.tpot_s for outcome in outcomes if outcome.status is Status.OK)
+    tpots = _known(outcome.timing.tpot_s for outcome in outcomes if outcome.status is Status.OK)
     met = _num_met(outcomes, slos)
     statuses = Counter(outcome.status for outcome in outcomes)
     output_tokens = sum(outcome.output_tokens for outcome in outcomes)
@@ -114,14 +113,8 @@ def _num_met(outcomes: list[Outcome], slos: Mapping[str, Slo | None]) -> int | N
 
 
 def _met(outcome: Outcome, slo: Slo | None) -> bool:
-    """An answered request within its targets; a one-token answer has no TPOT to miss."""
-    if outcome.status is not Status.OK or outcome.ttft_s is None:
-        return False
-    return slo is None or (outcome.ttft_s <= slo.ttft_s and (outcome.tpot_s or 0.0) <= slo.tpot_s)
-
-
-def percentile(values: list[float], pct: float) -> float | None:
-    return float(np.percentile(values, pct)) if values else None
+    """An answered request within its targets, if its model has some."""
+    return outcome.status is Status.OK and (slo is None or is_met(outcome.timing, slo))
 
 
 def as_json(report: Report) -> dict[str, Any]:
