@@ -1,0 +1,1 @@
+"""The API process: HTTP on one side, unit processes on the other."""
