@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ class Stub:
     first_s: float = 0.0
     breaks: Mapping[str, str] = field(default_factory=dict)  # model -> how it misbehaves
     metrics: list[str] = field(default_factory=list)  # one text per reading, the last one stays
+    loading: int = 0  # how often /ready says no
     asked: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
@@ -33,6 +36,12 @@ class Stub:
         text = self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0]
         return web.Response(text=text)
 
+    async def ready(self, _: web.Request) -> web.Response:
+        self.loading -= 1
+        if self.loading >= 0:
+            return web.json_response({"message": f"{self.loading} to go"}, status=503)
+        return web.json_response({"status": "ready"})
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append({**body, "key": request.headers.get("Authorization")})
@@ -41,6 +50,9 @@ class Stub:
         if how in ("429", "500"):
             error = {"error": {"message": f"told to answer {how}", "type": "x", "code": None}}
             return web.json_response(error, status=int(how))
+        if not body.get("stream"):
+            said = {"role": "assistant", "content": f"{body['model']} says [x]"}
+            return web.json_response({"choices": [{"message": said}]})
         return await self._stream(request, body, how)
 
     async def _stream(
@@ -79,19 +91,34 @@ async def _event(response: web.StreamResponse, data: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def running(stub: Stub) -> AsyncIterator[Stub]:
-    """`stub` on a free port; its `url` is set inside the block."""
+async def running(stub: Stub, port: int = 0) -> AsyncIterator[Stub]:
+    """`stub` on `port` (0 = any free one); its `url` is set inside the block."""
     app = web.Application()
     app.router.add_get("/v1/models", stub.list)
+    app.router.add_get("/ready", stub.ready)
     app.router.add_get("/metrics", stub.read_metrics)
     app.router.add_post("/v1/completions", stub.generate)
     app.router.add_post("/v1/chat/completions", stub.generate)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     stub.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield stub
     finally:
         await runner.cleanup()
+
+
+async def _serve(port: int, stub: Stub) -> None:
+    leave = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leave.set)
+    async with running(stub, port):
+        await leave.wait()
+
+
+if __name__ == "__main__":  # stands for `muxrt serve FILE --port PORT`
+    breaks = {"small": "429"} if "refuses" in sys.argv[1] else {}
+    if "broken" in sys.argv[1]:
+        sys.exit("told to give up")
+    asyncio.run(_serve(int(sys.argv[3]), Stub(models=("small", "large"), breaks=breaks, loading=2)))

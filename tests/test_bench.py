@@ -12,7 +12,7 @@ from muxrt.bench.report import Report, as_json, make_report
 from muxrt.bench.run import Run, run
 from muxrt.bench.table import make_table, notes
 from muxrt.bench.text import PromptText
-from muxrt.bench.watch import Blocks, parse_metrics
+from muxrt.bench.watch import Blocks, ModelBlocks, parse_metrics
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
 from muxrt.workload.spec import Lengths, PowerLaw, Traffic, Workload
@@ -154,12 +154,12 @@ def test_blocks_are_read_from_muxrt_servers() -> None:
     blocks = report.rows[0].blocks
     assert blocks is not None
     assert (blocks.used, blocks.quota, blocks.borrowed, blocks.preempted) == (14, 10, 4, 3)
-    assert report.peak_blocks_used == 23
+    assert report.total.blocks == ModelBlocks(used=23, quota=30, borrowed=4, preempted=3)
 
 
 def test_other_servers_have_no_block_columns() -> None:
     report = bench(Stub(), small())
-    assert report.peak_blocks_used is None
+    assert report.total.blocks is None
     assert [str(column.header).split()[0] for column in make_table(report).columns] == [
         "model",
         "requests",

@@ -8,17 +8,10 @@ from pathlib import Path
 
 import pytest
 from command_line import CommandLine
+from model_folders import SERVE_FILE as FILE
+from model_folders import two_models
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILE = """\
-models:
-  - {name: small, path: small}
-  - {name: large, path: large, rate_rps: 3}
-units:
-  - name: main
-    memory: {kv_bytes: 24MiB}
-    models: [{name: small}, {name: large}]
-"""
 
 
 @pytest.fixture
@@ -29,35 +22,8 @@ def muxrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two models of different shapes, as far as `--check` reads them."""
-    _model(tmp_path / "small", layers=2, heads=3, kv_heads=3, head_dim=64)
-    _model(tmp_path / "large", layers=4, heads=2, kv_heads=1, head_dim=128)
+    two_models(tmp_path)
     return tmp_path
-
-
-def _model(folder: Path, *, layers: int, heads: int, kv_heads: int, head_dim: int) -> None:
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": 1000,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-        "hidden_act": "silu",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"")
 
 
 def write(folder: Path, text: str) -> Path:

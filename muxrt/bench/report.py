@@ -7,7 +7,7 @@ from typing import Any
 
 from muxrt.bench.job import Outcome, Status
 from muxrt.bench.run import Run
-from muxrt.bench.watch import ModelBlocks
+from muxrt.bench.watch import Blocks, ModelBlocks
 from muxrt.config.placement import Slo
 from muxrt.metrics import is_met, percentile
 
@@ -44,7 +44,6 @@ class Report:
     wall_s: float  # from the first request's due time to the last answer's end
     errors: dict[str, int]  # most frequent first
     client_lag_p99_s: float  # how late this client sent: the figures include it
-    peak_blocks_used: int | None
     num_not_sent: int = 0
 
 
@@ -65,7 +64,6 @@ def make_report(run: Run, slos: Mapping[str, Slo | None] | None = None) -> Repor
         wall_s,
         dict(Counter(o.error for o in run.outcomes if o.error).most_common()),
         percentile([o.lag_s for o in run.outcomes], 99) or 0.0,
-        run.blocks.peak_used if run.blocks.models else None,
         run.num_planned - len(run.outcomes),
     )
 
@@ -97,8 +95,14 @@ def _row(
         output_tokens=output_tokens,
         output_tokens_per_s=output_tokens / wall_s if wall_s else 0.0,
         slo=slos.get(name),
-        blocks=run.blocks.models.get(name),
+        blocks=_blocks(name, run.blocks),
     )
+
+
+def _blocks(name: str, blocks: Blocks) -> ModelBlocks | None:
+    if name == ALL and blocks.models:
+        return blocks.total
+    return blocks.models.get(name)
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

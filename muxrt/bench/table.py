@@ -24,7 +24,7 @@ def print_report(console: Console, report: Report) -> None:
 
 def make_table(report: Report) -> Table:
     """One line per model and one for all; columns without any figure are left out."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_footer=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("model", no_wrap=True)
     columns = _columns(report)
     for header, _ in columns:
@@ -42,18 +42,18 @@ def _columns(report: Report) -> list[Column]:
         ("requests", lambda row: str(row.requests)),
         ("failed", lambda row: str(row.failed)),
         *([("refused", _refused)] if report.total.refused else []),
-        ("TTFT s\np50 / p99", lambda row: _pair(row.ttft_p50_s, row.ttft_p99_s, 1)),
-        ("TPOT ms\np50 / p99", lambda row: _pair(row.tpot_p50_s, row.tpot_p99_s, 1000)),
+        ("TTFT ms\np50 / p99", lambda row: _pair_ms(row.ttft_p50_s, row.ttft_p99_s)),
+        ("TPOT ms\np50 / p99", lambda row: _pair_ms(row.tpot_p50_s, row.tpot_p99_s)),
         *([("in SLO", _attainment)] if report.total.attainment is not None else []),
         ("tokens\n/s", lambda row: f"{row.output_tokens_per_s:.0f}"),
-        *(_block_columns() if report.peak_blocks_used is not None else []),
+        *(_block_columns() if report.total.blocks else []),
     ]
 
 
 def _block_columns() -> list[Column]:
     return [
-        ("blocks: peak used /\nquota / borrowed", _blocks),
-        ("preempted", lambda row: str(row.blocks.preempted) if row.blocks else ""),
+        ("blocks used/\nquota/borrowed", _blocks),
+        ("pre-\nempted", lambda row: str(row.blocks.preempted) if row.blocks else ""),
     ]
 
 
@@ -67,24 +67,25 @@ def _attainment(row: Row) -> str:
 
 def _blocks(row: Row) -> str:
     blocks = row.blocks
-    return f"{blocks.used} / {blocks.quota} / {blocks.borrowed}" if blocks else ""
+    return f"{blocks.used}/{blocks.quota}/{blocks.borrowed}" if blocks else ""
 
 
-def _pair(low: float | None, high: float | None, factor: float) -> str:
-    """Two percentiles in one cell, as precise as they deserve."""
-    if low is None or high is None:
+def _pair_ms(low_s: float | None, high_s: float | None) -> str:
+    """Two percentiles in one cell, milliseconds."""
+    if low_s is None or high_s is None:
         return ""
-    digits = 2 if factor == 1 else 1
-    return f"{low * factor:.{digits}f} / {high * factor:.{digits}f}"
+    return f"{_ms(low_s)} / {_ms(high_s)}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.{1 if seconds < 0.01 else 0}f}"
 
 
 def notes(report: Report) -> list[str]:
-    """Sentences below the table: the arena's peak, errors by frequency, a late client."""
+    """Sentences below the table: goodput, errors by frequency, a late client."""
     lines = [f"{report.total.requests} requests in {report.wall_s:.1f} s"]
     if report.total.goodput_rps is not None:
         lines[0] += f", {report.total.goodput_rps:.2f} requests/s within their SLO"
-    if report.peak_blocks_used is not None:
-        lines[0] += f", at most {report.peak_blocks_used} blocks used at one time"
     if report.num_not_sent:
         lines.append(f"cut short: {report.num_not_sent} requests were not sent or not finished")
     if report.client_lag_p99_s > LAG_WARNING_S:

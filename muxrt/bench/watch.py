@@ -14,6 +14,7 @@ from muxrt.bench.job import Target
 
 PERIOD_S = 1.0
 USED, QUOTA, BORROWED = "muxrt_blocks_used", "muxrt_blocks_quota", "muxrt_blocks_borrowed"
+GAUGES = (USED, QUOTA, BORROWED)
 PREEMPTED = "muxrt_preemptions_total"
 _SAMPLE = re.compile(r"(\w+)\{([^}]*)\}\s+(\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -30,27 +31,31 @@ class ModelBlocks:
     borrowed: int = 0
     preempted: int = 0
 
+    def see(self, used: int, quota: int, borrowed: int) -> None:
+        """Take in one reading of the gauges."""
+        self.used, self.borrowed = max(self.used, used), max(self.borrowed, borrowed)
+        self.quota = quota
+
 
 @dataclass(slots=True)
 class Blocks:
-    """All models' blocks over a run."""
+    """All models' blocks over a run; `total` is the most of all models at one time."""
 
     models: dict[str, ModelBlocks] = field(default_factory=dict)
-    peak_used: int = 0  # the most that all models held at one time
+    total: ModelBlocks = field(default_factory=ModelBlocks)
     _first: dict[str, float] = field(default_factory=dict)
 
     def add(self, reading: Reading) -> None:
         """Take in one reading; counters count from the first."""
-        for model, used in reading.get(USED, {}).items():
+        for model in reading.get(USED, {}):
             seen = self.models.setdefault(model, ModelBlocks())
+            seen.see(*(int(reading.get(name, {}).get(model, 0)) for name in GAUGES))
             preempted = reading.get(PREEMPTED, {}).get(model, 0.0)
             # A restarted unit counts from 0 again: then its own count is all there is.
             before = min(self._first.setdefault(model, preempted), preempted)
-            seen.used = max(seen.used, int(used))
-            seen.quota = int(reading.get(QUOTA, {}).get(model, 0))
-            seen.borrowed = max(seen.borrowed, int(reading.get(BORROWED, {}).get(model, 0)))
             seen.preempted = max(seen.preempted, int(preempted - before))
-        self.peak_used = max(self.peak_used, int(sum(reading.get(USED, {}).values())))
+        self.total.see(*(int(sum(reading.get(name, {}).values())) for name in GAUGES))
+        self.total.preempted = sum(seen.preempted for seen in self.models.values())
 
 
 def parse_metrics(text: str) -> Reading:

@@ -106,7 +106,7 @@ def _replay(console: Console, url: str, config: ServeConfig, traffic: Workload) 
     console.print(f"\nNow {traffic.duration_s:g} s of traffic:", highlight=False)
     with replaying(console) as changed:
         done = asyncio.run(run(Target(url), traffic, changed))
-    report = make_report(done, {model.name: model.slo for model in config.models})
+    report = make_report(done, {model.name: model.slo or traffic.slo for model in config.models})
     print_report(console, report)
     return report
 

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 from muxrt.bench.client import EndpointError
 from muxrt.config.serve import ServeConfig
 
+SERVE = (sys.executable, "-m", "muxrt", "serve")
 POLL_S = 0.1
 LOG_LINES_SHOWN = 15
 KILL_AFTER_S = 10.0  # beyond the endpoint's own drain_s
@@ -61,7 +62,7 @@ def start_endpoint(file: Path, config: ServeConfig, log: Path) -> OwnEndpoint:
     """Start `muxrt serve FILE` on its own port, or on a free one where that is taken."""
     host = config.endpoint.host
     port = choose_port(host, config.endpoint.port)
-    command = [sys.executable, "-m", "muxrt", "serve", str(file), "--port", str(port)]
+    command = [*SERVE, str(file), "--port", str(port)]
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this command only, which then lets the server drain.
         process = subprocess.Popen(
