@@ -22,6 +22,7 @@ from muxrt.config.schema import parse_bytes
 from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig, check_references
 from muxrt.errors import ConfigError
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 GOOD = """\
 endpoint:
   port: 8001
@@ -250,6 +251,11 @@ def test_a_good_file(tmp_path: Path) -> None:
     (unit,) = config.units
     assert (unit.name, unit.memory.kv_bytes) == ("main", 64 << 20)
     assert unit.models == (UnitModel(name="a", quota=0.7), UnitModel(name="b", quota=0.3))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_configurations_load(path: Path) -> None:
+    assert {model.name for model in load(path).models} <= {"pydoc-s", "pydoc-m", "pydoc-l"}
 
 
 def test_the_short_form_is_one_unit_with_every_model(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def demo(
     traffic = adjusted(traffic, duration_s=duration, speed=1.0, seed=None)
     console = show.console()
     console.print(models_table(checked))
-    signal.signal(signal.SIGTERM, _leave)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _leave)
     endpoint = _start(file, checked.config)
     stays = False
     try:
@@ -72,7 +73,7 @@ def demo(
 
 
 def _leave(*_: object) -> NoReturn:
-    """SIGTERM as an exception, so that the endpoint is stopped on the way out."""
+    """A signal as an exception, so that the endpoint is stopped on the way out."""
     sys.exit(FAILED)
 
 
