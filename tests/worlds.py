@@ -93,7 +93,7 @@ class CheckedMemory:
     def _run(self, batch: Batch) -> None:
         layout = self.plan.models[batch.model].layout
         for opened in batch.opened:
-            payload = msgspec.msgpack.decode(opened.payload, type=TestPrompt)
+            payload = msgspec.msgpack.decode(opened.payload, type=MarkedPrompt)
             self._slots[batch.model, opened.slot] = payload.request_id
         for entry in batch.entries:
             key = batch.model, entry.slot
@@ -127,7 +127,7 @@ class CheckedMemory:
             self._tables[work.model, work.slot] = arena
 
 
-class TestPrompt(SimPrompt, frozen=True):
+class MarkedPrompt(SimPrompt, frozen=True):
     """A simulated prompt that the checked memory can recognise."""
 
     request_id: int = 0
@@ -246,7 +246,7 @@ class World:
             model=model,
             prompt_tokens=prompt,
             max_tokens=output if max_tokens is None else max_tokens,
-            payload=msgspec.msgpack.encode(TestPrompt(output, rid)),
+            payload=msgspec.msgpack.encode(MarkedPrompt(output, rid)),
             keys=stream.keys(layout.block_tokens) if layout and family is not None else (),
             arrived_s=self.loop.now_s,
             deadline_s=deadline_s,
