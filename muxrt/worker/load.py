@@ -1,0 +1,146 @@
+"""From a `UnitBoot` to lanes that have each run every model once."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import cast
+
+import msgspec
+import numpy as np
+
+from muxrt.config.model import load_shape
+from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.core import (
+    Batch,
+    BatchEntry,
+    Copy,
+    CopyKind,
+    Phase,
+    Prompt,
+    SamplingParams,
+    SlotOpen,
+    Work,
+)
+from muxrt.engine.build import UnitPlan, plan_unit, weight_dtype
+from muxrt.engine.messages import Loading, ModelReady, Ready, UnitBoot
+from muxrt.errors import ConfigError, MuxrtError
+from muxrt.kernels import Team
+from muxrt.models.llama import DType, Llama
+from muxrt.worker.build import open_executor
+from muxrt.worker.executor import LaneExecutor
+
+Tell = Callable[[Loading], None]
+
+PROGRESS_PERIOD_S = 0.1
+WARM_TOKENS = 8
+
+
+def load_unit(boot: UnitBoot, tell: Tell) -> tuple[UnitPlan, LaneExecutor]:
+    """Load weights, reserve memory, start the lanes and warm them up.
+
+    Raises MuxrtError with what is wrong.
+    """
+    unit = boot.unit
+    if boot.simulate:
+        raise MuxrtError("a worker computes: the simulator runs in `muxrt simulate`")
+    cores = mesh_cores(unit)
+    os.sched_setaffinity(0, cores)
+    specs = {spec.name: spec for spec in boot.models}
+    shapes = {spec.name: load_shape(Path(spec.path)) for spec in boot.models}
+    plan = plan_unit(unit, specs, shapes)
+    models = {}
+    with Team() as team:
+        for spec in boot.models:
+            dtype = cast(DType, weight_dtype(spec, shapes[spec.name]))
+            models[spec.name] = _load(unit.name, spec, dtype, team, tell)
+    executor = open_executor(plan, models, cores)
+    try:
+        warm_up(plan, executor, tell)
+    except BaseException:
+        executor.close()
+        raise
+    return plan, executor
+
+
+def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:
+    """The cores of the unit's mesh. Raises ConfigError for one that is not ours."""
+    allowed = os.sched_getaffinity(0)
+    if unit.mesh.cores is None:
+        return tuple(sorted(allowed))
+    strangers = sorted(set(unit.mesh.cores) - allowed)
+    if strangers:
+        raise ConfigError(
+            f"mesh.cores of unit {unit.name}: found {strangers}, expected cores that this process"
+            f" may use: {sorted(allowed)}"
+        )
+    return unit.mesh.cores
+
+
+def ready_message(plan: UnitPlan) -> Ready:
+    """What the API must know of the unit to send it requests."""
+    models = tuple(
+        ModelReady(
+            name=name,
+            block_tokens=model.layout.block_tokens,
+            max_model_len=model.max_model_len,
+            quota_blocks=plan.quotas[name],
+            blocks_per_group=model.layout.blocks_per_group,
+            prefix_reuse=plan.spec.scheduling.prefix_reuse,
+        )
+        for name, model in plan.models.items()
+    )
+    return Ready(plan.spec.name, os.getpid(), models, plan.num_blocks, plan.arena.block_bytes)
+
+
+def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
+    """One prefill and one decode step of every model on every lane, before anybody asks.
+
+    Blocks and slots are not in use yet, so what this leaves in them matters to nobody. Raises
+    MuxrtError where a model cannot run.
+    """
+    num_lanes = len(plan.spec.lanes.split or (1,))
+    total = num_lanes * len(plan.models)
+    pairs = [(lane, model) for lane in range(num_lanes) for model in plan.models]
+    for done, (lane, model) in enumerate(pairs):
+        tell(Loading(plan.spec.name, "warm-up", model, done, total))
+        _run(executor, list(_warm_works(plan, model, lane)))
+    if plan.num_host_blocks:
+        _run(executor, [_warm_copy(plan, num_lanes)])
+    tell(Loading(plan.spec.name, "warm-up", None, total, total))
+
+
+def _load(unit: str, spec: ModelSpec, dtype: DType, team: Team, tell: Tell) -> Llama:
+    last_s = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last_s
+        if done >= total or monotonic() - last_s > PROGRESS_PERIOD_S:
+            last_s = monotonic()
+            tell(Loading(unit, "weights", spec.name, done, total))
+
+    return Llama.load(Path(spec.path), dtype, team, progress)
+
+
+def _warm_works(plan: UnitPlan, model: str, lane: int) -> Iterator[Batch]:
+    """A prompt and the token after it, in the first slot and blocks."""
+    served = plan.models[model]
+    prompt_tokens = min(WARM_TOKENS, served.max_model_len - 1)
+    ids = np.arange(served.layout.num_blocks(prompt_tokens + 1), dtype=np.int32)
+    sampling = SamplingParams(top_p=0.9, min_p=0.01)
+    prompt = Prompt(np.zeros(prompt_tokens, dtype="<i4").tobytes(), sampling)
+    opened = SlotOpen(0, msgspec.msgpack.encode(prompt))
+    first = BatchEntry(0, 0, prompt_tokens, True, 0, ids.tobytes())
+    yield Batch(0, lane, model, Phase.PREFILL, (first,), (opened,))
+    yield Batch(1, lane, model, Phase.DECODE, (BatchEntry(0, prompt_tokens, 1, True),))
+
+
+def _warm_copy(plan: UnitPlan, copy_lane: int) -> Copy:
+    block = np.zeros(1, dtype=np.int32).tobytes()
+    return Copy(0, copy_lane, next(iter(plan.models)), CopyKind.SWAP_OUT, 0, block, block)
+
+
+def _run(executor: LaneExecutor, works: list[Work]) -> None:
+    for work, result in zip(works, executor.run(works), strict=True):
+        if result.error is not None:
+            raise MuxrtError(f"{work.model} failed its warm-up: {result.error}")
