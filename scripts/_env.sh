@@ -19,12 +19,12 @@ muxrt_env() {
     local venv="${MUXRT_VENV:-$MUXRT_ROOT/.venv}"
     mkdir -p "$venv" && venv="$(cd "$venv" && pwd)" || return 1
     # Two set-ups at once would break each other. The lock is the folder itself: no file to leave
-    # behind, and the kernel drops it when this subshell ends, however it ends.
+    # behind, and the kernel drops it when this subshell and its pip have ended, however they end.
     (
         if command -v flock >/dev/null; then
             flock -n 9 || { muxrt_say "waiting for another set-up of $venv" && flock 9; }
         fi
-        _muxrt_set_up "$venv" 9<&-
+        _muxrt_set_up "$venv"
     ) 9<"$venv" || return 1
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
     unset PYTHONHOME
