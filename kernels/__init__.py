@@ -5,7 +5,7 @@ Activations are float32; the arena is float32 or bfloat16.
 
 from torch import Tensor
 
-from muxrt.kernels import reference
+from muxrt.kernels import cpu
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, KvCache
 
@@ -36,29 +36,29 @@ def attention(
 
     q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads, head_dim].
     """
-    return reference.attention(q, k, v, meta, kv, layer, scale)
+    return cpu.attention(q, k, v, meta, kv, layer, scale, team)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, team: Team) -> None:
     """Rotate q [T, heads, head_dim] and k in place; cos, sin [T, head_dim / 2]."""
-    reference.rope(q, k, cos, sin)
+    cpu.rope(q, k, cos, sin, team)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, team: Team, add: Tensor | None = None
 ) -> Tensor:
     """`x += add` in place (the residual stream), then its norm. x, add [T, width] -> [T, width]."""
-    return reference.rms_norm(x, weight, eps, add)
+    return cpu.rms_norm(x, weight, eps, team, add)
 
 
 def rms_norm_heads(x: Tensor, weight: Tensor, eps: float, team: Team) -> None:
     """Norm every head of every token in place. x [T, heads, head_dim], weight [head_dim]."""
-    reference.rms_norm_heads(x, weight, eps)
+    cpu.rms_norm_heads(x, weight, eps, team)
 
 
 def silu_mul(gate_up: Tensor, team: Team) -> Tensor:
     """silu(gate) * up. gate_up [T, 2 * width], gate first -> [T, width]."""
-    return reference.silu_mul(gate_up)
+    return cpu.silu_mul(gate_up, team)
 
 
 def copy_blocks(
@@ -68,4 +68,4 @@ def copy_blocks(
 
     src, dst 1-D of any dtype; ids [N] int32, each dst id at most once.
     """
-    reference.copy_blocks(src, dst, src_ids, dst_ids, block_bytes)
+    cpu.copy_blocks(src, dst, src_ids, dst_ids, block_bytes)

@@ -21,9 +21,7 @@ def plane_offsets(kv: KvCache, layer: int, slots: Tensor, positions: Tensor) -> 
     return planes * kv.plane_elems + rows[:, None]
 
 
-def write_kv(
-    k: Tensor, v: Tensor, meta: AttentionMeta, kv: KvCache, layer: int
-) -> None:
+def write_kv(k: Tensor, v: Tensor, meta: AttentionMeta, kv: KvCache, layer: int) -> None:
     """Store K and V of the new tokens. k, v [T, kv_heads, head_dim]."""
     slots = meta.slots[meta.token_sequence.long()]
     start = plane_offsets(kv, layer, slots, meta.positions)

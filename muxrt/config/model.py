@@ -160,9 +160,7 @@ def _read(path: Path) -> _Keys:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; a Hugging Face model folder holds one"
-        ) from None
+        raise ConfigError(f"{path}: no such file; a Hugging Face model folder holds one") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
@@ -286,9 +284,7 @@ def _rope_scaling(rope: _Keys) -> RopeScaling | None:
 
 def _rope_extras(rope: _Keys, kind: RopeKind) -> dict[str, Any]:
     extras: dict[str, Any] = {key: rope.number(key) for key in ROPE_KEYS[kind]}
-    extras |= {
-        key: rope.number(key) for key in ROPE_OPTIONAL[kind] if rope.get(key) is not None
-    }
+    extras |= {key: rope.number(key) for key in ROPE_OPTIONAL[kind] if rope.get(key) is not None}
     if kind == "yarn" and "truncate" in rope.value:
         extras["truncate"] = rope.flag("truncate")
     if kind == "llama3" and extras["high_freq_factor"] <= extras["low_freq_factor"]:
