@@ -6,7 +6,7 @@ accepted and ignored field would be a lie.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -43,7 +43,7 @@ LABEL = Neutral(any_value=True)
 NO_TOOLS = "tools are not supported"
 
 # Beyond null, which never asks for anything.
-NEUTRAL: Mapping[str, Neutral] = {
+NEUTRAL: dict[str, Neutral] = {
     "user": LABEL,
     "metadata": LABEL,
     "safety_identifier": LABEL,
@@ -84,7 +84,7 @@ CHAT_NEUTRAL = NEUTRAL | {
     "chat_template_kwargs": Neutral(({},)),
 }
 # Answers that clients send back carry these.
-MESSAGE_NEUTRAL: Mapping[str, Neutral] = {
+MESSAGE_NEUTRAL: dict[str, Neutral] = {
     "tool_calls": Neutral(([],)),
     "function_call": Neutral(),
     "refusal": Neutral(),
@@ -159,7 +159,11 @@ class Ask:
     prompts: tuple[str | list[int], ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()  # chat, ready for the template
     echo: bool = False
-    logprobs: int | None = field(default=None)  # alternatives per token to show
+
+    @property
+    def num_sequences(self) -> int:
+        """How many choices the answer has."""
+        return self.n * (1 if self.messages else len(self.prompts))
 
 
 def parse_completion(data: bytes) -> Ask:
@@ -204,7 +208,6 @@ def _ask(body: GenerateBody, max_tokens: int | None, logprobs: int | None, **res
         stops=_stops(body.stop),
         stream=body.stream,
         options=body.stream_options or StreamOptions(),
-        logprobs=logprobs,
         **rest,
     )
 
@@ -258,9 +261,9 @@ def _prompts(prompt: str | list[Any]) -> tuple[str | list[int], ...]:
     """One prompt or many, each text or token ids."""
     if isinstance(prompt, str) or _is_tokens(prompt):
         return (prompt,)
-    if prompt and all(isinstance(item, str) or _is_tokens(item) for item in prompt):
-        return tuple(prompt)
-    _refuse("prompt", "expected text, a list of token ids, or a list of either; none empty")
+    if not prompt or not all(isinstance(item, str) or _is_tokens(item) for item in prompt):
+        _refuse("prompt", "expected text, a list of token ids, or a list of either; none empty")
+    return tuple(prompt)
 
 
 def _is_tokens(item: Any) -> bool:

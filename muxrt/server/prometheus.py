@@ -1,0 +1,164 @@
+"""/metrics: what the endpoint measures itself, and what its units report."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from muxrt.config.placement import ModelSpec
+from muxrt.engine.messages import ModelStats, Stats
+from muxrt.engine.requests import Ledger
+from muxrt.metrics import Timing, is_met
+from muxrt.server.unit_process import UnitProcess
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Seconds; from a small model's decode step to what nobody waits for.
+TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+MODEL_UNIT = ("model", "unit")
+ModelValue = Callable[[ModelStats], float]
+
+GAUGES: Mapping[str, tuple[str, ModelValue]] = {
+    "muxrt_sequences_waiting": ("Sequences that never started.", lambda m: m.waiting),
+    "muxrt_sequences_running": ("Sequences that hold blocks.", lambda m: m.running),
+    "muxrt_sequences_preempted": ("Started sequences without blocks.", lambda m: m.preempted),
+    "muxrt_blocks_used": ("Blocks that sequences hold.", lambda m: m.blocks_used),
+    "muxrt_blocks_cached": ("Blocks that only the prefix cache holds.", lambda m: m.blocks_cached),
+    "muxrt_blocks_quota": ("Blocks a model is entitled to.", lambda m: m.blocks_quota),
+    "muxrt_blocks_borrowed": ("Blocks above the quota.", lambda m: m.blocks_borrowed),
+}
+COUNTERS: Mapping[str, tuple[str, ModelValue]] = {
+    "muxrt_prefix_hit_tokens": ("Prompt tokens found in the cache.", lambda m: m.prefix_hit_tokens),
+    "muxrt_prompt_tokens": ("Prompt tokens of started sequences.", lambda m: m.prompt_tokens),
+    "muxrt_output_tokens": ("Tokens generated.", lambda m: m.output_tokens),
+    "muxrt_deadline_refusals": ("Sequences refused at their deadline.", lambda m: m.refused),
+}
+PREEMPTIONS: Mapping[str, ModelValue] = {
+    "swap": lambda m: m.preemptions_swap,
+    "recompute": lambda m: m.preemptions_recompute,
+}
+
+
+class UnitCollector(Collector):
+    """The units' last reports, read when somebody asks. A dead unit reports nothing."""
+
+    def __init__(
+        self, units: Mapping[str, UnitProcess], ledger: Ledger, models: Iterable[str]
+    ) -> None:
+        self._units = units
+        self._ledger = ledger
+        self._models = list(models)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        yield from self._unit_gauges()
+        stats = [unit.stats for unit in self._units.values() if unit.stats is not None]
+        for name, (text, value) in GAUGES.items():
+            yield _filled(GaugeMetricFamily(name, text, labels=MODEL_UNIT), stats, value)
+        for name, (text, value) in COUNTERS.items():
+            yield _filled(CounterMetricFamily(name, text, labels=MODEL_UNIT), stats, value)
+        yield _preemptions(stats)
+
+    def _requests(self) -> Iterator[Metric]:
+        queued = GaugeMetricFamily(
+            "muxrt_requests_queued", "Requests without a first token.", labels=("model",)
+        )
+        running = GaugeMetricFamily(
+            "muxrt_requests_running", "Requests that stream.", labels=("model",)
+        )
+        for model in self._models:
+            queued.add_metric([model], self._ledger.queued(model))
+            running.add_metric([model], self._ledger.running(model))
+        yield from (queued, running)
+
+    def _unit_gauges(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("muxrt_unit_ready", "1 while a unit serves.", labels=("unit",))
+        total = GaugeMetricFamily("muxrt_unit_blocks", "Blocks of a unit.", labels=("unit",))
+        free = GaugeMetricFamily("muxrt_unit_blocks_free", "Free blocks.", labels=("unit",))
+        restarts = CounterMetricFamily("muxrt_unit_restarts", "Restarts.", labels=("unit",))
+        for unit in self._units.values():
+            ready.add_metric([unit.name], unit.is_ready)
+            restarts.add_metric([unit.name], unit.num_restarts)
+            if unit.stats is not None:
+                total.add_metric([unit.name], unit.stats.blocks_total)
+                free.add_metric([unit.name], unit.stats.blocks_free)
+        yield from (ready, total, free, restarts)
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily, stats: list[Stats], value: ModelValue
+) -> Metric:
+    for unit in stats:
+        for model in unit.models:
+            family.add_metric([model.model, unit.unit], value(model))
+    return family
+
+
+def _preemptions(stats: list[Stats]) -> Metric:
+    family = CounterMetricFamily(
+        "muxrt_preemptions", "Sequences that lost their blocks.", labels=(*MODEL_UNIT, "kind")
+    )
+    for unit in stats:
+        for model in unit.models:
+            for kind, value in PREEMPTIONS.items():
+                family.add_metric([model.model, unit.unit, kind], value(model))
+    return family
+
+
+class Metrics:
+    """Counts of this endpoint; one registry per server, none per process."""
+
+    def __init__(
+        self, models: Iterable[ModelSpec], units: Mapping[str, UnitProcess], ledger: Ledger
+    ) -> None:
+        self._slos = {model.name: model.slo for model in models}
+        self._registry = registry = CollectorRegistry(auto_describe=False)
+        registry.register(UnitCollector(units, ledger, self._slos))
+        self._requests = Counter(
+            "muxrt_http_requests",
+            "HTTP requests to generate, by status; 499 = the client left.",
+            ("model", "status"),
+            registry=registry,
+        )
+        self._ttft = Histogram(
+            "muxrt_ttft_seconds",
+            "Time to first token.",
+            ("model",),
+            buckets=TTFT_BUCKETS,
+            registry=registry,
+        )
+        self._tpot = Histogram(
+            "muxrt_tpot_seconds",
+            "Time per output token after the first, mean of a sequence.",
+            ("model",),
+            buckets=TPOT_BUCKETS,
+            registry=registry,
+        )
+        self._finished = Counter(
+            "muxrt_slo_finished", "Prompts of models with targets.", ("model",), registry=registry
+        )
+        self._met = Counter(
+            "muxrt_slo_met", "Those that met both targets.", ("model",), registry=registry
+        )
+
+    def on_response(self, model: str | None, status: int) -> None:
+        """A request to generate was answered; `model` only if it is served here."""
+        self._requests.labels(model or "", str(status)).inc()
+
+    def on_finish(self, model: str, timing: Timing) -> None:
+        """A sequence came to its end."""
+        if timing.ttft_s is not None:
+            self._ttft.labels(model).observe(timing.ttft_s)
+        if timing.tpot_s is not None:
+            self._tpot.labels(model).observe(timing.tpot_s)
+        slo = self._slos[model]
+        if slo is not None:
+            self._finished.labels(model).inc()
+            self._met.labels(model).inc(is_met(timing, slo))
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,238 @@
+"""Starts the unit processes, watches them, and starts a dead one again."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from time import monotonic
+
+from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.serve import ServeConfig
+from muxrt.engine.messages import (
+    Drain,
+    Failed,
+    FromUnit,
+    Loading,
+    Ready,
+    Stats,
+    Step,
+    Stopped,
+    ToUnit,
+    UnitBoot,
+)
+from muxrt.errors import MuxrtError
+from muxrt.server.link import Link
+from muxrt.server.unit_process import Process, Spawn, UnitProcess, UnitState, spawn
+
+log = logging.getLogger(__name__)
+
+# How long a dying process's last words may take from its socket to ours.
+LAST_WORDS_S = 0.2
+# Beyond its own deadline, for a drained process to tidy up and exit.
+EXIT_GRACE_S = 2.0
+
+Listener = Callable[[UnitProcess], None]
+
+
+class StartFailed(MuxrtError):
+    """A unit could not load at the first start: what is wrong will not pass by itself."""
+
+
+class Supervisor:
+    """Owns the processes of all units. `on_step` gets what they generate.
+
+    `on_death` is told of each ready unit that ended, `on_change` of every change of a unit's state
+    and of progress while it loads. All of it happens on one event loop.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        on_step: Callable[[Step], None],
+        on_death: Listener,
+        on_change: Listener = lambda unit: None,
+        spawn: Spawn = spawn,
+        simulate: bool = False,
+    ) -> None:
+        self.units = {spec.name: UnitProcess(spec) for spec in config.units}
+        self._models = {model.name: model for model in config.models}
+        self._on_step = on_step
+        self._on_death = on_death
+        self._on_change = on_change
+        self._spawn = spawn
+        self._simulate = simulate
+        self._link = Link(self._receive, self._on_garbage)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._all_ready = asyncio.Event()
+        self._is_stopping = False
+
+    # -- life --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to load every unit. Must run on the event loop."""
+        self._link.open()
+        self._tasks = [asyncio.create_task(self._keep(unit)) for unit in self.units.values()]
+
+    async def wait_ready(self) -> None:
+        """Return once every unit was ready. Raises StartFailed if one cannot load."""
+        ready = asyncio.create_task(self._all_ready.wait())
+        try:
+            await asyncio.wait([ready, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in self._tasks:
+                if task.done() and not task.cancelled():
+                    task.result()
+        finally:
+            ready.cancel()
+
+    async def stop(self, deadline_s: float) -> bool:
+        """Let the units finish for `deadline_s` seconds, then end them; True if all finished."""
+        self._is_stopping = True
+        running = [unit for unit in self.units.values() if unit.process is not None]
+        for unit in running:
+            if not (unit.is_ready and self.send(unit.name, Drain(deadline_s))):
+                self._kill(unit)
+        exits = [asyncio.create_task(_wait(unit.process)) for unit in running if unit.process]
+        late = await self._wait_exits(exits, deadline_s + EXIT_GRACE_S)
+        self.kill()
+        for task in self._tasks:
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*exits, *self._tasks, return_exceptions=True)
+        for unit in self.units.values():
+            unit.state = UnitState.STOPPED
+        self._link.close()
+        return not late and all(future.result() == 0 for future in exits)
+
+    async def _wait_exits(
+        self, exits: list[asyncio.Task[int]], timeout_s: float
+    ) -> set[asyncio.Task[int]]:
+        """Wait for all of `exits`; those that are late."""
+        if not exits:
+            return set()
+        _, late = await asyncio.wait(exits, timeout=timeout_s)
+        return late
+
+    def kill(self) -> None:
+        """End every process at once."""
+        for unit in self.units.values():
+            self._kill(unit)
+
+    def _kill(self, unit: UnitProcess) -> None:
+        if unit.process is not None:
+            unit.process.kill()
+
+    async def _keep(self, unit: UnitProcess) -> None:
+        """Start the unit, and again whenever it ends. Raises StartFailed at the first load."""
+        while True:
+            code = await self._run_once(unit)
+            if self._is_stopping:
+                return
+            if not unit.is_ready:
+                await _hear_out(unit)
+            self._bury(unit, code)
+            if not self._all_ready.is_set() and not unit.ready_s:
+                raise StartFailed(unit.error or f"unit {unit.name} cannot start")
+            await asyncio.sleep(max(0.0, unit.next_start_s - monotonic()))
+
+    async def _run_once(self, unit: UnitProcess) -> int:
+        """One generation, from its start to its end; its exit code."""
+        unit.begin(monotonic())
+        try:
+            process = await self._spawn(self._boot(unit))
+        except OSError as error:
+            unit.error = f"no process for unit {unit.name}: {error}"
+            unit.has_failed.set()
+            return 1
+        unit.process = process
+        log.info("event=unit_started unit=%s pid=%d", unit.name, process.pid)
+        self._on_change(unit)
+        return await _wait(process)
+
+    def _bury(self, unit: UnitProcess, code: int) -> None:
+        was_ready = unit.is_ready
+        unit.on_exit(code, monotonic())
+        delay_s = max(0.0, unit.next_start_s - monotonic())
+        log.error(
+            "event=unit_died unit=%s code=%d restart_in_s=%.1f error=%r",
+            unit.name,
+            code,
+            delay_s,
+            unit.error,
+        )
+        if was_ready:
+            self._on_death(unit)
+        self._on_change(unit)
+
+    def _boot(self, unit: UnitProcess) -> UnitBoot:
+        return UnitBoot(
+            unit=unit.spec,
+            models=_models_of(unit.spec, self._models),
+            endpoint=self._link.endpoint,
+            identity=unit.identity.decode(),
+            simulate=self._simulate,
+        )
+
+    # -- messages ----------------------------------------------------------------------------
+
+    def send(self, name: str, message: ToUnit) -> bool:
+        """Send to the unit's present process; False if there is none that listens."""
+        return self._link.send(self.units[name].identity, message)
+
+    def _sender(self, identity: bytes) -> UnitProcess | None:
+        """The unit whose present process has this identity; the dead are not listened to."""
+        unit = self.units.get(identity.decode().rpartition("#")[0])
+        if unit is None or unit.identity != identity or unit.state is UnitState.DOWN:
+            return None
+        return unit
+
+    def _receive(self, identity: bytes, message: FromUnit) -> None:
+        unit = self._sender(identity)
+        if unit is None:
+            return
+        match message:
+            case Step():
+                self._on_step(message)
+            case Stats():
+                unit.stats = message
+            case Ready():
+                self._on_ready(unit, message)
+            case Loading():
+                unit.loading = message
+                self._on_change(unit)
+            case Failed():
+                unit.error = message.message
+                unit.has_failed.set()
+            case Stopped():
+                log.info("event=unit_drained unit=%s", unit.name)
+
+    def _on_ready(self, unit: UnitProcess, ready: Ready) -> None:
+        unit.on_ready(ready, monotonic())
+        log.info("event=unit_ready unit=%s load_s=%.2f", unit.name, unit.load_s)
+        if all(each.is_ready for each in self.units.values()):
+            self._all_ready.set()
+        self._on_change(unit)
+
+    def _on_garbage(self, identity: bytes) -> None:
+        """A process that does not speak our language may have lost a step: it has to go."""
+        unit = self._sender(identity)
+        if unit is not None:
+            self._kill(unit)
+
+
+async def _hear_out(unit: UnitProcess) -> None:
+    """Wait for why a process could not load, if it still says so."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(unit.has_failed.wait(), LAST_WORDS_S)
+
+
+async def _wait(process: Process) -> int:
+    """Its exit code; if we are not waited for any more, it has nothing to live for."""
+    try:
+        return await process.wait()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+
+
+def _models_of(unit: UnitSpec, models: Mapping[str, ModelSpec]) -> tuple[ModelSpec, ...]:
+    return tuple(models[part.name] for part in unit.models)
