@@ -279,7 +279,7 @@ def _message(index: int, raw: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in known.keys() - {"role", "content", "name"}:
         _refuse(f"{at}.{key}", "not supported")
     role = known.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         _refuse(f"{at}.role", f"found {role!r}, expected one of {', '.join(ROLES)}")
     content = _content(at, known.get("content"), role)
     name = known.get("name")
@@ -356,7 +356,7 @@ def _readable(error: msgspec.ValidationError) -> BadRequest:
     """msgspec's words, with the field in front instead of a JSON path behind."""
     text, at = str(error), None
     if match := _AT.fullmatch(text):
-        text, at = match[1], match[2]
+        text, at = match[1], match[2] and match[2].replace("[...]", "")  # some key of an object
     if (named := _FIELD.fullmatch(text)) is not None:
         at = f"{at}.{named[2]}" if at else named[2]
         text = "is required" if named[1].endswith("missing required") else "not supported"
