@@ -44,7 +44,7 @@ WIRING = {"cli", "__main__", "__init__"}  # may import every unit
 EVERYWHERE = {"numpy", "msgspec"}
 LIBRARIES = {
     "config": {"yaml"},
-    "kernels": {"torch", "triton", "numba"},
+    "kernels": {"torch", "triton", "numba", "llvmlite"},
     "models": {"torch", "safetensors"},
     "worker": {"torch", "safetensors", "zmq", "nixl", "vllm", "cuda"},
     "server": {"aiohttp", "jinja2", "prometheus_client", "tokenizers", "uvloop", "zmq"},
