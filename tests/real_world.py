@@ -11,6 +11,7 @@ from random import Random
 
 import msgspec
 import numpy as np
+import torch
 
 from muxrt.config.model import load_shape
 from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
@@ -26,6 +27,10 @@ from muxrt.worker.runner import Copier, Resident, Runner
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo_models"
 MODELS = ("pydoc-s", "pydoc-m", "pydoc-l")
+
+# One thread: models this small gain nothing from a second, and where other processes run beside
+# the tests, OpenMP's threads spend their time waiting for each other.
+torch.set_num_threads(1)
 
 
 @cache
