@@ -182,9 +182,10 @@ class Dispatcher:
                 continue
             waiter.is_untouched = False
             self.ledger.add_tokens(output.request_id, len(output.tokens))
+            # Before it is closed: what starts with it must find its unit, and no idle moment.
+            waiter.sink(output)
             if output.finish is not None:
                 self._close(output.request_id)
-            waiter.sink(output)
 
     def on_death(self, unit: UnitProcess) -> None:
         """Everything live in `unit` is lost: what showed nothing yet may start over elsewhere."""
@@ -210,10 +211,10 @@ class Dispatcher:
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new; True once nothing is live, False if that takes too long."""
         self.is_draining = True
-        if not self._waiters:
-            return True
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                while self._waiters:
+                    await self._idle.wait()
         return not self._waiters
 
     def abandon(self) -> None:

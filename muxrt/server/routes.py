@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any
 from uuid import uuid4
@@ -36,6 +37,15 @@ SSE_HEADERS = {
     "X-Accel-Buffering": "no",  # proxies must not wait for the end of a stream
 }
 NAMES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request to generate, and what is to be counted of it."""
+
+    http: web.Request
+    model: str | None = None  # once it is known to be served here
+    status: int | None = None  # of the outcome, where it is not that of the response
 
 
 class Routes:
@@ -89,32 +99,27 @@ class Routes:
             raise
         except Exception:
             log.exception("event=bug path=%s", http.path)
-            if "stream" in http:  # begun: another answer cannot follow, an end can
-                return _cut(http)
             return error_response(MuxrtError("internal error: the server's log has the details"))
 
-    def _counted(self, handler: Handler) -> Handler:
-        """`handler`, its answers counted by model and status."""
+    def _counted(self, answer: Callable[[Exchange], Awaitable[web.StreamResponse]]) -> Handler:
+        """`answer` as a handler whose outcomes are counted by model and status."""
 
-        async def count(http: web.Request) -> web.StreamResponse:
-            status = 500
+        async def handle(http: web.Request) -> web.StreamResponse:
+            exchange = Exchange(http)
             try:
-                response = await handler(http)
-                status = http.get("status", response.status)
-            except MuxrtError as error:
-                status = error.status
-                raise
-            except web.HTTPException as error:
-                status = error.status
+                response = await answer(exchange)
+                exchange.status = exchange.status or response.status
+                return response
+            except (MuxrtError, web.HTTPException) as error:
+                exchange.status = error.status
                 raise
             except (asyncio.CancelledError, ConnectionResetError):
-                status = CLIENT_LEFT
+                exchange.status = CLIENT_LEFT
                 raise
             finally:
-                self._metrics.on_response(http.get("model"), status)
-            return response
+                self._metrics.on_response(exchange.model, exchange.status or 500)
 
-        return count
+        return handle
 
     def _authenticate(self, http: web.Request) -> bytes:
         """What sets the client's cached prefixes apart. Raises Unauthorized."""
@@ -125,22 +130,22 @@ class Routes:
 
     # -- generation --------------------------------------------------------------------------
 
-    async def completions(self, http: web.Request) -> web.StreamResponse:
+    async def completions(self, exchange: Exchange) -> web.StreamResponse:
         """POST /v1/completions."""
-        return await self._generate(http, parse_completion, CompletionDialect)
+        return await self._generate(exchange, parse_completion, CompletionDialect)
 
-    async def chat(self, http: web.Request) -> web.StreamResponse:
+    async def chat(self, exchange: Exchange) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        return await self._generate(http, parse_chat, ChatDialect)
+        return await self._generate(exchange, parse_chat, ChatDialect)
 
     async def _generate(
-        self, http: web.Request, parse: Callable[[bytes], Ask], words: Words
+        self, exchange: Exchange, parse: Callable[[bytes], Ask], words: Words
     ) -> web.StreamResponse:
         arrived_s = monotonic()
-        salt = self._authenticate(http)
-        ask = parse(await http.read())
+        salt = self._authenticate(exchange.http)
+        ask = parse(await exchange.http.read())
         model = self._model(ask.model)
-        http["model"] = ask.model
+        exchange.model = ask.model
         ready = self._dispatcher.admit(ask.model, ask.num_sequences)
         prompts = await _encode(model, ask, lambda: model.encode(ask, ready, salt))
         writer = Writer(words(model.tokenizer), uuid4().hex, int(time()), ask.model)
@@ -148,7 +153,7 @@ class Routes:
             self._start(call, model, ask, prompts, arrived_s)
             reply = Reply(ask, model, prompts, call, writer, arrived_s, self._metrics)
             if ask.stream:
-                return await _stream(http, reply)
+                return await _stream(exchange, reply)
             return _json(await reply.whole())
 
     def _start(
@@ -231,33 +236,23 @@ async def _encode(
     return await asyncio.get_running_loop().run_in_executor(None, encode)
 
 
-async def _stream(http: web.Request, reply: Reply) -> web.StreamResponse:
+async def _stream(exchange: Exchange, reply: Reply) -> web.StreamResponse:
     """Server-sent events. Until the first step nothing is sent, so that errors have a status."""
-    response = None
+    response = web.StreamResponse(headers=SSE_HEADERS)
     try:
         async for data in reply.events():
-            if response is None:
-                response = http["stream"] = web.StreamResponse(headers=SSE_HEADERS)
-                await response.prepare(http)
+            if not response.prepared:
+                await response.prepare(exchange.http)
             await response.write(data)
-        assert response is not None, "a generation ends with an event"
         await response.write(DONE)
     except MuxrtError as error:
-        if response is None:
+        if not response.prepared:
             raise
         # The status is out; the stream says what happened and ends without [DONE].
-        http["status"] = error.status
+        exchange.status = error.status
         await response.write(b"data: " + error_body(error) + b"\n\n")
     await response.write_eof()
     return response
-
-
-def _cut(http: web.Request) -> web.StreamResponse:
-    """End a stream that cannot go on so that its client notices."""
-    if http.transport is not None:
-        http.transport.close()
-    stream: web.StreamResponse = http["stream"]
-    return stream
 
 
 # -- errors ----------------------------------------------------------------------------------
