@@ -58,8 +58,8 @@ BROKEN = {
     ),
     "a misspelt key": (
         "durations: 1",
-        ":1: durations: unknown key; did you mean duration_s?; allowed here: duration_s, seed,"
-        " models, power_law, trace, prompt, output, slo",
+        ":1: durations: unknown key; did you mean duration_s?; allowed here: title, duration_s,"
+        " seed, models, power_law, trace, prompt, output, slo",
     ),
 }
 

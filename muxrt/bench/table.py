@@ -86,6 +86,8 @@ def notes(report: Report) -> list[str]:
     lines = [f"{report.total.requests} requests in {report.wall_s:.1f} s"]
     if report.total.goodput_rps is not None:
         lines[0] += f", {report.total.goodput_rps:.2f} requests/s within their SLO"
+    if report.total.blocks is not None:
+        lines.append("blocks: the most used at one time / quota at the end / the most borrowed")
     if report.num_not_sent:
         lines.append(f"cut short: {report.num_not_sent} requests were not sent or not finished")
     if report.client_lag_p99_s > LAG_WARNING_S:

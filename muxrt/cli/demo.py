@@ -104,7 +104,8 @@ async def _chat_with_all(console: Console, url: str, config: ServeConfig) -> Non
 
 
 def _replay(console: Console, url: str, config: ServeConfig, traffic: Workload) -> Report:
-    console.print(f"\nNow {traffic.duration_s:g} s of traffic:", highlight=False)
+    title = traffic.title or "traffic"
+    console.print(f"\nNow {traffic.duration_s:g} s of {title}:", highlight=False)
     with replaying(console) as changed:
         done = asyncio.run(run(Target(url), traffic, changed))
     report = make_report(done, {model.name: model.slo or traffic.slo for model in config.models})

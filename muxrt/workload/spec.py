@@ -52,6 +52,7 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Requests over `duration_s`: Poisson at given rates, or a trace dealt to the models."""
 
+    title: Name | None = None  # what people are told that they see
     duration_s: Positive = 60.0
     seed: Index = 0
     models: tuple[Traffic, ...] = ()  # most popular first; empty = what the endpoint lists
