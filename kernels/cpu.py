@@ -26,6 +26,7 @@ SHARED_FLOATS = 64 * 1024
 
 _INT, _FLOATS, _TABLE = "int64", "float32[::1]", "int32[:, ::1]"
 _IDS, _POSITIONS, _ROWS = "int32[::1]", "int64[::1]", "float32[:, ::1]"
+_BYTES = "uint8[::1]"
 _GEOMETRY = "UniTuple(int64, 6)"
 _ARENAS = (_FLOATS, "uint16[::1]")
 
@@ -46,40 +47,25 @@ def warm_up() -> None:
 
 
 def _signatures() -> dict[Callable[..., Any], list[str]]:
-    store = (_FLOATS, _FLOATS, _INT, _INT)
-    table = (_TABLE, _IDS)
+    kv = (_FLOATS, _FLOATS, _INT, _INT)
+    heads = (_FLOATS, _INT, _INT)
+    tiles = (_GEOMETRY, _INT, "float32", _INT, _INT, _FLOATS)
     return {
         cpu_attention.survey: [f"({_IDS}, {_IDS}, {_INT})"],
         cpu_attention.store_kv: [
-            _signature(*store, arena, *table, _POSITIONS, _IDS, _GEOMETRY, _INT)
+            _signature(*kv, arena, _TABLE, _IDS, _POSITIONS, _IDS, _GEOMETRY, _INT)
             for arena in _ARENAS
         ],
         cpu_attention.attend: [
-            _signature(
-                _FLOATS,
-                _INT,
-                arena,
-                *table,
-                _IDS,
-                _IDS,
-                _GEOMETRY,
-                _INT,
-                "float32",
-                _INT,
-                _INT,
-                _FLOATS,
-            )
-            for arena in _ARENAS
-        ],  # fmt: skip
-        cpu_rows.rope: [
-            _signature(_FLOATS, _INT, _INT, _FLOATS, _INT, _INT, _ROWS, _ROWS),
+            _signature(_FLOATS, _INT, arena, _TABLE, _IDS, _IDS, _IDS, *tiles) for arena in _ARENAS
         ],
-        cpu_rows.rms_norm: [_signature(_FLOATS, _FLOATS, "float32", _FLOATS)],
-        cpu_rows.add_rms_norm: [_signature(_FLOATS, _FLOATS, _FLOATS, "float32", _FLOATS)],
-        cpu_rows.rms_norm_heads: [_signature(_FLOATS, _INT, _INT, _FLOATS, "float32")],
-        cpu_rows.silu_mul: [_signature(_FLOATS, _INT, _FLOATS)],
+        cpu_rows.rope: [_signature(*heads, *heads, _ROWS, _ROWS)],
+        cpu_rows.rms_norm: [_signature(_ROWS, _FLOATS, "float32", _ROWS)],
+        cpu_rows.add_rms_norm: [_signature(_ROWS, _ROWS, _FLOATS, "float32", _ROWS)],
+        cpu_rows.rms_norm_heads: [_signature(*heads, _FLOATS, "float32")],
+        cpu_rows.silu_mul: [_signature(_ROWS, _ROWS)],
         cpu_rows.copy_blocks: [
-            _signature("uint8[::1]", "uint8[::1]", _IDS, _IDS, _INT),
+            _signature(_BYTES, _BYTES, _IDS, _IDS, _INT),
         ],
     }
 
@@ -96,69 +82,58 @@ def attention(
 ) -> Tensor:
     """See `muxrt.kernels.attention`."""
     num_tokens, heads, head_dim = q.shape
+    kv_heads = kv.num_kv_heads
     q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
-    arena, table = _arena(kv.arena), _array(kv.block_table)
-    slots, starts, query_starts = _array(meta.slots), _array(meta.starts), _array(meta.query_starts)
-    geometry = (
-        heads, kv.num_kv_heads, head_dim, kv.block_tokens, kv.blocks_per_group, kv.planes_per_block
-    )  # fmt: skip
-    _split(
-        team, cpu_attention.store_kv, num_tokens, 2 * num_tokens * k.shape[1] * head_dim,
-        _flat(k), _flat(v), k.stride(0), v.stride(0), arena, table, slots,
-        _array(meta.positions), _array(meta.token_sequence), geometry, layer,
-    )  # fmt: skip
-    tile_queries = max(1, WIDE * kv.num_kv_heads // heads)
-    tiles, keys = cpu_attention.survey(starts, query_starts, tile_queries)
+    arena, table, *blocks = kv.arrays
+    slots, starts, query_starts, positions, owners = meta.arrays
+    geometry = (heads, kv_heads, head_dim, *blocks)
+    store = (_flat(k), _flat(v), k.stride(0), v.stride(0), arena, table, slots, positions, owners)
+    num_floats = 2 * num_tokens * kv_heads * head_dim
+    _split(team, cpu_attention.store_kv, num_tokens, num_floats, *store, geometry, layer)
     out = torch.empty((num_tokens, heads, head_dim), dtype=torch.float32)
-    _split(
-        team, cpu_attention.attend, kv.num_kv_heads * tiles,
-        2 * keys * kv.num_kv_heads * head_dim,
-        _flat(q), q.stride(0), arena, table, slots, starts, query_starts, geometry, layer,
-        np.float32(scale), tile_queries, tiles, out.view(-1).numpy(),
-    )  # fmt: skip
+    tile = max(1, WIDE * kv_heads // heads)  # queries
+    tiles, keys = cpu_attention.survey(starts, query_starts, tile)
+    batch = (_flat(q), q.stride(0), arena, table, slots, starts, query_starts)
+    work = (geometry, layer, np.float32(scale), tile, tiles, out.view(-1).numpy())
+    num_floats = 2 * keys * kv_heads * head_dim
+    _split(team, cpu_attention.attend, kv_heads * tiles, num_floats, *batch, *work)
     return out
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, team: Team) -> None:
     """See `muxrt.kernels.rope`."""
-    assert q.stride()[1:] == (q.shape[2], 1) and k.stride()[1:] == (k.shape[2], 1)
-    _split(
-        team, cpu_rows.rope, q.shape[0], q.numel() + k.numel(),
-        _flat(q), q.stride(0), q.shape[1], _flat(k), k.stride(0), k.shape[1],
-        _array(cos), _array(sin),
-    )  # fmt: skip
+    queries = (_flat(q), q.stride(0), q.shape[1])
+    keys = (_flat(k), k.stride(0), k.shape[1])
+    num_floats = q.numel() + k.numel()
+    _split(team, cpu_rows.rope, q.shape[0], num_floats, *queries, *keys, cos.numpy(), sin.numpy())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, team: Team, add: Tensor | None) -> Tensor:
     """See `muxrt.kernels.rms_norm`."""
     out = torch.empty_like(x)
-    kernel, inputs = cpu_rows.rms_norm, [_flat(x)]
-    if add is not None:
-        kernel, inputs = cpu_rows.add_rms_norm, [_flat(x), _flat(add.contiguous())]
-    _split(
-        team, kernel, x.shape[0], 2 * x.numel(),
-        *inputs, weight.numpy(), np.float32(eps), _flat(out),
-    )  # fmt: skip
+    rest = (weight.numpy(), np.float32(eps), out.numpy())
+    if add is None:
+        _split(team, cpu_rows.rms_norm, len(x), 2 * x.numel(), x.numpy(), *rest)
+    else:
+        sums = (x.numpy(), add.numpy())
+        _split(team, cpu_rows.add_rms_norm, len(x), 4 * x.numel(), *sums, *rest)
     return out
 
 
 def rms_norm_heads(x: Tensor, weight: Tensor, eps: float, team: Team) -> None:
     """See `muxrt.kernels.rms_norm_heads`."""
-    assert x.stride()[1:] == (x.shape[2], 1)
-    _split(
-        team, cpu_rows.rms_norm_heads, x.shape[0], 2 * x.numel(),
-        _flat(x), x.stride(0), x.shape[1], weight.numpy(), np.float32(eps),
-    )  # fmt: skip
+    rows = (_flat(x), x.stride(0), x.shape[1])
+    rest = (weight.numpy(), np.float32(eps))
+    _split(team, cpu_rows.rms_norm_heads, x.shape[0], 2 * x.numel(), *rows, *rest)
 
 
 def silu_mul(gate_up: Tensor, team: Team) -> Tensor:
     """See `muxrt.kernels.silu_mul`."""
-    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_tokens, width), dtype=torch.float32)
+    num_tokens, width = gate_up.shape
+    out = torch.empty((num_tokens, width // 2), dtype=torch.float32)
     _split(
-        team, cpu_rows.silu_mul, num_tokens, 2 * gate_up.numel(),
-        _flat(gate_up.contiguous()), width, _flat(out),
-    )  # fmt: skip
+        team, cpu_rows.silu_mul, num_tokens, 2 * num_tokens * width, gate_up.numpy(), out.numpy()
+    )
     return out
 
 
@@ -166,9 +141,9 @@ def copy_blocks(
     src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor, block_bytes: int
 ) -> None:
     """See `muxrt.kernels.copy_blocks`."""
-    cpu_rows.copy_blocks(
-        0, len(src_ids), _bytes(src), _bytes(dst), _array(src_ids), _array(dst_ids), block_bytes
-    )
+    arenas = (src.view(torch.uint8).numpy(), dst.view(torch.uint8).numpy())
+    ids = (src_ids.numpy(), dst_ids.numpy())
+    cpu_rows.copy_blocks(0, len(src_ids), *arenas, *ids, block_bytes)
 
 
 def _split(
@@ -187,22 +162,13 @@ def _rowwise(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Array:
-    """The memory of x from its first to its last element, strides and all."""
-    if x.is_contiguous():
-        return x.view(-1).numpy()
-    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((max(span, 0),), (1,)).numpy()
+    """The memory of x [T, heads, head_dim] from its first to its last element.
 
-
-def _array(x: Tensor) -> Array:
-    assert x.is_contiguous(), f"a kernel needs contiguous memory, got strides {x.stride()}"
-    return x.numpy()
-
-
-def _arena(arena: Tensor) -> Array:
-    """numpy has no bfloat16: its bits, then."""
-    return _array(arena.view(torch.uint16) if arena.dtype == torch.bfloat16 else arena)
-
-
-def _bytes(arena: Tensor) -> Array:
-    return _array(arena.view(torch.uint8))
+    Raises ValueError unless each token's heads lie in one piece.
+    """
+    stride, *inner = x.stride()
+    num_tokens, heads, head_dim = x.shape
+    if inner != [head_dim, 1]:
+        raise ValueError(f"heads are scattered: shape {list(x.shape)}, strides {x.stride()}")
+    span = (num_tokens - 1) * stride + heads * head_dim
+    return x.as_strided((span,), (1,)).numpy()

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from muxrt.kernels.jit import as_arena, as_float, float_of_bits, inlined, kernel
+from muxrt.kernels.jit import as_arena, as_float, float_of_bits, inlined, kernel, prefetch
 from muxrt.kernels.panel import NARROW, ROWS, WIDE, make_panel
 
 Array = Any  # numba's view: a numpy array
 Geometry = Any  # (heads, kv_heads, head_dim, block_tokens, blocks_per_group, planes_per_block)
 
 FEW = 4  # query heads of a kv head from which on a decode step is a tile
+LINE_BYTES = 64  # of a cache line
 CHUNK = 64  # keys per step of the online softmax
 MASKED = np.float32(-1e30)  # finite: a difference of two infinities would be NaN
 
@@ -45,13 +46,22 @@ def exp(x: Any) -> Any:
 
 
 @inlined
-def _offset(table: Array, slot: int, geometry: Geometry, plane: int, position: int) -> int:
-    """Element offset of K of one token in one plane (KvCache's formula), in 64 bits."""
-    _, _, head_dim, block_tokens, blocks_per_group, planes_per_block = geometry
-    group, row = position // block_tokens, position % block_tokens
-    block = np.int64(table[slot, group * blocks_per_group + plane // planes_per_block])
-    index = block * planes_per_block + plane % planes_per_block
-    return (index * 2 * block_tokens + row) * head_dim
+def _locate(geometry: Geometry, plane: int) -> tuple[int, int, int]:
+    """(column of the plane's block within a group, elements of a block, the plane's offset in it).
+
+    With `_offset` KvCache's formula, cut so that no division is left for the inner loops.
+    """
+    _, _, head_dim, block_tokens, _, planes_per_block = geometry
+    elems = 2 * block_tokens * head_dim
+    return plane // planes_per_block, planes_per_block * elems, (plane % planes_per_block) * elems
+
+
+@inlined
+def _offset(ids: Array, group: int, geometry: Geometry, where: Any) -> int:
+    """Element offset, in 64 bits, of K of a group's first token; `ids` is a row of block ids."""
+    column, block_elems, inner = where
+    block: int = np.int64(ids[group * geometry[4] + column])
+    return block * block_elems + inner
 
 
 @kernel()
@@ -82,13 +92,16 @@ def store_kv(
     geometry: Geometry,
     layer: int,
 ) -> None:
-    """Write K and V of tokens [begin, end) into their planes; a token's row begins at its stride."""
+    """Write K and V of tokens [begin, end) into their planes; `*_stride` floats per token."""
     _, kv_heads, head_dim, block_tokens, _, _ = geometry
     to_values = block_tokens * head_dim
     for token in range(begin, end):
         slot = slots[token_sequence[token]]
         for head in range(kv_heads):
-            at = _offset(table, slot, geometry, layer * kv_heads + head, positions[token])
+            group = positions[token] // block_tokens
+            where = _locate(geometry, layer * kv_heads + head)
+            at = _offset(table[slot], group, geometry, where)
+            at += (positions[token] - group * block_tokens) * head_dim
             keys, values = (
                 arena[at : at + head_dim],
                 arena[at + to_values : at + to_values + head_dim],
@@ -103,7 +116,7 @@ def store_kv(
 
 
 def _make_tile(width: int) -> Any:
-    """Attention of one tile of at most `width` rows; row r is query r // groups, head r % groups."""
+    """Attention of a tile of at most `width` rows; row r is query r // groups, head r % groups."""
     multiply, multiply_more = make_panel(width, fresh=True), make_panel(width, fresh=False)
 
     @inlined
@@ -127,23 +140,35 @@ def _make_tile(width: int) -> Any:
 
     @inlined
     def soften(scores: Array, num_keys: int, top: Array, total: Array, shrink: Array) -> bool:
-        """scores -> exp(scores - top); True where what was summed before must shrink."""
+        """scores -> exp(scores - top); True where what was summed before must shrink.
+
+        Lines are WIDE floats, that is `WIDE // width` keys side by side, whatever the width:
+        LLVM makes vector code of these loops, but would unroll loops of 16 into scalars.
+        `top` and `shrink` repeat along a line; `total` is a partial sum per place.
+        """
+        num_lines = (num_keys * width + WIDE - 1) // WIDE
+        scores[num_keys * width : num_lines * WIDE] = MASKED
+        for i in range(WIDE):
+            shrink[i] = top[i]
+        for at in range(0, num_lines * WIDE, WIDE):
+            line = scores[at : at + WIDE]
+            for i in range(WIDE):
+                top[i] = line[i] if line[i] > top[i] else top[i]
+        for row in range(width):
+            for i in range(row + width, WIDE, width):
+                top[row] = max(top[row], top[i])
+            for i in range(row + width, WIDE, width):
+                top[i] = top[row]
         grown = False
-        for row in range(width):
-            shrink[row] = top[row]
-        for key in range(num_keys):
-            line = scores[key * width : (key + 1) * width]
-            for row in range(width):
-                top[row] = max(top[row], line[row])
-        for row in range(width):
-            grown |= shrink[row] < top[row]
-            shrink[row] = exp(shrink[row] - top[row])
-            total[row] *= shrink[row]
-        for key in range(num_keys):
-            line = scores[key * width : (key + 1) * width]
-            for row in range(width):
-                line[row] = exp(line[row] - top[row])
-                total[row] += line[row]
+        for i in range(WIDE):
+            grown |= shrink[i] < top[i]
+            shrink[i] = exp(shrink[i] - top[i])
+            total[i] *= shrink[i]
+        for at in range(0, num_lines * WIDE, WIDE):
+            line = scores[at : at + WIDE]
+            for i in range(WIDE):
+                line[i] = exp(line[i] - top[i])
+                total[i] += line[i]
         return grown
 
     @inlined
@@ -163,14 +188,16 @@ def _make_tile(width: int) -> Any:
     ) -> None:
         """Queries at positions [position, position + num) of one slot, one kv head's plane."""
         heads, kv_heads, head_dim, block_tokens, _, _ = geometry
+        to_values, per_line = block_tokens * head_dim, LINE_BYTES // arena.itemsize
         groups = heads // kv_heads
         rows = num * groups
+        ids, where = table[slot], _locate(geometry, plane)
         queries = scratch[: head_dim * width]
         sums = scratch[head_dim * width : 2 * head_dim * width]
         # Panels work on whole sets of ROWS keys: the last one may spill over the chunk.
         scores = scratch[2 * head_dim * width : (2 * head_dim + CHUNK + ROWS) * width]
         state = scratch[(2 * head_dim + CHUNK + ROWS) * width :]
-        top, total, shrink = state[:width], state[width : 2 * width], state[2 * width : 3 * width]
+        top, total, shrink = state[:WIDE], state[WIDE : 2 * WIDE], state[2 * WIDE : 3 * WIDE]
         load_queries(q, q_stride, groups, head_dim, scale, num, queries)
         sums[:] = np.float32(0)
         top[:] = MASKED
@@ -180,9 +207,16 @@ def _make_tile(width: int) -> Any:
             num_keys = min(CHUNK, context - first)
             key = 0
             while key < num_keys:
-                at = _offset(table, slot, geometry, plane, first + key)
-                run = min(num_keys - key, block_tokens - (first + key) % block_tokens)
+                group = (first + key) // block_tokens
+                skip = first + key - group * block_tokens
+                run = min(num_keys - key, block_tokens - skip)
+                at = _offset(ids, group, geometry, where) + skip * head_dim
+                following = min(first + key + run, context - 1) // block_tokens
+                ahead = _offset(ids, following, geometry, where)
                 for some in range(0, run, ROWS):
+                    # Blocks lie anywhere: the processor cannot guess the next one.
+                    for i in range(some * head_dim, (some + ROWS) * head_dim, per_line):
+                        prefetch(arena, ahead + i)
                     # Rows past the end may never have been written: repeat the last one instead.
                     last = run - 1 - some
                     a0 = at + some * head_dim
@@ -195,21 +229,29 @@ def _make_tile(width: int) -> Any:
             if first + num_keys > position + 1:
                 mask(scores, first, num_keys, position, groups, rows)
             if soften(scores, num_keys, top, total, shrink):
-                for d in range(head_dim):
-                    line = sums[d * width : (d + 1) * width]
-                    for row in range(width):
-                        line[row] *= shrink[row]
+                for line_at in range(0, head_dim * width, WIDE):
+                    line = sums[line_at : line_at + WIDE]
+                    for i in range(WIDE):
+                        line[i] *= shrink[i]
             key = 0
             while key < num_keys:
-                at = _offset(table, slot, geometry, plane, first + key) + block_tokens * head_dim
-                run = min(num_keys - key, block_tokens - (first + key) % block_tokens)
+                group = (first + key) // block_tokens
+                skip = first + key - group * block_tokens
+                run = min(num_keys - key, block_tokens - skip)
+                at = _offset(ids, group, geometry, where) + to_values + skip * head_dim
+                following = min(first + key + run, context - 1) // block_tokens
+                ahead = _offset(ids, following, geometry, where) + to_values
                 for d in range(0, head_dim, ROWS):
+                    for i in range(d * block_tokens, (d + ROWS) * block_tokens, per_line):
+                        prefetch(arena, ahead + i)
                     multiply_more(
                         sums, d * width, arena, at + d, at + d + 1, at + d + 2, at + d + 3,
                         head_dim, scores, key * width, run,
                     )  # fmt: skip
                 key += run
         for row in range(rows):
+            for i in range(row + width, WIDE, width):
+                total[row] += total[i]
             at = ((row // groups) * heads + row % groups) * head_dim
             for d in range(head_dim):
                 out[at + d] = sums[d * width + row] / total[row]
@@ -234,16 +276,21 @@ def _decode(
 ) -> None:
     """One new token with few query heads: dot products along the head, no transposition."""
     heads, kv_heads, head_dim, block_tokens, _, _ = geometry
+    to_values, per_line = block_tokens * head_dim, LINE_BYTES // arena.itemsize
     groups = heads // kv_heads
     context = position + 1
+    ids, where = table[slot], _locate(geometry, plane)
     scores = np.empty(groups * context, np.float32)
     queries = np.empty(groups * head_dim, np.float32)
     for i in range(groups * head_dim):
         queries[i] = q[i] * scale
     for first in range(0, context, block_tokens):
         run = min(block_tokens, context - first)
-        at = _offset(table, slot, geometry, plane, first)
+        at = _offset(ids, first // block_tokens, geometry, where)
+        ahead = _offset(ids, min(first + block_tokens, position) // block_tokens, geometry, where)
         for key in range(run):
+            for i in range(key * head_dim, (key + 1) * head_dim, per_line):
+                prefetch(arena, ahead + i)
             keys = arena[at + key * head_dim : at + (key + 1) * head_dim]
             for group in range(groups):
                 query = queries[group * head_dim : (group + 1) * head_dim]
@@ -265,12 +312,16 @@ def _decode(
     out[: groups * head_dim] = np.float32(0)
     for first in range(0, context, block_tokens):
         run = min(block_tokens, context - first)
-        at = _offset(table, slot, geometry, plane, first) + block_tokens * head_dim
+        at = _offset(ids, first // block_tokens, geometry, where) + to_values
+        ahead = _offset(ids, min(first + block_tokens, position) // block_tokens, geometry, where)
         for group in range(groups):
             result = out[group * head_dim : (group + 1) * head_dim]
             weights = scores[group * context + first : group * context + first + run]
             for key in range(0, run - 3, 4):
                 w0, w1, w2, w3 = weights[key], weights[key + 1], weights[key + 2], weights[key + 3]
+                if group == 0:
+                    for i in range(key * head_dim, (key + 4) * head_dim, per_line):
+                        prefetch(arena, ahead + to_values + i)
                 here = at + key * head_dim
                 v0 = arena[here : here + head_dim]
                 v1 = arena[here + head_dim : here + 2 * head_dim]
@@ -330,7 +381,7 @@ def attend(
         slot, plane = slots[sequence], layer * kv_heads + head
         queries = q[token * q_stride + head * groups * head_dim :]
         result = out[(token * heads + head * groups) * head_dim :]
-        if num * groups < FEW:
+        if num == 1 and groups < FEW:
             _decode(queries, arena, table, slot, plane, position, geometry, scale, result)
         elif num * groups <= NARROW:
             _narrow_tile(

@@ -1,6 +1,6 @@
 """Kernels that work on each token's row by itself: rotary embeddings, norms, activations, copies.
 
-Arrays are flat; `stride` is the distance from one token's row to the next, in floats.
+Where an array is flat, `stride` is the distance from one token's row to the next, in floats.
 """
 
 from typing import Any
@@ -58,11 +58,9 @@ def _norm(x: Array, weight: Array, eps: Any, out: Array) -> None:
 
 @kernel()
 def rms_norm(begin: int, end: int, x: Array, weight: Array, eps: Any, out: Array) -> None:
-    """Rows [begin, end) of x and out, both [T * width]."""
-    width = len(weight)
+    """Rows [begin, end) of x and out, both [T, width]."""
     for token in range(begin, end):
-        row = slice(token * width, (token + 1) * width)
-        _norm(x[row], weight, eps, out[row])
+        _norm(x[token], weight, eps, out[token])
 
 
 @kernel()
@@ -70,13 +68,11 @@ def add_rms_norm(
     begin: int, end: int, x: Array, add: Array, weight: Array, eps: Any, out: Array
 ) -> None:
     """The same after `x += add`, which stays in x."""
-    width = len(weight)
     for token in range(begin, end):
-        row = slice(token * width, (token + 1) * width)
-        old, new = x[row], add[row]
-        for i in range(width):
+        old, new = x[token], add[token]
+        for i in range(len(weight)):
             old[i] += new[i]
-        _norm(old, weight, eps, out[row])
+        _norm(old, weight, eps, out[token])
 
 
 @kernel()
@@ -93,12 +89,12 @@ def rms_norm_heads(
 
 
 @kernel()
-def silu_mul(begin: int, end: int, gate_up: Array, width: int, out: Array) -> None:
-    """out = gate / (1 + e**-gate) * up; gate_up [T * 2 * width], out [T * width]."""
+def silu_mul(begin: int, end: int, gate_up: Array, out: Array) -> None:
+    """out = gate / (1 + e**-gate) * up; gate_up [T, 2 * width], out [T, width]."""
+    width = out.shape[1]
     for token in range(begin, end):
-        gate = gate_up[2 * token * width : (2 * token + 1) * width]
-        up = gate_up[(2 * token + 1) * width : 2 * (token + 1) * width]
-        result = out[token * width : (token + 1) * width]
+        gate, up = gate_up[token, :width], gate_up[token, width:]
+        result = out[token]
         for i in range(width):
             # Through e**-|gate|, which cannot overflow.
             small = exp(-abs(gate[i]))

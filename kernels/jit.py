@@ -14,10 +14,12 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_I32, _BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
 
 # Sums may be reordered and fused; NaN and infinity keep their meaning.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -99,6 +101,24 @@ def bits_of_float(_typing: Any, value: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_typing: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of an element; any index will do, nothing is read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        pointer = builder.bitcast(builder.gep(data, [args[1]]), _BYTES)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [_BYTES, *[_I32] * 3]),
+            "llvm.prefetch.p0",
+        )
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, near, as data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
 
 
 @inlined

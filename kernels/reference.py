@@ -3,6 +3,8 @@
 Tensors are float32 unless said otherwise; K and V are rounded to the arena's dtype on the way in.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from muxrt.kernels.types import AttentionMeta, KvCache
 
 
 def plane_offsets(kv: KvCache, layer: int, slots: Tensor, positions: Tensor) -> Tensor:
-    """Element offset of K of every (token, kv head). slots, positions [T] -> [T, kv_heads] int64."""
+    """Element offset of K, int64. slots, positions [T] -> [T, kv_heads]."""
     heads = torch.arange(kv.num_kv_heads)
     plane = layer * kv.num_kv_heads + heads  # [kv_heads]
     group = positions // kv.block_tokens
@@ -48,7 +50,7 @@ def attention(
     write_kv(k, v, meta, kv, layer)
     out = torch.empty_like(q)
     bounds = meta.query_starts.tolist()
-    for sequence, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (begin, end) in enumerate(pairwise(bounds)):
         start = int(meta.starts[sequence])
         keys, values = gather_kv(kv, layer, int(meta.slots[sequence]), start + end - begin)
         out[begin:end] = _attend(q[begin:end], keys, values, start, scale)

@@ -108,6 +108,6 @@ def _help(
 def _attempt(kernel: Kernel, begin: int, end: int, args: tuple[Any, ...]) -> BaseException | None:
     try:
         kernel(begin, end, *args)
-    except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+    except BaseException as error:  # the caller raises it
         return error
     return None

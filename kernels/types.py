@@ -1,16 +1,43 @@
 """What every attention kernel is given: a model's view of the arena, and a batch as data."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+Ints = npt.NDArray[np.int32]
 
-@dataclass(frozen=True, slots=True)
+
+class KvArrays(NamedTuple):
+    """A `KvCache` in main memory as numba takes it."""
+
+    arena: npt.NDArray[Any]  # float32, or bfloat16 as uint16: numpy has no name for it
+    block_table: Ints
+    block_tokens: int
+    blocks_per_group: int
+    planes_per_block: int
+
+
+class MetaArrays(NamedTuple):
+    """An `AttentionMeta` in main memory as numba takes it."""
+
+    slots: Ints
+    starts: Ints
+    query_starts: Ints
+    positions: npt.NDArray[np.int64]
+    token_sequence: Ints
+
+
+@dataclass(frozen=True)
 class KvCache:
     """One model's view of its unit's arena.
 
     Element offset of K of (layer, kv head, token t of slot s), all in int64:
-        group, row = divmod(t, block_tokens); block, plane = divmod(layer * num_kv_heads + head, planes_per_block)
+        group, row = divmod(t, block_tokens)
+        block, plane = divmod(layer * num_kv_heads + head, planes_per_block)
         id = block_table[s, group * blocks_per_group + block]
         offset = (id * planes_per_block + plane) * plane_elems + row * head_dim
     V of the same token lies `plane_elems // 2` further.
@@ -29,8 +56,21 @@ class KvCache:
     def plane_elems(self) -> int:
         return 2 * self.block_tokens * self.head_dim
 
+    @cached_property
+    def arrays(self) -> KvArrays:
+        """Views of the same memory, made once rather than per layer."""
+        is_bfloat16 = self.arena.dtype == torch.bfloat16
+        arena = self.arena.view(torch.uint16) if is_bfloat16 else self.arena
+        return KvArrays(
+            arena.numpy(),
+            self.block_table.numpy(),
+            self.block_tokens,
+            self.blocks_per_group,
+            self.planes_per_block,
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class AttentionMeta:
     """A batch of S sequences with T new tokens in all, sequence by sequence (varlen)."""
 
@@ -39,3 +79,14 @@ class AttentionMeta:
     query_starts: torch.Tensor  # [S + 1] int32: prefix sums of new tokens per sequence
     positions: torch.Tensor  # [T] int64: position of each new token in its sequence
     token_sequence: torch.Tensor  # [T] int32: which of the S sequences each token belongs to
+
+    @cached_property
+    def arrays(self) -> MetaArrays:
+        """Views of the same memory, made once per batch rather than per layer."""
+        return MetaArrays(
+            self.slots.numpy(),
+            self.starts.numpy(),
+            self.query_starts.numpy(),
+            self.positions.numpy(),
+            self.token_sequence.numpy(),
+        )

@@ -77,7 +77,8 @@ def _llama3_share(frequencies: Tensor, parameters: dict[str, Any]) -> Tensor:
     """How much of each frequency stays: 1 where it turns often within the original context."""
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    return ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    share: Tensor = (turns - low) / (high - low)
+    return share.clamp(0.0, 1.0)
 
 
 def _yarn_share(shape: ModelShape, parameters: dict[str, Any]) -> Tensor:

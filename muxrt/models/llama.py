@@ -31,6 +31,7 @@ class Llama:
         self._rope = Rope(shape)
         self._scale = shape.head_dim**-0.5
         self._bind(state)
+        kernels.warm_up()
 
     @classmethod
     def load(

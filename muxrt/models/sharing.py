@@ -25,10 +25,10 @@ def share(state: State) -> None:
     storage = torch.UntypedStorage._new_shared(total, device="cpu")
     offset = 0
     for tensor in state.values():
-        moved = torch.empty(0, dtype=tensor.dtype)
-        moved.set_(storage, offset // tensor.itemsize, tensor.shape, tensor.stride())
-        tensor.set_(moved.copy_(tensor))
-        offset += _aligned(moved.nbytes)
+        place = (storage, offset // tensor.itemsize, tensor.shape, tensor.stride())
+        torch.empty(0, dtype=tensor.dtype).set_(*place).copy_(tensor)
+        offset += _aligned(tensor.nbytes)
+        tensor.set_(*place)
 
 
 def _aligned(size: int) -> int:
