@@ -1,7 +1,9 @@
 """`muxrt demo`: an endpoint of one's own, a chat with every model, real traffic, a table."""
 
 import asyncio
+import json
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -69,6 +71,8 @@ def demo(
                 endpoint.stop()
     if stays:
         _say_how_to_go_on(console, endpoint, checked.config)
+    else:
+        shutil.rmtree(endpoint.log.parent)  # after an error it stays, to be read
     raise typer.Exit(FAILED if _is_incomplete(report) else 0)
 
 
@@ -118,9 +122,8 @@ def _is_incomplete(report: Report) -> bool:
 
 
 def _say_how_to_go_on(console: Console, endpoint: OwnEndpoint, config: ServeConfig) -> None:
-    body = (
-        f'{{"model": "{config.models[0].name}", "messages": [{{"role": "user", "content": "Hi"}}]}}'
-    )
+    asked = [{"role": "user", "content": QUESTION}]
+    body = json.dumps({"model": config.models[0].name, "messages": asked, "max_tokens": 60})
     console.print(
         f"\nThe endpoint stays up (log: {endpoint.log}). Try:\n\n"
         f"  curl {endpoint.url}/v1/chat/completions -H 'Content-Type: application/json'"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -43,17 +44,18 @@ class OwnEndpoint:
             say(progress)
             time.sleep(POLL_S)
         raise EndpointError(
-            f"muxrt serve gave up with exit code {self.process.returncode}; its log ends with:\n"
-            + _tail(self.log)
+            f"muxrt serve gave up with exit code {self.process.returncode};"
+            f" its log {self.log} ends with:\n" + _tail(self.log)
         )
 
     def stop(self) -> None:
         """Let it drain, then make sure: nothing of it is left when this returns."""
-        if self.process.poll() is None:
+        try:
             self.process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(self.drain_s + KILL_AFTER_S)
-            except subprocess.TimeoutExpired:
+        finally:  # also where an impatient Ctrl-C ends the wait
+            if self.process.poll() is None:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
 
