@@ -14,7 +14,7 @@ from torch import Tensor
 
 from muxrt.kernels import cpu_attention, cpu_rows
 from muxrt.kernels.jit import compile_for
-from muxrt.kernels.panel import WIDE
+from muxrt.kernels.panel import ROWS, WIDE
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, KvCache
 
@@ -83,6 +83,8 @@ def attention(
     """See `muxrt.kernels.attention`."""
     num_tokens, heads, head_dim = q.shape
     kv_heads = kv.num_kv_heads
+    if heads > WIDE * kv_heads or head_dim % ROWS:
+        raise ValueError(f"no kernel for {heads}/{kv_heads} heads of {head_dim}")
     q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
     arena, table, *blocks = kv.arrays
     slots, starts, query_starts, positions, owners = meta.arrays

@@ -57,11 +57,10 @@ def _locate(geometry: Geometry, plane: int) -> tuple[int, int, int]:
 
 
 @inlined
-def _offset(ids: Array, group: int, geometry: Geometry, where: Any) -> int:
+def _offset(ids: Array, group: int, geometry: Geometry, where: Any) -> Any:
     """Element offset, in 64 bits, of K of a group's first token; `ids` is a row of block ids."""
     column, block_elems, inner = where
-    block: int = np.int64(ids[group * geometry[4] + column])
-    return block * block_elems + inner
+    return np.int64(ids[group * geometry[4] + column]) * block_elems + inner
 
 
 @kernel()

@@ -28,6 +28,8 @@ MAX_POSITIONS: dict[Family, int] = {
 }
 DTYPES = ("float32", "bfloat16", "float16")
 NUMBER = "a number > 0"
+# What the attention kernels take: rows of a plane by fours, a kv head's queries in one tile.
+HEAD_DIM_STEP, MAX_GROUP = 4, 64
 MISTRAL_WINDOW = 4096  # what an absent `sliding_window` means to transformers
 ROPE_KEYS: dict[RopeKind, tuple[str, ...]] = {
     "linear": (),
@@ -215,8 +217,11 @@ def _refuse_sliding_window(config: _Keys, family: Family) -> None:
 def _num_kv_heads(config: _Keys, family: Family, num_heads: int) -> int:
     default = 8 if family == "mistral" and "num_key_value_heads" not in config.value else num_heads
     num_kv_heads = config.count("num_key_value_heads", default)
-    if num_heads % num_kv_heads:
-        config.fail("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    if num_heads % num_kv_heads or num_heads > MAX_GROUP * num_kv_heads:
+        config.fail(
+            "num_key_value_heads",
+            f"a divisor of num_attention_heads ({num_heads}), at most {MAX_GROUP} times less",
+        )
     return num_kv_heads
 
 
@@ -229,8 +234,8 @@ def _head_dim(config: _Keys, family: Family, num_heads: int) -> int:
         head_dim, rest = divmod(config.count("hidden_size"), num_heads)
         if rest:
             config.fail("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
-    if head_dim % 2:
-        config.fail("head_dim", f"an even number (it is {head_dim})")
+    if head_dim % HEAD_DIM_STEP:
+        config.fail("head_dim", f"a multiple of {HEAD_DIM_STEP} (it is {head_dim})")
     return head_dim
 
 

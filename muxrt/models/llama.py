@@ -12,7 +12,6 @@ from muxrt import kernels
 from muxrt.config.model import ModelShape, load_shape
 from muxrt.kernels import AttentionMeta, KvCache, Team
 from muxrt.models.layers import Layer, Linear, Rope
-from muxrt.models.sharing import share
 from muxrt.models.weights import Progress, State, load_weights
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -52,15 +51,8 @@ class Llama:
         return cls(shape, dict(state))
 
     def state(self) -> State:
-        """Our fused weights by name; through torch.multiprocessing they stay shared."""
+        """Our fused weights by name, for `from_state` in a process that maps the same memory."""
         return dict(self._state)
-
-    def share_memory(self) -> None:
-        """Move all weights into one piece of shared memory, so that processes can hold one copy.
-
-        Raises ConfigError where the machine's shared memory is too small.
-        """
-        share(self._state)
 
     @property
     def dtype(self) -> torch.dtype:
