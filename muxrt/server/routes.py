@@ -96,7 +96,7 @@ class Routes:
         except web.HTTPException as error:
             return _http_error(http, error)
         except ConnectionResetError:
-            raise
+            return web.Response(status=CLIENT_LEFT)
         except Exception:
             log.exception("event=bug path=%s", http.path)
             return error_response(MuxrtError("internal error: the server's log has the details"))
