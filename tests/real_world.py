@@ -200,5 +200,3 @@ def prompts(model: str, count: int, longest: int, seed: int = 0) -> list[list[in
         start = random.randrange(max(1, len(tokens) - length))
         found.append(tokens[start : start + length])
     return found
-
-

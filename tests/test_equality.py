@@ -56,7 +56,9 @@ def test_alone(model: str, planes_per_block: int) -> None:
     assert_greedy(world)
 
 
-def crowd(world: RealWorld, count: int = NUM_PROMPTS, longest: int = 120, reuse: bool = False) -> None:
+def crowd(
+    world: RealWorld, count: int = NUM_PROMPTS, longest: int = 120, reuse: bool = False
+) -> None:
     """`count` prompts for every model at once; what does not fit waits."""
     for model in world.plan.models:
         layout = world.plan.models[model].layout
@@ -94,7 +96,9 @@ def test_prefix_reuse() -> None:
 @pytest.mark.parametrize("preempt", ["swap", "recompute"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_forced_preemption(preempt: str, depth: int) -> None:
-    world = RealWorld(num_groups=1.0, swap_groups=2.0, depth=depth, preempt=preempt, max_sequences=16)
+    world = RealWorld(
+        num_groups=1.0, swap_groups=2.0, depth=depth, preempt=preempt, max_sequences=16
+    )
     for model in MODELS:
         for prompt in prompts(model, 12, 600, seed=1):
             world.submit(model, prompt, 200, ignore_eos=True)
