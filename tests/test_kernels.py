@@ -28,6 +28,15 @@ class Planes:
     num_layers: int = 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """The tensors are tiny: torch's own threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def team(request: pytest.FixtureRequest) -> Iterator[Team]:
     kernels.warm_up()
