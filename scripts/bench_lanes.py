@@ -160,10 +160,9 @@ def median(runs: list[Figures]) -> Figures:
 
 def provenance() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line),
-        platform.processor(),
-    )
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
     return {
         "machine": f"{len(CORES)} cores of {cpu}",
         "date": datetime.now(UTC).date().isoformat(),

@@ -15,7 +15,7 @@ import torch
 
 from muxrt.config.model import load_shape
 from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
-from muxrt.core import Copy, Output, Prompt, Request, Result, SamplingParams, TokenLogprobs, Work
+from muxrt.core import Copy, Output, Prompt, Request, SamplingParams, TokenLogprobs, Work
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
 from muxrt.kernels import Team
@@ -188,6 +188,7 @@ class RealWorld:
 def prompts(model: str, count: int, longest: int, seed: int = 0) -> list[list[int]]:
     """`count` prompts of 1 to `longest` tokens of the model's own kind of text."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer
 
     random = Random(seed)

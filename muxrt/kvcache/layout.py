@@ -96,8 +96,8 @@ def _model_layout(
     if rest:
         raise ConfigError(
             f"{shape.model} and {widest.model} cannot share an arena: a plane of {plane_bytes}"
-            f" bytes ({widest.model}) is not a whole number of rows of {shape.token_plane_bytes} bytes"
-            f" (2 x head_dim {shape.head_dim} x {shape.dtype_bytes} bytes)"
+            f" bytes ({widest.model}) is not a whole number of rows of {shape.token_plane_bytes}"
+            f" bytes (2 x head_dim {shape.head_dim} x {shape.dtype_bytes} bytes)"
         )
     return ModelLayout(shape, tokens, -(-shape.num_planes // planes_per_block))
 
