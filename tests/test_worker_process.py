@@ -43,7 +43,7 @@ from tests.worker_world import (
     write_models,
 )
 
-WAIT_MS = 60_000
+WAIT_MS = 240_000  # a first run compiles the kernels
 MESSAGES: msgspec.msgpack.Decoder[FromUnit] = msgspec.msgpack.Decoder(FromUnit)
 
 
