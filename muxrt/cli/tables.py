@@ -55,7 +55,7 @@ def _heads(shape: ModelShape) -> str:
 def _unit_line(plan: UnitPlan) -> str:
     spec, arena = plan.spec, plan.arena
     cores = "every core" if spec.mesh.cores is None else f"cores {_listed(spec.mesh.cores)}"
-    split = f" split {_listed(spec.lanes.split)}" if spec.lanes.split else ""
+    split = f" in lanes of {_listed(spec.lanes.split)}" if spec.lanes.split else ""
     line = (
         f"unit [bold]{spec.name}[/bold]: {spec.scheduling.policy} on {cores}{split};"
         f" an arena of {show_bytes(spec.memory.kv_bytes)} ="
