@@ -15,7 +15,7 @@ from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig
 from muxrt.server.app import Server
 
 T = TypeVar("T")
-START_S = 90.0
+START_S = 180.0  # a first start compiles
 
 
 def real_config(

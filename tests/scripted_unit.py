@@ -1,10 +1,12 @@
 """A unit process played by a test: it speaks the messages and does what the test says."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any, ParamSpec
 
 import msgspec
 import zmq
@@ -31,6 +33,8 @@ from muxrt.server.app import Server
 
 BLOCK_TOKENS, MAX_LEN = 4, 64
 WAIT_S = 10.0
+
+P = ParamSpec("P")
 
 
 class ScriptedUnit:
@@ -173,6 +177,19 @@ def make_config(
     )
 
 
+def on_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """An async test as pytest runs tests; each gets an event loop of its own."""
+
+    @wraps(test)
+    def run(*arguments: P.args, **fixtures: P.kwargs) -> None:
+        async def go() -> None:
+            await test(*arguments, **fixtures)
+
+        asyncio.run(go())
+
+    return run
+
+
 @dataclass
 class Stage:
     """A server whose units are played."""
@@ -187,10 +204,10 @@ class Stage:
 
 
 @asynccontextmanager
-async def serving(config: ServeConfig) -> AsyncIterator[Stage]:
+async def serving(config: ServeConfig, **options: Any) -> AsyncIterator[Stage]:
     """All units are ready inside the block; its end finds nothing live."""
     troupe = Troupe()
-    server = Server(config, spawn=troupe.spawn)
+    server = Server(config, spawn=troupe.spawn, **options)
     starting = asyncio.create_task(server.start())
     units = {unit.name: await troupe.next(unit.name) for unit in config.units}
     for unit in units.values():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,8 +25,7 @@ from tiny_folder import byte_level
 from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig
 from muxrt.core import FinishReason, Output, Refusal, TokenLogprobs
 from muxrt.engine.messages import ModelStats, Stats, Step
-
-pytestmark = pytest.mark.asyncio
+from muxrt.server.served_model import ServedModel
 
 CORE = byte_level()
 EOS = CORE.token_to_id("<|eos|>")
@@ -61,8 +61,11 @@ class Client:
 
 
 @asynccontextmanager
-async def stage(config: ServeConfig) -> AsyncIterator[tuple[Stage, Client]]:
-    async with serving(config) as played, aiohttp.ClientSession(played.server.url) as http:
+async def stage(config: ServeConfig, **options: Any) -> AsyncIterator[tuple[Stage, Client]]:
+    async with (
+        serving(config, **options) as played,
+        aiohttp.ClientSession(played.server.url) as http,
+    ):
         yield played, Client(http)
 
 
@@ -76,6 +79,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
 # -- answers ---------------------------------------------------------------------------------
 
 
+@on_loop
 async def test_a_completion(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask(prompt="the quick", max_tokens=9)
@@ -98,6 +102,7 @@ async def test_a_completion(folder: Path) -> None:
     }
 
 
+@on_loop
 async def test_a_chat_goes_through_the_template(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.http.post(
@@ -118,6 +123,7 @@ async def test_a_chat_goes_through_the_template(folder: Path) -> None:
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+@on_loop
 async def test_keys_cover_full_groups_but_the_last_token(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         counts = []
@@ -130,6 +136,7 @@ async def test_keys_cover_full_groups_but_the_last_token(folder: Path) -> None:
         assert counts == [0, 1, 2]
 
 
+@on_loop
 async def test_a_scored_prompt_is_not_taken_from_the_cache(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         prompt = list(range(3, 12))
@@ -149,6 +156,7 @@ async def test_a_scored_prompt_is_not_taken_from_the_cache(folder: Path) -> None
     assert answer["usage"]["completion_tokens"] == 0
 
 
+@on_loop
 async def test_logprobs_are_json_even_of_the_impossible(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask(logprobs=0)
@@ -160,6 +168,7 @@ async def test_logprobs_are_json_even_of_the_impossible(folder: Path) -> None:
     assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-9999.0]
 
 
+@on_loop
 async def test_a_batch_of_prompts_keeps_its_order(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask(prompt=[[11], [12, 13]], n=2)
@@ -177,6 +186,7 @@ async def test_a_batch_of_prompts_keeps_its_order(folder: Path) -> None:
     assert answer["usage"]["prompt_tokens"] == 3
 
 
+@on_loop
 async def test_choices_start_with_the_first_ones_first_token(folder: Path) -> None:
     async with stage(make_config(folder, queue_timeout_s=9.0)) as (played, client):
         asked = client.ask(n=3, seed=40)
@@ -194,6 +204,7 @@ async def test_choices_start_with_the_first_ones_first_token(folder: Path) -> No
         assert (await asked)[0] == 200
 
 
+@on_loop
 async def test_followers_go_where_the_prompt_is_cached(folder: Path) -> None:
     config = make_config(folder, {"main": ["tiny"], "other": ["tiny"]})
     async with stage(config) as (played, client):
@@ -210,6 +221,7 @@ async def test_followers_go_where_the_prompt_is_cached(folder: Path) -> None:
 # -- streams ---------------------------------------------------------------------------------
 
 
+@on_loop
 async def test_a_stream(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = asyncio.create_task(_collect(client, stream=True))
@@ -232,6 +244,7 @@ async def _collect(client: Client, path: str = "/v1/completions", **fields: Any)
 
 
 @pytest.mark.parametrize("is_continuous", [False, True])
+@on_loop
 async def test_a_stream_can_tell_its_usage(folder: Path, is_continuous: bool) -> None:
     async with stage(make_config(folder)) as (played, client):
         options = {"include_usage": True, "continuous_usage_stats": is_continuous}
@@ -245,6 +258,7 @@ async def test_a_stream_can_tell_its_usage(folder: Path, is_continuous: bool) ->
     assert all((piece["usage"] is not None) == is_continuous for piece in pieces)
 
 
+@on_loop
 async def test_a_chat_stream_begins_with_the_role(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         body = {"messages": [{"role": "user", "content": "hi"}], "model": "tiny", "stream": True}
@@ -260,6 +274,7 @@ async def test_a_chat_stream_begins_with_the_role(folder: Path) -> None:
     assert said[0]["object"] == "chat.completion.chunk"
 
 
+@on_loop
 async def test_half_a_character_is_never_sent(folder: Path) -> None:
     text = "\U0001f600!"
     async with stage(make_config(folder)) as (played, client):
@@ -275,6 +290,7 @@ async def test_half_a_character_is_never_sent(folder: Path) -> None:
     assert "".join(pieces) == text and all("\ufffd" not in piece for piece in pieces)
 
 
+@on_loop
 async def test_a_stop_string_ends_the_sequence_in_its_unit(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask(stop=["lazy dog", "never"])
@@ -287,6 +303,7 @@ async def test_a_stop_string_ends_the_sequence_in_its_unit(folder: Path) -> None
     assert (choice["text"], choice["finish_reason"]) == ("the ", "stop")
 
 
+@on_loop
 async def test_nothing_stops_before_min_tokens(folder: Path) -> None:
     ids = tokens_of("xxx")
     async with stage(make_config(folder)) as (played, client):
@@ -303,6 +320,7 @@ async def test_nothing_stops_before_min_tokens(folder: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("has_begun", [False, True])
+@on_loop
 async def test_a_client_that_leaves_frees_its_sequence(
     folder: Path, stream: bool, has_begun: bool
 ) -> None:
@@ -345,6 +363,7 @@ def is_error(body: Any, **fields: Any) -> bool:
         ({"prompt": [5] * MAX_LEN}, 400, {"code": "context_length_exceeded"}),
     ],
 )
+@on_loop
 async def test_what_cannot_be_is_refused(
     folder: Path, fields: Any, status: int, error: Any
 ) -> None:
@@ -354,6 +373,7 @@ async def test_what_cannot_be_is_refused(
         assert played.unit.requests.empty()
 
 
+@on_loop
 async def test_an_overflow_tells_the_figures(folder: Path) -> None:
     async with stage(make_config(folder)) as (_, client):
         _, _, body = await client.ask(prompt=[5] * 60, max_tokens=7)
@@ -373,6 +393,7 @@ async def test_an_overflow_tells_the_figures(folder: Path) -> None:
         ("POST", "/v1/completions", b"x" * 2000, 413, "body_too_large"),
     ],
 )
+@on_loop
 async def test_every_error_is_openais(
     folder: Path, method: str, path: str, data: bytes, status: int, code: str | None
 ) -> None:
@@ -385,6 +406,7 @@ async def test_every_error_is_openais(
         assert is_error(await response.json(), code=code)
 
 
+@on_loop
 async def test_keys_guard_what_costs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEYS", "sesame")
     config = make_config(folder, endpoint=Endpoint(port=0, api_keys=ApiKeys(env="KEYS")))
@@ -405,6 +427,46 @@ async def test_keys_guard_what_costs(folder: Path, monkeypatch: pytest.MonkeyPat
             assert (await response.json())["id"] == "tiny"
 
 
+@pytest.mark.parametrize("salted", [False, True])
+@on_loop
+async def test_keys_can_keep_their_prompts_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, salted: bool
+) -> None:
+    monkeypatch.setenv("KEYS", "ann,bob")
+    config = make_config(folder, endpoint=Endpoint(port=0, api_keys=ApiKeys(env="KEYS")))
+    async with stage(config, salt_prefixes=salted) as (played, client):
+        keys = []
+        for name in ("ann", "bob", "ann"):
+            headers = {"Authorization": f"Bearer {name}"}
+            body = {"model": "tiny", "prompt": [5] * (BLOCK_TOKENS + 1)}
+            asked = asyncio.ensure_future(
+                client.http.post("/v1/completions", json=body, headers=headers)
+            )
+            request = await played.unit.request()
+            keys.append(request.keys)
+            await played.unit.step(request, [5], LENGTH)
+            (await asked).release()
+    assert keys[0] == keys[2] and (keys[0] != keys[1]) == salted
+
+
+@on_loop
+async def test_a_long_prompt_is_read_in_a_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, encode = [], ServedModel.encode
+
+    def note(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode(*arguments)
+
+    monkeypatch.setattr(ServedModel, "encode", note)
+    async with stage(make_config(folder)) as (_, client):
+        for prompt in ("the quick brown fox " * 1_000, "the quick brown fox " * 20):
+            assert (await client.ask(prompt=prompt))[0] == 400  # longer than the context
+    assert [thread is threading.main_thread() for thread in threads] == [False, True]
+
+
+@on_loop
 async def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
     async with stage(make_config(folder, max_queue=2)) as (played, client):
         first = client.ask(prompt=["a"] * 3)  # an empty queue takes any batch
@@ -424,6 +486,7 @@ async def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
         assert (await first)[0] == (await second)[0] == 200
 
 
+@on_loop
 async def test_a_refusal_of_the_unit_is_the_answer(folder: Path) -> None:
     async with stage(make_config(folder, queue_timeout_s=5.0)) as (played, client):
         asked = client.ask(prompt=["a", "b"], stream=True)
@@ -441,6 +504,7 @@ async def test_a_refusal_of_the_unit_is_the_answer(folder: Path) -> None:
 # -- about the server ------------------------------------------------------------------------
 
 
+@on_loop
 async def test_models_are_listed(folder: Path) -> None:
     async with stage(make_config(folder, {"main": ["a/b", "c"]})) as (_, client):
         async with client.http.get("/v1/models") as response:
@@ -451,6 +515,7 @@ async def test_models_are_listed(folder: Path) -> None:
     assert (shown["object"], shown["max_model_len"]) == ("model", MAX_LEN)
 
 
+@on_loop
 async def test_metrics_tell_what_happens(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask()

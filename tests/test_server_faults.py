@@ -15,14 +15,14 @@ from urllib.request import urlopen
 
 import aiohttp
 import msgspec
-import psutil
 import pytest
 from real_server import RealServer, real_config, real_server
 from tiny_folder import write_model
 
 BACK_S = 10.0  # a killed unit serves again within this time
+BUSY = 2.0  # ... or, on a busy machine, within so many times what its first start took
 NUM_LEAVERS = 200
-WAIT_S = 60.0
+WAIT_S = 180.0  # a first start compiles
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,6 @@ def test_a_killed_unit_comes_back_and_the_other_never_notices(endpoint: RealServ
             killed_s = time.monotonic()
             while (how := await generate(http, "a")) != "ok":
                 assert how in ("503", "error")
-                assert time.monotonic() - killed_s < BACK_S
                 await asyncio.sleep(0.05)
             back_s = time.monotonic() - killed_s
             for _ in range(5):
@@ -91,8 +90,10 @@ def test_a_killed_unit_comes_back_and_the_other_never_notices(endpoint: RealServ
             back_s,
         )
 
+    limit_s = max(BACK_S, BUSY * endpoint.server.supervisor.units["first"].load_s)
     lost, kept, back_s = asyncio.run(scenario())
     print(f"back after {back_s:.1f} s; its clients saw {dict(lost)}, the others {dict(kept)}")
+    assert back_s < limit_s
     assert kept.keys() == {"ok"}
     assert lost.keys() <= {"ok", "503", "error"} and lost["ok"] and lost["503"]
     assert endpoint.server.supervisor.units["first"].num_restarts == 1
@@ -164,8 +165,11 @@ class Program:
     def url(self) -> str:
         return self.wait_for("event=ready url=").partition("url=")[2].split()[0]
 
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def units(self) -> list[int]:
+        """Process ids of the units that it started."""
+        lines = self.log.read_text().splitlines()
+        started = [line for line in lines if "event=unit_started" in line]
+        return [int(line.partition("pid=")[2]) for line in started]
 
     def end(self) -> int:
         return self.process.wait(WAIT_S)
@@ -177,6 +181,15 @@ def wait_until(is_true: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
     while not is_true():
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie, which a container's init may leave behind."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def ready_status(url: str) -> int:
@@ -198,7 +211,7 @@ def program(tmp_path: Path) -> Iterator[Program]:
 
 def test_sigterm_lets_streams_finish(program: Program) -> None:
     url = program.url()
-    children = program.children()
+    units = program.units()
 
     async def scenario() -> str:
         async with aiohttp.ClientSession(url) as http:
@@ -213,7 +226,7 @@ def test_sigterm_lets_streams_finish(program: Program) -> None:
     said = asyncio.run(scenario())
     assert said.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in said
     assert program.end() == 0
-    assert not any(child.is_running() for child in children)
+    assert not any(map(is_running, units))
     assert ready_status(url) == 0
 
 
@@ -246,12 +259,11 @@ def metrics(url: str) -> str:
 
 def test_units_do_not_outlive_a_killed_server(program: Program) -> None:
     program.url()
-    children = program.children()
-    assert children
+    units = program.units()
+    assert units
     program.process.kill()
     program.end()
-    _, alive = psutil.wait_procs(children, timeout=WAIT_S)
-    assert not alive
+    wait_until(lambda: not any(map(is_running, units)))
 
 
 def test_a_broken_model_ends_the_command_with_the_reason(tmp_path: Path) -> None:

@@ -1,22 +1,22 @@
 """Units that load, fail, die, return and drain, as clients of the endpoint see it."""
 
 import asyncio
+from io import StringIO
 from pathlib import Path
 
 import aiohttp
 import pytest
-from scripted_unit import Troupe, make_config, serving, write_words
+from scripted_unit import Troupe, make_config, on_loop, serving, write_words
 from test_server_app import LENGTH, Client, events, stage, tokens_of
 
 from muxrt.config.serve import Endpoint
-from muxrt.engine.messages import Loading
+from muxrt.engine.messages import Loading, Ready
 from muxrt.errors import MuxrtError
 from muxrt.server.app import Server
 from muxrt.server.link import Link
+from muxrt.server.progress import ERASE_LINE, LoadingView
 from muxrt.server.supervisor import StartFailed
-from muxrt.server.unit_process import FIRST_DELAY_S, MAX_DELAY_S, STABLE_S, Backoff
-
-pytestmark = pytest.mark.asyncio
+from muxrt.server.unit_process import FIRST_DELAY_S, MAX_DELAY_S, STABLE_S, Backoff, UnitProcess
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ async def get(client: Client, path: str) -> tuple[int, dict[str, object]]:
 # -- starting --------------------------------------------------------------------------------
 
 
+@on_loop
 async def test_loading_is_told_until_every_model_answers(folder: Path) -> None:
     troupe = Troupe()
     changed = asyncio.Event()
@@ -59,6 +60,33 @@ async def test_loading_is_told_until_every_model_answers(folder: Path) -> None:
         await server.stop()
 
 
+class Screen(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@on_loop
+async def test_a_terminal_sees_one_line_and_a_log_each_stage_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "muxrt.server.progress")
+    unit = UnitProcess(make_config(folder).units[0])
+    screen, log = Screen(), StringIO()
+    views = [LoadingView(screen), LoadingView(log)]
+    unit.begin(now=0.0)
+    for done in range(5):
+        unit.loading = Loading("main", "weights", "tiny", done, 4)
+        for view in views:
+            view.on_change(unit)
+    unit.on_ready(Ready("main", 1, (), 1, 1), now=3.0)
+    for view in views:
+        view.on_change(unit)
+    assert "loading weights of tiny, 75 %" in screen.getvalue()
+    assert screen.getvalue().endswith(ERASE_LINE) and "\n" not in screen.getvalue()
+    assert (len(caplog.records), log.getvalue()) == (1, "")
+
+
+@on_loop
 async def test_a_model_that_cannot_load_ends_the_start(folder: Path) -> None:
     troupe = Troupe()
     server = Server(make_config(folder), spawn=troupe.spawn)
@@ -70,6 +98,7 @@ async def test_a_model_that_cannot_load_ends_the_start(folder: Path) -> None:
     await server.stop()
 
 
+@on_loop
 async def test_a_process_that_ends_without_a_word_ends_the_start_too(folder: Path) -> None:
     troupe = Troupe()
     server = Server(make_config(folder), spawn=troupe.spawn)
@@ -80,6 +109,7 @@ async def test_a_process_that_ends_without_a_word_ends_the_start_too(folder: Pat
     await server.stop()
 
 
+@on_loop
 async def test_a_taken_port_is_one_clear_error(folder: Path) -> None:
     async with serving(make_config(folder)) as played:
         port = int(played.server.url.rpartition(":")[2])
@@ -89,14 +119,14 @@ async def test_a_taken_port_is_one_clear_error(folder: Path) -> None:
         await second.stop()
 
 
-async def test_only_its_user_can_reach_the_socket() -> None:
+def test_only_its_user_can_reach_the_socket() -> None:
     link = Link(lambda identity, message: None, lambda identity: None)
     assert Path(link.endpoint.removeprefix("ipc://")).parent.stat().st_mode & 0o777 == 0o700
     link.close()
     assert not Path(link.endpoint.removeprefix("ipc://")).parent.exists()
 
 
-async def test_the_delay_doubles_until_a_unit_was_healthy() -> None:
+def test_the_delay_doubles_until_a_unit_was_healthy() -> None:
     backoff = Backoff()
     delays = [backoff.after_death(served_s=0.0) for _ in range(10)]
     assert delays[:4] == [0.0, FIRST_DELAY_S, 2 * FIRST_DELAY_S, 4 * FIRST_DELAY_S]
@@ -107,6 +137,7 @@ async def test_the_delay_doubles_until_a_unit_was_healthy() -> None:
 # -- dying -----------------------------------------------------------------------------------
 
 
+@on_loop
 async def test_a_dead_unit_is_503_until_its_next_process_is_ready(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask()
@@ -137,6 +168,7 @@ async def wait_any(task: asyncio.Task[object], other: object) -> list[asyncio.Ta
     return sorted(done, key=lambda each: each is not second)
 
 
+@on_loop
 async def test_a_stream_of_a_dead_unit_ends_with_an_error_and_without_done(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = asyncio.ensure_future(client.post(stream=True))
@@ -150,6 +182,7 @@ async def test_a_stream_of_a_dead_unit_ends_with_an_error_and_without_done(folde
         assert rest[0]["error"]["type"] == "service_unavailable"
 
 
+@on_loop
 async def test_what_showed_nothing_starts_over_on_another_unit_once(folder: Path) -> None:
     config = make_config(folder, {"main": ["tiny"], "other": ["tiny"]})
     async with stage(config) as (played, client):
@@ -163,6 +196,7 @@ async def test_what_showed_nothing_starts_over_on_another_unit_once(folder: Path
         assert (await asked)[0] == 503
 
 
+@on_loop
 async def test_a_retried_request_is_answered(folder: Path) -> None:
     config = make_config(folder, {"main": ["tiny"], "other": ["tiny"]})
     async with stage(config) as (played, client):
@@ -175,6 +209,7 @@ async def test_a_retried_request_is_answered(folder: Path) -> None:
         assert (status, body["choices"][0]["text"]) == (200, "a")
 
 
+@on_loop
 async def test_another_unit_never_notices(folder: Path) -> None:
     config = make_config(folder, {"main": ["tiny"], "other": ["two"]})
     async with stage(config) as (played, client):
@@ -189,6 +224,7 @@ async def test_another_unit_never_notices(folder: Path) -> None:
         assert played.units["other"].aborts.empty()
 
 
+@on_loop
 async def test_a_process_that_speaks_gibberish_has_to_go(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask()
@@ -198,6 +234,7 @@ async def test_a_process_that_speaks_gibberish_has_to_go(folder: Path) -> None:
         assert (await played.troupe.next()).boot.identity == "main#2"
 
 
+@on_loop
 async def test_a_load_that_fails_again_waits_longer(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         played.unit.die(-9)
@@ -214,6 +251,7 @@ async def test_a_load_that_fails_again_waits_longer(folder: Path) -> None:
 # -- leaving ---------------------------------------------------------------------------------
 
 
+@on_loop
 async def test_draining_finishes_what_runs_and_refuses_what_comes(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         asked = client.ask(n=2)
@@ -234,6 +272,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes(folder: Path) 
         assert played.unit.drains.qsize() == 1
 
 
+@on_loop
 async def test_what_is_late_at_the_deadline_is_told_so(folder: Path) -> None:
     async with stage(make_config(folder)) as (played, client):
         waiting = client.ask()

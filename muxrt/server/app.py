@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-from asyncio.futures import Future
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -34,7 +33,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server:
-    """One endpoint and its units. `start`, then `stop` once; all on one event loop."""
+    """One endpoint and its units. `start`, then `stop` once; all on one event loop.
+
+    `salt_prefixes` keeps cached prompts of different API keys apart: nobody can find out by timing
+    what others asked, and system prompts are cached once per key.
+    """
 
     def __init__(
         self,
@@ -42,10 +45,12 @@ class Server:
         *,
         spawn: Spawn = spawn,
         simulate: bool = False,
+        salt_prefixes: bool = False,
         on_change: Callable[[UnitProcess], None] = lambda unit: None,
     ) -> None:
         self.config = config
         self.models: dict[str, ServedModel] = {}
+        self._salt_prefixes = salt_prefixes
         self.supervisor = Supervisor(
             config,
             on_step=lambda step: self.dispatcher.on_step(step),
@@ -66,7 +71,7 @@ class Server:
         keys = load_keys(self.config.endpoint.api_keys, os.environ)
         units = self.supervisor.units
         metrics = Metrics(self.config.models, units, self.dispatcher.ledger)
-        routes = Routes(self.models, self.dispatcher, units, metrics, keys)
+        routes = Routes(self.models, self.dispatcher, units, metrics, keys, self._salt_prefixes)
         await self._listen(routes.application(self.config.endpoint.max_body_bytes))
         self.supervisor.start()
         self.models.update(await _load_models(self.config.models))
@@ -167,7 +172,7 @@ class _Signals:
             self._changed.clear()
             await self._changed.wait()
 
-    async def first_or(self, task: "Future[None]") -> None:
+    async def first_or(self, task: asyncio.Task[None]) -> None:
         """Return once a signal has come or `task` is done."""
         first = asyncio.create_task(self.wait(1))
         await asyncio.wait([first, task], return_when=asyncio.FIRST_COMPLETED)

@@ -58,7 +58,7 @@ class Routes:
         units: Mapping[str, UnitProcess],
         metrics: Metrics,
         keys: KeyRing | None,
-        salt_prefixes: bool = False,
+        salt_prefixes: bool,
     ) -> None:
         self._models = models
         self._dispatcher = dispatcher
