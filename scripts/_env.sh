@@ -43,6 +43,12 @@ _muxrt_set_up() {
         _muxrt_pip "$python" --no-deps --no-build-isolation --editable "$MUXRT_ROOT" || return 1
         printf '%s\n' "$stamp" >"$venv/project.stamp"
     fi
+    stamp="$(_muxrt_stamp "$python" requirements.lock "$MUXRT_ROOT"/kernels/*.py)" || return 1
+    if [ "$stamp" != "$(cat "$venv/kernels.stamp" 2>/dev/null)" ]; then
+        muxrt_say "compiling the kernels (half a minute, once per version of them)"
+        "$python" -c 'from muxrt.kernels import cpu; cpu.warm_up()' || return 1
+        printf '%s\n' "$stamp" >"$venv/kernels.stamp"
+    fi
     muxrt_say "environment $venv is current ($((SECONDS - started)) s)"
 }
 
