@@ -6,7 +6,7 @@ vectors run along rows whatever the head size, and K and V enter as scalars stra
 blocks. Softmax is online, over chunks of keys.
 
 Results of a row depend neither on the batch nor on the number of threads, but on the number of new
-tokens of its sequence (in last bits): with fewer than 4 query heads per kv head a single token
+tokens of its sequence (in last bits): with fewer than `FEW` query heads per kv head a single token
 takes the shorter way of `_decode`.
 """
 
@@ -20,7 +20,7 @@ from muxrt.kernels.panel import NARROW, ROWS, WIDE, make_panel
 Array = Any  # numba's view: a numpy array
 Geometry = Any  # (heads, kv_heads, head_dim, block_tokens, blocks_per_group, planes_per_block)
 
-FEW = 4  # query heads of a kv head from which on a decode step is a tile
+FEW = 8  # query heads of a kv head from which on a decode step is a tile (measured)
 LINE_BYTES = 64  # of a cache line
 CHUNK = 64  # keys per step of the online softmax
 MASKED = np.float32(-1e30)  # finite: a difference of two infinities would be NaN
