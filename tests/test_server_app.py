@@ -16,6 +16,7 @@ from scripted_unit import (
     WAIT_S,
     Stage,
     make_config,
+    on_loop,
     prompt_of,
     serving,
     write_words,
