@@ -27,7 +27,7 @@ def warm_up() -> None:
     """Make every kernel ready, so that no request waits for a compiler.
 
     The first call on a machine takes half a minute and leaves the result on disk; set-up makes it.
-    Later calls take a tenth of a second per process.
+    A process later takes about half a second.
     """
     cpu.warm_up()
 

@@ -39,7 +39,7 @@ def _signature(*arguments: str) -> str:
 def warm_up() -> None:
     """Compile every kernel for every type it is called with, or read it from disk.
 
-    Takes half a minute once per machine and version, then about a tenth of a second per process.
+    Takes half a minute once per machine and version, then about half a second per process.
     Afterwards no call compiles anything.
     """
     for function, signatures in _signatures().items():
