@@ -5,18 +5,23 @@ from io import StringIO
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import pytest
-from scripted_unit import Troupe, make_config, on_loop, serving, write_words
+import zmq
+import zmq.asyncio
+from scripted_unit import WAIT_S, Troupe, make_config, on_loop, serving, write_words
 from test_server_app import LENGTH, Client, events, stage, tokens_of
 
 from muxrt.config.serve import Endpoint
-from muxrt.engine.messages import Loading, Ready
+from muxrt.engine.messages import FromUnit, Loading, Ready, Stopped
 from muxrt.errors import MuxrtError
 from muxrt.server.app import Server
 from muxrt.server.link import Link
 from muxrt.server.progress import ERASE_LINE, LoadingView
 from muxrt.server.supervisor import StartFailed
 from muxrt.server.unit_process import FIRST_DELAY_S, MAX_DELAY_S, STABLE_S, Backoff, UnitProcess
+
+NUM_MESSAGES = 200  # more than the link handles in one go
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,32 @@ def test_only_its_user_can_reach_the_socket() -> None:
     assert Path(link.endpoint.removeprefix("ipc://")).parent.stat().st_mode & 0o777 == 0o700
     link.close()
     assert not Path(link.endpoint.removeprefix("ipc://")).parent.exists()
+
+
+@on_loop
+async def test_a_message_that_breaks_its_handler_does_not_hold_up_the_next() -> None:
+    heard: list[FromUnit] = []
+    is_over = asyncio.Event()
+
+    def receive(identity: bytes, message: FromUnit) -> None:
+        heard.append(message)
+        if len(heard) == NUM_MESSAGES:
+            is_over.set()
+        raise RuntimeError("a bug")
+
+    broken: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: broken.append(context))
+    link = Link(receive, lambda identity: None)
+    link.open()
+    context = zmq.asyncio.Context()
+    with context.socket(zmq.DEALER) as socket:
+        socket.connect(link.endpoint)
+        for _ in range(NUM_MESSAGES):
+            await socket.send(msgspec.msgpack.encode(Stopped("main")))
+        await asyncio.wait_for(is_over.wait(), WAIT_S)
+    link.close()
+    context.term()
+    assert len(broken) == NUM_MESSAGES
 
 
 def test_the_delay_doubles_until_a_unit_was_healthy() -> None:

@@ -98,8 +98,8 @@ class Link:
                 identity, data = self._socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
+            self._schedule()  # there may be more, even if this one raises
             self._handle(identity, data)
-        self._schedule()
 
     def _handle(self, identity: bytes, data: bytes) -> None:
         try:
