@@ -162,7 +162,10 @@ def test_chat_template_refuses_unknown_roles() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prompt", ["Beautiful is better than", 'The "while" statement\n'])
+@pytest.mark.parametrize(
+    "prompt",  # as passages of the text begin: models this small know them from the start on
+    ["The Zen of Python, by Tim Peters\n\nBeautiful", 'The "while" statement\n'],
+)
 def test_completions_read_like_the_text(name: str, prompt: str) -> None:
     ids = tokenizer(name)(prompt, return_tensors="pt")["input_ids"]
     out = greedy(name, ids, 96)
