@@ -164,7 +164,7 @@ def test_chat_template_refuses_unknown_roles() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "prompt",  # as passages of the text begin: models this small know them from the start on
-    ["The Zen of Python, by Tim Peters\n\nBeautiful", 'The "while" statement\n'],
+    [f'The "{word}" statement\n' for word in ("while", "for", "try")],
 )
 def test_completions_read_like_the_text(name: str, prompt: str) -> None:
     ids = tokenizer(name)(prompt, return_tensors="pt")["input_ids"]

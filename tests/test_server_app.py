@@ -434,8 +434,9 @@ async def test_keys_can_keep_their_prompts_apart(
     folder: Path, monkeypatch: pytest.MonkeyPatch, salted: bool
 ) -> None:
     monkeypatch.setenv("KEYS", "ann,bob")
-    config = make_config(folder, endpoint=Endpoint(port=0, api_keys=ApiKeys(env="KEYS")))
-    async with stage(config, salt_prefixes=salted) as (played, client):
+    keys_from = ApiKeys(env="KEYS", isolate=salted)
+    config = make_config(folder, endpoint=Endpoint(port=0, api_keys=keys_from))
+    async with stage(config) as (played, client):
         keys = []
         for name in ("ann", "bob", "ann"):
             headers = {"Authorization": f"Bearer {name}"}

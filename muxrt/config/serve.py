@@ -27,6 +27,9 @@ class ApiKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     file: Name | None = None
     env: Name | None = None  # name of an environment variable; keys separated by commas
+    # Cached prompts of different keys are kept apart: nobody learns by timing what others asked,
+    # at the price of a system prompt cached once per key.
+    isolate: bool = False
 
 
 class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -17,7 +17,6 @@ class UnitBoot(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelSpec, ...]  # of this unit only; paths are absolute
     endpoint: str  # ZeroMQ address to connect a DEALER to
     identity: str  # the DEALER's routing id: unit name and generation
-    simulate: bool = False  # compute nothing: answer at the cost model's pace
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

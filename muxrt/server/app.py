@@ -33,31 +33,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Server:
-    """One endpoint and its units. `start`, then `stop` once; all on one event loop.
-
-    `salt_prefixes` keeps cached prompts of different API keys apart: nobody can find out by timing
-    what others asked, and system prompts are cached once per key.
-    """
+    """One endpoint and its units. `start`, then `stop` once; all on one event loop."""
 
     def __init__(
         self,
         config: ServeConfig,
         *,
         spawn: Spawn = spawn,
-        simulate: bool = False,
-        salt_prefixes: bool = False,
         on_change: Callable[[UnitProcess], None] = lambda unit: None,
     ) -> None:
         self.config = config
         self.models: dict[str, ServedModel] = {}
-        self._salt_prefixes = salt_prefixes
         self.supervisor = Supervisor(
             config,
             on_step=lambda step: self.dispatcher.on_step(step),
             on_death=lambda unit: self.dispatcher.on_death(unit),
             on_change=on_change,
             spawn=spawn,
-            simulate=simulate,
         )
         self.dispatcher = Dispatcher(config.models, self.supervisor, monotonic)
         self.url = ""
@@ -71,7 +63,9 @@ class Server:
         keys = load_keys(self.config.endpoint.api_keys, os.environ)
         units = self.supervisor.units
         metrics = Metrics(self.config.models, units, self.dispatcher.ledger)
-        routes = Routes(self.models, self.dispatcher, units, metrics, keys, self._salt_prefixes)
+        source = self.config.endpoint.api_keys
+        isolate = source is not None and source.isolate
+        routes = Routes(self.models, self.dispatcher, units, metrics, keys, isolate)
         await self._listen(routes.application(self.config.endpoint.max_body_bytes))
         self.supervisor.start()
         self.models.update(await _load_models(self.config.models))
@@ -119,14 +113,14 @@ async def _load_models(specs: Sequence[ModelSpec]) -> dict[str, ServedModel]:
     return {spec.name: model for spec, model in zip(specs, models, strict=True)}
 
 
-async def serve(config: ServeConfig, *, simulate: bool = False) -> None:
+async def serve(config: ServeConfig) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return; a second signal ends it at once.
 
     Raises MuxrtError if it cannot start.
     """
     signals = _Signals()
     view = LoadingView(sys.stderr)
-    server = Server(config, simulate=simulate, on_change=view.on_change)
+    server = Server(config, on_change=view.on_change)
     starting = asyncio.create_task(server.start())
     try:
         await signals.first_or(starting)
@@ -179,7 +173,7 @@ class _Signals:
         first.cancel()
 
 
-def run(config: ServeConfig, *, log_level: str = "info", simulate: bool = False) -> None:
+def run(config: ServeConfig, *, log_level: str = "info") -> None:
     """`serve` on a loop of its own, logging to stderr."""
     logging.basicConfig(format=LOG_FORMAT, level=log_level.upper(), stream=sys.stderr)
-    uvloop.run(serve(config, simulate=simulate))
+    uvloop.run(serve(config))

@@ -52,7 +52,6 @@ class Supervisor:
         on_death: Listener,
         on_change: Listener = lambda unit: None,
         spawn: Spawn = spawn,
-        simulate: bool = False,
     ) -> None:
         self.units = {spec.name: UnitProcess(spec) for spec in config.units}
         self._models = {model.name: model for model in config.models}
@@ -60,7 +59,6 @@ class Supervisor:
         self._on_death = on_death
         self._on_change = on_change
         self._spawn = spawn
-        self._simulate = simulate
         self._link = Link(self._receive, self._on_garbage)
         self._tasks: list[asyncio.Task[None]] = []
         self._all_ready = asyncio.Event()
@@ -169,7 +167,6 @@ class Supervisor:
             models=_models_of(unit.spec, self._models),
             endpoint=self._link.endpoint,
             identity=unit.identity.decode(),
-            simulate=self._simulate,
         )
 
     # -- messages ----------------------------------------------------------------------------

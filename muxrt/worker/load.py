@@ -42,8 +42,6 @@ def load_unit(boot: UnitBoot, tell: Tell) -> tuple[UnitPlan, LaneExecutor]:
     Raises MuxrtError with what is wrong.
     """
     unit = boot.unit
-    if boot.simulate:
-        raise MuxrtError("a worker computes: the simulator runs in `muxrt simulate`")
     cores = mesh_cores(unit)
     os.sched_setaffinity(0, cores)
     specs = {spec.name: spec for spec in boot.models}

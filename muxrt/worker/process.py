@@ -101,6 +101,7 @@ class Service:
         for source in (self._link.socket, self._executor.fileno(), self._wake):
             poller.register(source, zmq.POLLIN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._report(monotonic())  # /metrics knows blocks and quotas before the first request
         while not self._is_over():
             ready = {source for source, _ in poller.poll(self._timeout_ms())}
             if self._executor.fileno() in ready:
