@@ -346,8 +346,8 @@ def random_weights(
         check_room(out, shape, dtype, tokenizer)
     except (ShapeError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    copy_tokenizer(tokenizer, out)
     write_configs(out, shape, dtype, *ends_of(tokenizer))
+    copy_tokenizer(tokenizer, out)
     write_random_weights(out, shape, dtype, int(shard_mb * 1e6), seed)
 
 
@@ -378,10 +378,11 @@ def check_room(out: Path, shape: Shape, dtype: Dtype, tokenizer: Path) -> None:
         raise ShapeError(f"vocab is {shape.vocab}, but the tokenizer has {vocab} tokens")
     if any(out.glob("*.safetensors")):
         raise FileExistsError(f"{out} holds weights already: delete it or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    needed = sum(math.prod(size) for size in shape.tensors().values()) * dtype.torch.itemsize
-    if needed > (free := shutil.disk_usage(out).free):
-        raise OSError(f"{out}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+    needed_bytes = sum(map(math.prod, shape.tensors().values())) * dtype.torch.itemsize
+    disk = next(folder for folder in out.absolute().parents if folder.exists())
+    if needed_bytes > (free_bytes := shutil.disk_usage(disk).free):
+        needed_gb, free_gb = needed_bytes / 1e9, free_bytes / 1e9
+        raise OSError(f"{out}: {needed_gb:.1f} GB needed, {free_gb:.1f} GB free")
 
 
 def ends_of(folder: Path) -> tuple[int, int | list[int]]:
