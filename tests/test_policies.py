@@ -284,3 +284,19 @@ def test_every_request_ends_in_an_arena_that_holds_one_sequence_per_model(
 
 def test_worlds_cover_head_dims_in_one_arena() -> None:
     assert {shape.head_dim for shape in SHAPES.values()} == {32, 64}
+
+
+# -- overload ---------------------------------------------------------------------------------
+
+
+def test_overload_is_not_spent_on_preempting() -> None:
+    """Twice what the lane can do: who starts can also grow, so few are sent away again."""
+    cost = ConstantCost(batch_s=0.004, token_s=0.0002)
+    world = World("ab", num_blocks=160, swap_blocks=400, max_sequences=16, cost=cost)
+    for index in range(200):
+        prompt, output = 20 + index * 7 % 40, 20 + index * 11 % 40
+        model = "ab"[index * 5 % 3 % 2]
+        world.at(index / 40, lambda m=model, p=prompt, o=output: world.submit(m, p, o))  # type: ignore[misc]
+    world.run()
+    preemptions = sum(m.preemptions_swap for m in world.unit.stats().models)
+    assert preemptions < 0.25 * len(world.answers)

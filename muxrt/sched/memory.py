@@ -4,13 +4,14 @@ The rules, in the order they are asked:
 
 0. While a running sequence of a model is short of blocks, no other of that model starts: what
    comes free is for it, or the two would take turns for ever.
-
 1. A model may take free blocks within its quota, always.
 2. Beyond its quota it borrows: what is free, less what others have a claim on.
 3. A model that is short of blocks within its quota gets them from borrowers: their newest
    sequences are preempted until they are back within their quotas or the need is covered.
 4. A sequence short of blocks beyond the quota preempts newer sequences of its own model. The
    newest one waits, holding what it has.
+5. A sequence starts only where those of its model that run can grow by a group each, or it would
+   be the next to be preempted: under overload that is all a unit does.
 
 So the oldest sequence of every model can always go on: alone it fits its quota (the floor), and
 everything above the quotas can be called back.
@@ -135,13 +136,14 @@ class Memory:
         if self._is_short(model):
             return False
         blocks = num_groups * self._group_blocks(head)
-        if self._is_entitled(model, blocks + idle):
+        growth = len(self._queues[model].running) * self._group_blocks(head)
+        if self._is_entitled(model, blocks + idle + growth):
             if self.pool.num_available - idle < blocks:
                 self.claims[model] = blocks + idle
                 self._call_back(blocks + idle)
             return self.pool.num_available - idle >= blocks
-        watermark = int(WATERMARK * self.pool.num_blocks) + self._claimed_by_others(model)
-        return self.pool.num_available - idle - blocks >= watermark
+        kept = int(WATERMARK * self.pool.num_blocks) + self._claimed_by_others(model) + growth
+        return self.pool.num_available - idle - blocks >= kept
 
     def _may_take(self, model: str, blocks: int) -> bool:
         available = self.pool.num_available
