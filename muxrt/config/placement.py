@@ -48,7 +48,7 @@ class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """How the mesh's compute is shared out."""
 
     kind: Literal["cores", "processes"] = "cores"
-    split: tuple[Count, ...] | None = None  # cores per lane; None = one lane with all cores
+    split: tuple[Count, ...] | None = None  # cores per lane; None = two equal lanes
     depth: Count = 1  # works a lane may have in flight (2 hides the control path behind the device)
 
 

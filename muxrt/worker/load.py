@@ -41,8 +41,8 @@ def load_unit(boot: UnitBoot, tell: Tell) -> tuple[UnitPlan, LaneExecutor]:
 
     Raises MuxrtError with what is wrong.
     """
-    unit = boot.unit
-    cores = mesh_cores(unit)
+    cores = mesh_cores(boot.unit)
+    unit = with_split(boot.unit, len(cores))
     os.sched_setaffinity(0, cores)
     specs = {spec.name: spec for spec in boot.models}
     shapes = {spec.name: load_shape(Path(spec.path)) for spec in boot.models}
@@ -73,6 +73,19 @@ def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:
             f" may use: {sorted(allowed)}"
         )
     return unit.mesh.cores
+
+
+def with_split(unit: UnitSpec, num_cores: int) -> UnitSpec:
+    """The unit with its lanes spelt out: two of half the cores each where nobody said otherwise.
+
+    So a prefill of one model runs beside decodes of others; docs/benchmarks/lanes.md has the
+    figures.
+    """
+    if unit.lanes.split is not None:
+        return unit
+    halves = (num_cores - num_cores // 2, num_cores // 2)
+    split = tuple(half for half in halves if half)
+    return msgspec.structs.replace(unit, lanes=msgspec.structs.replace(unit.lanes, split=split))
 
 
 def ready_message(plan: UnitPlan) -> Ready:
