@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import zmq
 
-from muxrt.config.placement import Lanes, ModelSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, UnitModel, UnitSpec
 from muxrt.core import FinishReason, Output, Prompt, Request, SamplingParams
 from muxrt.engine.messages import (
     Abort,
@@ -33,6 +33,7 @@ from muxrt.engine.messages import (
     Submit,
     UnitBoot,
 )
+from muxrt.worker.load import with_split
 from tests.worker_world import (
     CORES,
     GREEDY,
@@ -216,12 +217,25 @@ def test_a_drain_ends_at_its_deadline(start: Start) -> None:
 def test_it_ends_with_its_parent_and_so_do_its_lanes(start: Start, kind: Any) -> None:
     api = start(lanes=Lanes(kind=kind))
     lanes = children(api.pid)
-    assert len(lanes) == (kind == "processes")
+    assert len(lanes) == (min(2, len(CORES)) if kind == "processes" else 0)
     assert api.stdin is not None
     api.stdin.close()  # as when the API is killed
     assert api.exit_status() == 1
     for lane in lanes:
         wait_gone(lane)
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "split"), [(1, (1,)), (2, (1, 1)), (3, (2, 1)), (16, (8, 8))]
+)
+def test_two_lanes_halve_the_cores_unless_somebody_says_otherwise(
+    num_cores: int, split: tuple[int, ...]
+) -> None:
+    memory, models = Memory(kv_bytes=1 << 20), (UnitModel(name="m"),)
+    silent = UnitSpec(name="unit", models=models, memory=memory)
+    assert with_split(silent, num_cores).lanes.split == split
+    told = UnitSpec(name="unit", models=models, memory=memory, lanes=Lanes(split=(1,)))
+    assert with_split(told, num_cores) == told
 
 
 def test_a_killed_unit_takes_its_lanes_along(start: Start) -> None:
