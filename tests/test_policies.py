@@ -165,6 +165,7 @@ WORLDS = st.fixed_dictionaries(
         "prefill_tokens": st.sampled_from([16, 64]),
         "max_sequences": st.sampled_from([1, 3, 8]),
         "quota_period_s": st.sampled_from([0.0, 0.1, 2.0]),
+        "borrow": st.booleans(),
     }
 )
 
@@ -173,6 +174,13 @@ def smallest_arena(models: str, planes_per_block: int) -> int:
     """Blocks that hold one sequence of maximum length of every model."""
     world = World(models, planes_per_block=planes_per_block, num_blocks=10_000)
     return sum(model.floor_blocks for model in world.plan.models.values())
+
+
+def assert_walls_hold(world: World) -> None:
+    """Nobody has more than its quota, and the quotas are the first ones."""
+    accounts = world.pool.accounts
+    assert all(account.used <= account.quota for account in accounts.values())
+    assert {name: account.quota for name, account in accounts.items()} == world.plan.quotas
 
 
 class Life(RuleBasedStateMachine):
@@ -238,8 +246,11 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def accounts_hold(self) -> None:
-        if hasattr(self, "world"):
-            self.world.check()
+        if not hasattr(self, "world"):
+            return
+        self.world.check()
+        if not self.world.plan.spec.scheduling.borrow:
+            assert_walls_hold(self.world)
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

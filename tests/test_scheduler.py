@@ -206,6 +206,22 @@ def test_a_busy_model_borrows_what_others_leave_free() -> None:
 
 
 @DEPTHS
+def test_quotas_are_walls_where_nobody_may_borrow(depth: int) -> None:
+    world = World("ab", num_blocks=120, depth=depth, borrow=False, quotas={"a": 0.5, "b": 0.5})
+    flood(world, "a", 20)
+    kept = world.submit("b", prompt=60, output=60)
+    peak = 0
+    while world.step():
+        peak = max(peak, world.pool.accounts["a"].used)
+    group = world.pool.accounts["a"].blocks_per_group
+    assert 60 - 4 * group <= peak <= 60  # full, although b leaves most of its share free
+    assert {name: a.quota for name, a in world.pool.accounts.items()} == {"a": 60, "b": 60}
+    assert world.unit.stats().models[1].preemptions_recompute == 0
+    assert world.answers[kept].finish == "stop"
+    world.run()
+
+
+@DEPTHS
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("preempt", ["swap", "recompute"])
 def test_lent_blocks_are_back_within_100_ms_plus_one_step(

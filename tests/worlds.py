@@ -174,6 +174,7 @@ class World:
         prefill_tokens: int = 64,
         max_sequences: int = 8,
         quota_period_s: float = 2.0,
+        borrow: bool = True,
         quotas: dict[str, float] | None = None,
         cost: Cost | None = None,
         wrap: Callable[[EventLoop, UnitPlan], Executor] | None = None,
@@ -196,6 +197,7 @@ class World:
                 prefill_tokens=prefill_tokens,
                 max_sequences=max_sequences,
                 quota_period_s=quota_period_s,
+                borrow=borrow,
                 preempt=preempt,  # type: ignore[arg-type]
             ),
         )

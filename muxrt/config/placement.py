@@ -76,6 +76,7 @@ class Scheduling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     prefill_tokens: Count = 512  # token budget of one prefill batch; longer prompts go in chunks
     max_sequences: Count = 256  # per model: sequences with a slot (running or preempted)
     quota_period_s: NotNegative = 2.0  # 0 = quotas never move
+    borrow: bool = True  # false = quotas are walls (spatial partitioning), and they never move
     prefix_reuse: bool = True
     preempt: Literal["auto", "swap", "recompute"] = "auto"
 

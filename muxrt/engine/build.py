@@ -117,10 +117,11 @@ def build_unit(
     for name, blocks in plan.quotas.items():
         pool.accounts[name].quota = blocks
     choose = PreemptChooser(plan, latency).choose
-    memory = Memory(pool, queues, HostBlocks(plan.num_host_blocks), choose)
+    memory = Memory(pool, queues, HostBlocks(plan.num_host_blocks), choose, knobs.borrow)
     policy = POLICIES[knobs.policy](knobs.quota_period_s)
     scheduler = Scheduler(queues, memory, policy, latency, _limits(plan.spec))
-    return Unit(plan.spec.name, scheduler, executor, now, emit, knobs.quota_period_s)
+    adapt_period_s = knobs.quota_period_s if knobs.borrow else 0.0
+    return Unit(plan.spec.name, scheduler, executor, now, emit, adapt_period_s)
 
 
 def _limits(spec: UnitSpec) -> Limits:

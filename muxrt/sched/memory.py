@@ -15,6 +15,9 @@ The rules, in the order they are asked:
 
 So the oldest sequence of every model can always go on: alone it fits its quota (the floor), and
 everything above the quotas can be called back.
+
+Where nobody may borrow, quotas are walls: what is beyond the quota is never free, so rule 2 never
+lends and rule 3 never finds a borrower.
 """
 
 from collections import deque
@@ -52,6 +55,7 @@ class Memory:
         queues: Mapping[str, ModelQueue],
         host: HostBlocks,
         choose: Callable[[Sequence], Preempt],
+        may_borrow: bool = True,
     ) -> None:
         self.pool = pool
         self.host = host
@@ -60,6 +64,7 @@ class Memory:
         self.num_preempted: dict[tuple[str, Preempt], int] = {}
         self._queues = queues
         self._choose = choose
+        self._may_borrow = may_borrow
         self._leaving: set[Sequence] = set()  # their blocks return when their work is done
         self._short: dict[str, Sequence] = {}  # by model: who runs and waits for blocks
 
@@ -142,6 +147,8 @@ class Memory:
                 self.claims[model] = blocks + idle
                 self._call_back(blocks + idle)
             return self.pool.num_available - idle >= blocks
+        if not self._may_borrow:
+            return False
         kept = int(WATERMARK * self.pool.num_blocks) + self._claimed_by_others(model) + growth
         return self.pool.num_available - idle - blocks >= kept
 
@@ -149,7 +156,7 @@ class Memory:
         available = self.pool.num_available
         if self._is_entitled(model, blocks):
             return available >= blocks
-        return available - blocks >= self._claimed_by_others(model)
+        return self._may_borrow and available - blocks >= self._claimed_by_others(model)
 
     def _is_entitled(self, model: str, blocks: int) -> bool:
         account = self.pool.accounts[model]
@@ -173,7 +180,7 @@ class Memory:
         if self._is_entitled(sequence.request.model, blocks):
             self.claims[sequence.request.model] = blocks
             self._call_back(blocks)
-        elif self.pool.num_available < blocks:
+        elif self._room(sequence.request.model) < blocks:
             self._preempt_newer(sequence, blocks)
         # Otherwise free blocks are there but claimed; the claim ends in a bounded time.
 
@@ -188,12 +195,19 @@ class Memory:
     def _preempt_newer(self, sequence: Sequence, blocks: int) -> None:
         queue = self._queues[sequence.request.model]
         for victim in reversed(queue.running):
-            if self.pool.num_available + self._num_returning(queue.name) >= blocks:
+            if self._room(queue.name) + self._num_returning(queue.name) >= blocks:
                 return
             if victim.order <= sequence.order:
                 return
             if self._can_leave(victim):
                 self.preempt(victim)
+
+    def _room(self, model: str) -> int:
+        """Blocks that `model` could be given now, whoever has a claim on them."""
+        if self._may_borrow:
+            return self.pool.num_available
+        account = self.pool.accounts[model]
+        return account.quota - account.used
 
     def _newest_of_borrowers(self) -> Sequence | None:
         """Of the model that is furthest above its quota, what leaves already not counted."""
