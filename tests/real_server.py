@@ -13,6 +13,7 @@ from tiny_folder import write_model
 from muxrt.config.placement import MIB, Memory, Mesh, ModelSpec, Scheduling, UnitModel, UnitSpec
 from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig
 from muxrt.server.app import Server
+from muxrt.server.unit_process import Spawn, spawn
 
 T = TypeVar("T")
 START_S = 180.0  # a first start compiles
@@ -26,13 +27,15 @@ def real_config(
     kv_bytes: int = MIB,
     max_queue: int = 256,
     drain_s: float = 30.0,
+    has_weights: bool = True,
 ) -> ServeConfig:
     """Tiny models with random weights; each model has its own."""
     names = [name for models in units.values() for name in models]
+    paths = {n: write_model(folder / n, i, has_weights=has_weights) for i, n in enumerate(names)}
     return ServeConfig(
         models=tuple(
-            ModelSpec(name=name, path=str(write_model(folder / name, i)), max_queue=max_queue)
-            for i, name in enumerate(names)
+            ModelSpec(name=name, path=str(path), max_queue=max_queue)
+            for name, path in paths.items()
         ),
         units=tuple(
             UnitSpec(
@@ -89,14 +92,14 @@ class RealServer:
 
 
 @contextmanager
-def real_server(config: ServeConfig) -> Iterator[RealServer]:
+def real_server(config: ServeConfig, spawn: Spawn = spawn) -> Iterator[RealServer]:
     """Started and ready inside the block; all its processes are gone after it."""
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
     async def make() -> Server:
-        return Server(config)
+        return Server(config, spawn=spawn)
 
     server = asyncio.run_coroutine_threadsafe(make(), loop).result()
     try:

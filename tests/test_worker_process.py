@@ -33,7 +33,7 @@ from muxrt.engine.messages import (
     Submit,
     UnitBoot,
 )
-from muxrt.worker.load import with_split
+from muxrt.worker.boot import with_split
 from tests.worker_world import (
     CORES,
     GREEDY,

@@ -26,6 +26,14 @@ def serve(
         bool, typer.Option("--check", help="Say what would be served, start nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --check: for machines.")] = False,
+    null_executor: Annotated[
+        float | None,
+        typer.Option(
+            metavar="STEP_S",
+            min=0,
+            help="Load no model and make tokens up, a batch every STEP_S: to measure the rest.",
+        ),
+    ] = None,
     log_level: Annotated[LogLevel, typer.Option(case_sensitive=False)] = LogLevel.INFO,
 ) -> None:
     """Serve the models of a YAML file behind one OpenAI-compatible endpoint.
@@ -36,6 +44,8 @@ def serve(
     """
     if as_json and not check:
         raise typer.BadParameter("--json goes with --check", param_hint="--json")
+    if check and null_executor is not None:
+        raise typer.BadParameter("--check starts nothing", param_hint="--null-executor")
     from muxrt.cli.check import check_file, summary
 
     checked = check_file(file)
@@ -51,5 +61,8 @@ def serve(
     else:
         from muxrt.config.serve import listening_on
         from muxrt.server.app import run
+        from muxrt.server.unit_process import spawn, spawn_null
 
-        run(listening_on(checked.config, host, port), log_level=log_level.value)
+        unit = spawn if null_executor is None else spawn_null(null_executor)
+        config = listening_on(checked.config, host, port)
+        run(config, log_level=log_level.value, spawn=unit)

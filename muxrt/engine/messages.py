@@ -49,6 +49,7 @@ class ModelReady(msgspec.Struct, frozen=True):
     quota_blocks: int
     blocks_per_group: int
     prefix_reuse: bool = True
+    is_made_up: bool = False  # its tokens come from a null executor, not from the model
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

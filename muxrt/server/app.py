@@ -113,14 +113,14 @@ async def _load_models(specs: Sequence[ModelSpec]) -> dict[str, ServedModel]:
     return {spec.name: model for spec, model in zip(specs, models, strict=True)}
 
 
-async def serve(config: ServeConfig) -> None:
+async def serve(config: ServeConfig, spawn: Spawn) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return; a second signal ends it at once.
 
     Raises MuxrtError if it cannot start.
     """
     signals = _Signals()
     view = LoadingView(sys.stderr)
-    server = Server(config, on_change=view.on_change)
+    server = Server(config, spawn=spawn, on_change=view.on_change)
     starting = asyncio.create_task(server.start())
     try:
         await signals.first_or(starting)
@@ -173,7 +173,7 @@ class _Signals:
         first.cancel()
 
 
-def run(config: ServeConfig, *, log_level: str = "info") -> None:
+def run(config: ServeConfig, *, log_level: str = "info", spawn: Spawn = spawn) -> None:
     """`serve` on a loop of its own, logging to stderr."""
     logging.basicConfig(format=LOG_FORMAT, level=log_level.upper(), stream=sys.stderr)
-    uvloop.run(serve(config))
+    uvloop.run(serve(config, spawn))

@@ -22,8 +22,15 @@ def readiness(dispatcher: Dispatcher, units: Mapping[str, UnitProcess]) -> Readi
     if dispatcher.is_draining:
         return Readiness(False, "shutting down", missing)
     if not missing:
-        return Readiness(True, "every model answers", missing)
+        return Readiness(True, "every model answers" + _warning(units.values()), missing)
     return Readiness(False, "; ".join(_words(units.values())), missing)
+
+
+def _warning(units: Iterable[UnitProcess]) -> str:
+    """What nobody may overlook: a null executor's tokens look like an answer."""
+    if any(model.is_made_up for unit in units for model in unit.models.values()):
+        return ", but tokens are MADE UP by a null executor"
+    return ""
 
 
 def _words(units: Iterable[UnitProcess]) -> list[str]:

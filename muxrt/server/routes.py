@@ -199,15 +199,16 @@ class Routes:
         return _json(msgspec.json.encode(self._describe(name)))
 
     def _describe(self, name: str) -> dict[str, Any]:
-        lengths = [
-            unit.models[name].max_model_len for unit in self._units.values() if name in unit.models
-        ]
+        served = [unit.models[name] for unit in self._units.values() if name in unit.models]
+        lengths = [model.max_model_len for model in served]
+        made_up = {"made_up": True} if any(model.is_made_up for model in served) else {}
         return {
             "id": name,
             "object": "model",
             "created": self._created_s,
             "owned_by": "muxrt",
             "max_model_len": min(lengths, default=None),  # null while no unit serves it
+            **made_up,
         }
 
     async def health(self, http: web.Request) -> web.Response:

@@ -65,11 +65,26 @@ class _Child:
 
 
 async def spawn(boot: UnitBoot) -> Process:
-    """Start `python -m muxrt.worker.process` with this interpreter."""
+    """Start a unit process that computes."""
+    return await _spawn(boot, "muxrt.worker.process")
+
+
+def spawn_null(step_s: float) -> Spawn:
+    """Starts unit processes that make tokens up, a batch every `step_s` seconds."""
+
+    async def spawn(boot: UnitBoot) -> Process:
+        return await _spawn(boot, "muxrt.worker.null", str(step_s))
+
+    return spawn
+
+
+async def _spawn(boot: UnitBoot, module: str, *arguments: str) -> Process:
+    """Start `python -m MODULE ARGUMENTS` with this interpreter."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "muxrt.worker.process",
+        module,
+        *arguments,
         stdin=asyncio.subprocess.PIPE,
         env=_environment(os.environ),
         # Ctrl-C is for the API, which drains; a unit that died of it could not.

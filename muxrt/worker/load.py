@@ -1,7 +1,6 @@
 """From a `UnitBoot` to lanes that have each run every model once."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import cast
@@ -9,8 +8,7 @@ from typing import cast
 import msgspec
 import numpy as np
 
-from muxrt.config.model import load_shape
-from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.placement import ModelSpec
 from muxrt.core import (
     Batch,
     BatchEntry,
@@ -22,86 +20,40 @@ from muxrt.core import (
     SlotOpen,
     Work,
 )
-from muxrt.engine.build import UnitPlan, plan_unit, weight_dtype
-from muxrt.engine.messages import Loading, ModelReady, Ready, UnitBoot
-from muxrt.errors import ConfigError, MuxrtError
+from muxrt.engine.build import UnitPlan, weight_dtype
+from muxrt.engine.messages import Loading, UnitBoot
+from muxrt.errors import MuxrtError
 from muxrt.kernels import Team
 from muxrt.models.llama import DType, Llama
+from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
 from muxrt.worker.executor import LaneExecutor
-
-Tell = Callable[[Loading], None]
+from muxrt.worker.service import Opened, Tell
 
 PROGRESS_PERIOD_S = 0.1
 WARM_TOKENS = 8
 
 
-def load_unit(boot: UnitBoot, tell: Tell) -> tuple[UnitPlan, LaneExecutor]:
+def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     """Load weights, reserve memory, start the lanes and warm them up.
 
     Raises MuxrtError with what is wrong.
     """
-    cores = mesh_cores(boot.unit)
-    unit = with_split(boot.unit, len(cores))
-    os.sched_setaffinity(0, cores)
-    specs = {spec.name: spec for spec in boot.models}
-    shapes = {spec.name: load_shape(Path(spec.path)) for spec in boot.models}
-    plan = plan_unit(unit, specs, shapes)
+    cores = take_cores(boot.unit)
+    shapes = load_shapes(boot)
+    plan = plan_boot(boot, len(cores), shapes)
     models = {}
     with Team() as team:
         for spec in boot.models:
             dtype = cast(DType, weight_dtype(spec, shapes[spec.name]))
-            models[spec.name] = _load(unit.name, spec, dtype, team, tell)
+            models[spec.name] = _load(boot.unit.name, spec, dtype, team, tell)
     executor = open_executor(plan, models, cores)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
         executor.close()
         raise
-    return plan, executor
-
-
-def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:
-    """The cores of the unit's mesh. Raises ConfigError for one that is not ours."""
-    allowed = os.sched_getaffinity(0)
-    if unit.mesh.cores is None:
-        return tuple(sorted(allowed))
-    strangers = sorted(set(unit.mesh.cores) - allowed)
-    if strangers:
-        raise ConfigError(
-            f"mesh.cores of unit {unit.name}: found {strangers}, expected cores that this process"
-            f" may use: {sorted(allowed)}"
-        )
-    return unit.mesh.cores
-
-
-def with_split(unit: UnitSpec, num_cores: int) -> UnitSpec:
-    """The unit with its lanes spelt out: two of half the cores each where nobody said otherwise.
-
-    So a prefill of one model runs beside decodes of others; docs/benchmarks/lanes.md has the
-    figures.
-    """
-    if unit.lanes.split is not None:
-        return unit
-    halves = (num_cores - num_cores // 2, num_cores // 2)
-    split = tuple(half for half in halves if half)
-    return msgspec.structs.replace(unit, lanes=msgspec.structs.replace(unit.lanes, split=split))
-
-
-def ready_message(plan: UnitPlan) -> Ready:
-    """What the API must know of the unit to send it requests."""
-    models = tuple(
-        ModelReady(
-            name=name,
-            block_tokens=model.layout.block_tokens,
-            max_model_len=model.max_model_len,
-            quota_blocks=plan.quotas[name],
-            blocks_per_group=model.layout.blocks_per_group,
-            prefix_reuse=plan.spec.scheduling.prefix_reuse,
-        )
-        for name, model in plan.models.items()
-    )
-    return Ready(plan.spec.name, os.getpid(), models, plan.num_blocks, plan.arena.block_bytes)
+    return Opened(plan, executor)
 
 
 def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
