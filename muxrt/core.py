@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 BlockIds = npt.NDArray[np.int32]
+ID_BYTES = 4  # of a block id on the wire: int32
 
 
 class Phase(Enum):
@@ -76,14 +77,20 @@ class Request(msgspec.Struct, frozen=True):
     deadline_s: float | None = None  # first token by then, or refuse (same clock)
 
 
-@dataclass(slots=True, eq=False)
-class BlockGroup:
-    """The blocks that hold `block_tokens` tokens of one sequence (all layers, all kv heads)."""
+class BlockGroup(msgspec.Struct, eq=False, gc=False):
+    """The blocks that hold `block_tokens` tokens of one sequence (all layers, all kv heads).
+
+    A struct, because many are made at once; it holds nothing that could refer back to it.
+    """
 
     model: str
-    blocks: BlockIds  # [blocks_per_group], layer-major planes inside
+    blocks: bytes  # block ids, int32 little endian, layer-major planes inside
     refs: int = 1
     key: bytes | None = None  # set once its content is complete and may be reused
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks) // ID_BYTES
 
 
 class SequenceState(Enum):
@@ -237,9 +244,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
 
 def pack_ids(groups: list[BlockGroup]) -> bytes:
     """The block ids of `groups` in order, as the wire carries them."""
-    if len(groups) == 1:
-        return groups[0].blocks.tobytes()
-    return b"".join([group.blocks.tobytes() for group in groups])
+    return b"".join([group.blocks for group in groups])
 
 
 def unpack_ids(ids: bytes) -> BlockIds:

@@ -145,7 +145,7 @@ class PreemptChooser:
         recompute_s = self._latency.predict(
             sequence.request.model, BatchShape(tokens, attention_work(0, tokens))
         )
-        num_blocks = sum(len(group.blocks) for group in sequence.groups)
+        num_blocks = sum(group.num_blocks for group in sequence.groups)
         swap_s = 2 * num_blocks * self._block_bytes / HOST_COPY_BYTES_PER_S
         if recompute_s is not None and recompute_s < swap_s:
             return Preempt.RECOMPUTE

@@ -1,11 +1,13 @@
 """The unit's one pool of KV blocks: a free list, block groups, and an account per model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
+import numpy.typing as npt
 
-from muxrt.core import BlockGroup, BlockIds
+from muxrt.core import ID_BYTES, BlockGroup, BlockIds, unpack_ids
 from muxrt.errors import ConfigError
 from muxrt.kvcache.prefix_cache import PrefixCache
 
@@ -18,6 +20,10 @@ class Account:
     quota: int = 0
     used: int = 0  # in groups that some sequence holds; a shared group counts once
     cached: int = 0  # in idle groups of the prefix cache: free for whoever needs them
+    group_dtype: np.dtype[np.void] = field(init=False)  # the ids of one group, as they are
+
+    def __post_init__(self) -> None:
+        self.group_dtype = np.dtype((np.void, ID_BYTES * self.blocks_per_group))
 
     @property
     def borrowed(self) -> int:
@@ -37,7 +43,7 @@ class BlockPool:
         self._free: BlockIds = np.empty(0, np.int32)  # a stack; [0, _num_free) are free
         self._num_free = 0
         self._num_cached = 0
-        self._held: set[BlockGroup] = set()
+        self._exists: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)  # by block id
         self._leaving: set[int] = set()  # retired ids that a group still holds
 
     @property
@@ -57,9 +63,14 @@ class BlockPool:
     def grow(self, ids: Iterable[int]) -> None:
         """Add an extent of new blocks."""
         new = np.fromiter(ids, np.int32)
-        known = set(self._all_ids())
-        if not known.isdisjoint(new.tolist()) or len(set(new.tolist())) != len(new):
+        if not len(new):
+            return
+        room = max(0, int(new.max()) + 1 - len(self._exists))
+        exists = np.concatenate([self._exists, np.zeros(room, np.bool_)])
+        if exists[new].any() or len(np.unique(new)) != len(new):
             raise ConfigError("grow: a block id is in the pool already")
+        exists[new] = True
+        self._exists = exists
         self._free = np.concatenate(
             [self._free[: self._num_free], new[::-1], self._spare(len(new))]
         )
@@ -72,31 +83,26 @@ class BlockPool:
         Idle cached groups that contain one are forgotten.
         """
         gone = set(ids)
-        for group in [g for g in self.prefixes.idle() if not gone.isdisjoint(g.blocks.tolist())]:
-            self._forget(group)
-        free = self._free[: self._num_free]
-        leaving_now = np.isin(free, np.fromiter(gone, np.int32))
-        kept = free[~leaving_now]
-        self._leaving |= gone - set(free[leaving_now].tolist())
-        self._free[: len(kept)] = kept
-        self._num_free = len(kept)
+        self._leaving |= gone
         self.num_blocks -= len(gone)
+        for group in [group for group in self.prefixes.idle() if self._is_leaving(group)]:
+            self._forget(group)
+        free = self._free[: self._num_free].copy()
+        self._num_free = 0
+        self._push(free)
         return len(self._leaving)
 
     def take(self, model: str, num_groups: int) -> list[BlockGroup] | None:
         """New groups for `model`, evicting idle cached ones if need be; None if too few exist."""
         account = self.accounts[model]
-        size = account.blocks_per_group
-        wanted = size * num_groups
+        wanted = account.blocks_per_group * num_groups
         if wanted > self._num_free and not self._evict(wanted - self._num_free):
             return None
-        self._num_free -= wanted
+        top, self._num_free = self._num_free, self._num_free - wanted
         account.used += wanted
-        # One copy for all groups: their `blocks` are rows of it.
-        rows = self._free[self._num_free : self._num_free + wanted].reshape(num_groups, size).copy()
-        groups = [BlockGroup(model, row) for row in rows]
-        self._held.update(groups)
-        return groups
+        # One slice for all; numpy cuts it into groups without a loop in Python.
+        rows = self._free[self._num_free : top].view(account.group_dtype).tolist()
+        return list(map(BlockGroup, repeat(model), rows))
 
     def share(self, groups: Iterable[BlockGroup]) -> None:
         """One more sequence holds each of `groups` (found by `prefixes.match`)."""
@@ -104,48 +110,51 @@ class BlockPool:
             group.refs += 1
             if group.refs == 1:
                 self.prefixes.unpark(group)
-                self._count_cached(group, -len(group.blocks))
-                self.accounts[group.model].used += len(group.blocks)
-                self._held.add(group)
+                account = self._count_cached(group, -1)
+                account.used += account.blocks_per_group
 
     def release(self, groups: Sequence[BlockGroup]) -> None:
-        """One sequence lets go of each of `groups`; those that nobody holds are reusable."""
+        """One sequence lets go of its `groups`; those that nobody holds are reusable."""
+        private = []
         # Last first: the tail is the least likely to be somebody's prefix, so it is evicted first.
         for group in reversed(groups):
             assert group.refs > 0, "a group is released twice"
             group.refs -= 1
             if group.refs:
                 continue
-            self._held.remove(group)
-            self.accounts[group.model].used -= len(group.blocks)
-            if group.key is None or self._is_leaving(group):
-                self._drop(group)
+            if group.key is None:
+                private.append(group.blocks)
             else:
-                self.prefixes.park(group)
-                self._count_cached(group, len(group.blocks))
+                self._park(group)
+        if private:
+            account = self.accounts[groups[0].model]
+            account.used -= account.blocks_per_group * len(private)
+            self._push(unpack_ids(b"".join(private)))
 
     def num_idle(self, groups: Iterable[BlockGroup]) -> int:
         """Blocks of `groups` that `num_available` counts: sharing them makes them unavailable."""
-        return sum(len(group.blocks) for group in groups if group.refs == 0)
+        return sum(group.num_blocks for group in groups if group.refs == 0)
 
-    def _drop(self, group: BlockGroup) -> None:
-        """Put the blocks of a group that nobody holds back on the free list."""
-        if group.key is not None:
-            self.prefixes.forget(group)
-        ids = group.blocks
+    def _park(self, group: BlockGroup) -> None:
+        """Nobody holds a reusable group any more: it is idle, or gone if a block of it leaves."""
+        account = self._count_cached(group, 1)
+        account.used -= account.blocks_per_group
+        self.prefixes.park(group)
+        if self._is_leaving(group):
+            self._forget(group)
+
+    def _push(self, ids: BlockIds) -> None:
+        """Put blocks that nobody holds on the free list, but for those that leave."""
         if self._leaving:
-            ids = np.array([i for i in ids.tolist() if not self._leave(i)], np.int32)
+            leaves = np.isin(ids, np.fromiter(self._leaving, np.int32))
+            self._exists[ids[leaves]] = False
+            self._leaving.difference_update(ids[leaves].tolist())
+            ids = ids[~leaves]
         self._free[self._num_free : self._num_free + len(ids)] = ids
         self._num_free += len(ids)
 
-    def _leave(self, block: int) -> bool:
-        if block not in self._leaving:
-            return False
-        self._leaving.remove(block)
-        return True
-
     def _is_leaving(self, group: BlockGroup) -> bool:
-        return bool(self._leaving) and not self._leaving.isdisjoint(group.blocks.tolist())
+        return bool(self._leaving) and not self._leaving.isdisjoint(unpack_ids(group.blocks))
 
     def _evict(self, num_blocks: int) -> bool:
         """Free at least `num_blocks` of idle groups; False and nothing done if there are fewer."""
@@ -159,35 +168,38 @@ class BlockPool:
         return True
 
     def _forget(self, group: BlockGroup) -> None:
-        self._count_cached(group, -len(group.blocks))
-        self._drop(group)
+        """An idle group is no longer known; its blocks are free."""
+        self._count_cached(group, -1)
+        self.prefixes.forget(group)
+        self._push(unpack_ids(group.blocks))
 
-    def _count_cached(self, group: BlockGroup, change: int) -> None:
-        self._num_cached += change
-        self.accounts[group.model].cached += change
+    def _count_cached(self, group: BlockGroup, sign: int) -> Account:
+        account = self.accounts[group.model]
+        self._num_cached += sign * account.blocks_per_group
+        account.cached += sign * account.blocks_per_group
+        return account
 
     def _spare(self, num_new: int) -> BlockIds:
         """Room on the stack for the blocks that are not free now."""
         return np.empty(self.num_blocks - self._num_free + num_new, np.int32)
 
-    def _all_ids(self) -> list[int]:
-        ids: list[int] = self._free[: self._num_free].tolist()
-        for group in [*self._held, *self.prefixes.idle()]:
-            ids.extend(group.blocks.tolist())
-        return ids
+    def check(self, held: Iterable[BlockGroup]) -> bool:
+        """With the groups that sequences hold, no block is lost or held twice, no account wrong.
 
-    def check(self) -> bool:
-        """No block lost, none held twice, every account right. Costs time: for tests."""
-        ids = self._all_ids()
+        Costs time: for tests.
+        """
+        held = set(held)
+        ids: list[int] = self._free[: self._num_free].tolist()
+        for group in [*held, *self.prefixes.idle()]:
+            ids.extend(unpack_ids(group.blocks).tolist())
         assert len(ids) == len(set(ids)), "a block is held twice"
-        assert len(ids) - len(self._leaving) == self.num_blocks, "a block is lost"
+        assert set(ids) == set(np.flatnonzero(self._exists).tolist()), "a block is lost"
+        assert len(ids) - len(self._leaving) == self.num_blocks, "blocks are miscounted"
         assert self._leaving <= set(ids), "a leaving block is not held"
         self.prefixes.check()
         for name, account in self.accounts.items():
-            used = sum(len(g.blocks) for g in self._held if g.model == name)
-            cached = sum(len(g.blocks) for g in self.prefixes.idle() if g.model == name)
-            assert (account.used, account.cached) == (used, cached), (
-                f"the account of {name} is wrong"
-            )
+            used = sum(g.num_blocks for g in held if g.model == name)
+            idle = sum(g.num_blocks for g in self.prefixes.idle() if g.model == name)
+            assert (account.used, account.cached) == (used, idle), f"the account of {name} is wrong"
         assert self._num_cached == sum(a.cached for a in self.accounts.values())
         return True
