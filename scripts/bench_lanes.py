@@ -8,36 +8,27 @@ the brain is the served one, without HTTP. Figures are medians over `--rounds` a
 """
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Annotated
 
-import msgspec
 import numpy as np
 import typer
+from bench_record import CORES, provenance
+from bench_unit import greedy, model_spec, own_unit
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from muxrt.config.model import load_shape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, UnitModel, UnitSpec
-from muxrt.core import Output, Prompt, Request, SamplingParams
-from muxrt.engine.build import build_unit, plan_unit
-from muxrt.kernels import Team
-from muxrt.models.llama import Llama
-from muxrt.worker.build import open_executor
+from muxrt.config.placement import Lanes, Memory, UnitModel, UnitSpec
+from muxrt.core import Output, Request
 
 KV_BYTES = 1 << 30
 MAX_MODEL_LEN = 512
 MEAN_PROMPT, MEAN_OUTPUT = 100, 60
-CORES = sorted(os.sched_getaffinity(0))
 SPLITS = {
     "1 lane, all cores, thread": Lanes(kind="cores"),
     "1 lane per core, threads": Lanes(kind="cores", split=(1,) * len(CORES)),
@@ -107,34 +98,27 @@ def measure(folders: list[Path], lanes: Lanes, load: list[Arrival]) -> Figures:
         memory=Memory(kv_bytes=KV_BYTES),
         lanes=lanes,
     )
-    specs = {
-        f.name: ModelSpec(name=f.name, path=str(f), dtype="float32", max_model_len=MAX_MODEL_LEN)
-        for f in folders
-    }
-    plan = plan_unit(spec, specs, {folder.name: load_shape(folder) for folder in folders})
-    models = {folder.name: Llama.load(folder, "float32", Team()) for folder in folders}
+    models = tuple(
+        model_spec(folder, dtype="float32", max_model_len=MAX_MODEL_LEN) for folder in folders
+    )
     timeline = Timeline()
-    with open_executor(plan, models, CORES) as executor:
-        unit = build_unit(plan, executor, time.monotonic, timeline.emit)
+    with own_unit(spec, models, timeline.emit) as own:
         for name in names:  # a first request each: nobody is charged for warming up
-            unit.add(request_of(10_000_000 + names.index(name), Arrival(0, name, 100, 8)))
-        while not unit.is_idle:
-            executor.drain(0.1)
+            own.unit.add(request_of(10_000_000 + names.index(name), Arrival(0, name, 100, 8)))
+        own.finish()
         begun_s, rest = time.monotonic(), list(enumerate(load))[::-1]
-        while rest or not unit.is_idle:
+        while rest or not own.unit.is_idle:
             while rest and rest[-1][1].at_s <= time.monotonic() - begun_s:
-                unit.add(request_of(*rest.pop()))
+                own.unit.add(request_of(*rest.pop()))
             wait_s = rest[-1][1].at_s - (time.monotonic() - begun_s) if rest else 0.1
-            executor.drain(max(0.0, min(0.1, wait_s)))
+            own.turn(max(0.0, min(0.1, wait_s)))
     return figures_of(timeline, load, begun_s)
 
 
 def request_of(rid: int, arrival: Arrival) -> Request:
     """A request of random tokens that runs to its full length."""
     tokens = np.random.default_rng(rid).integers(10, 2_000, arrival.prompt_tokens, dtype=np.int32)
-    prompt = Prompt(tokens.tobytes(), SamplingParams(temperature=0.0, ignore_eos=True))
-    payload = msgspec.msgpack.encode(prompt)
-    return Request(rid, arrival.model, arrival.prompt_tokens, arrival.output_tokens, payload)
+    return greedy(rid, arrival.model, tokens, arrival.output_tokens)
 
 
 def figures_of(timeline: Timeline, load: list[Arrival], begun_s: float) -> Figures:
@@ -156,18 +140,6 @@ def figures_of(timeline: Timeline, load: list[Arrival], begun_s: float) -> Figur
 def median(runs: list[Figures]) -> Figures:
     columns = zip(*(asdict(run).values() for run in runs), strict=True)
     return Figures(*(statistics.median(column) for column in columns))
-
-
-def provenance() -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor()
-    return {
-        "machine": f"{len(CORES)} cores of {cpu}",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def main(

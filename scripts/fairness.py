@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from bench_lanes import provenance
+from bench_record import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
