@@ -81,7 +81,11 @@ class Engines:
     def __init__(self, folder: Path, kv_bytes: int, logs: Path) -> None:
         self._folder, self._kv_bytes, self._logs = folder, kv_bytes, logs
 
-    def muxrt(self, column: str, options: dict[str, str]) -> EngineProcess:
+    def start(self, column: str) -> EngineProcess:
+        """The engine of that column, which loads now."""
+        return self._vllm() if column == VLLM else self._muxrt(column, COLUMNS.get(column, FP32))
+
+    def _muxrt(self, column: str, options: dict[str, str]) -> EngineProcess:
         told = {
             "folder": str(self._folder),
             "kv_bytes": self._kv_bytes,
@@ -90,7 +94,7 @@ class Engines:
         command = [sys.executable, str(HERE / "offline_muxrt.py"), json.dumps(told)]
         return EngineProcess(command, self._log(column), os.environ)
 
-    def vllm(self) -> EngineProcess:
+    def _vllm(self) -> EngineProcess:
         options = {
             "model": str(self._folder),
             **FP32,
@@ -136,16 +140,12 @@ def _start(
     plan: Plan, engines: Engines, progress: Progress, stack: ExitStack
 ) -> dict[str, EngineProcess]:
     """One after the other: each has the cores to itself while it compiles and warms up."""
-    makers = {MUXRT: lambda: engines.muxrt(MUXRT, FP32)}
-    if plan.with_vllm:
-        makers[VLLM] = engines.vllm
-    for name in plan.columns:
-        makers[name] = lambda name=name: engines.muxrt(name, COLUMNS[name])
-    task = progress.add_task("starting", total=len(makers))
+    names = [MUXRT, *([VLLM] if plan.with_vllm else []), *plan.columns]
+    task = progress.add_task("starting", total=len(names))
     found = {}
-    for name, make in makers.items():
+    for name in names:
         progress.update(task, description=f"starting {name}")
-        found[name] = stack.enter_context(make())
+        found[name] = stack.enter_context(engines.start(name))
         found[name].wait_ready()
         progress.advance(task)
     progress.remove_task(task)

@@ -1,8 +1,9 @@
 """A unit with real lanes inside this process: the served brain without HTTP."""
 
+import select
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from muxrt.core import Prompt, Request, SamplingParams
 from muxrt.engine.build import build_unit
 from muxrt.engine.messages import UnitBoot
 from muxrt.engine.unit import Emit, Unit
-from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.load import load_unit
+from muxrt.worker.service import UnitExecutor
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class OwnUnit:
     """A unit that is ready, and what runs its works."""
 
     unit: Unit
-    executor: LaneExecutor
+    executor: UnitExecutor
 
     def finish(self) -> None:
         """Serve until nothing is left to do."""
@@ -33,7 +34,8 @@ class OwnUnit:
 
     def turn(self, timeout_s: float) -> None:
         """Take in what is done; waits up to `timeout_s` for the first."""
-        self.executor.drain(timeout_s)
+        if select.select([self.executor.fileno()], [], [], timeout_s)[0]:
+            self.executor.drain()
         timer_s = self.unit.next_timer()
         if timer_s is not None and timer_s <= time.monotonic():
             self.unit.tick()
@@ -44,7 +46,7 @@ def own_unit(spec: UnitSpec, models: tuple[ModelSpec, ...], emit: Emit) -> Itera
     """The unit of `spec`, loaded and warm, inside the block."""
     boot = UnitBoot(unit=spec, models=models, endpoint="", identity=spec.name)
     opened = load_unit(boot, lambda _: None)
-    with opened.executor as executor:
+    with closing(opened.executor) as executor:
         yield OwnUnit(build_unit(opened.plan, executor, time.monotonic, emit), executor)
 
 

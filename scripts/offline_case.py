@@ -67,21 +67,19 @@ class TokenClock:
         return Timing(begin_s, max(0.0, end_s - begin_s), tokens)
 
 
-def answer(run: Callable[[Case], Timing], facts: dict[str, Any]) -> None:
-    """Say `facts`, then run each case that comes in, until stdin ends."""
-    say = _own_stdout()
-    say({"ready": True, **facts})
-    for line in sys.stdin:
-        say(asdict(run(Case(**json.loads(line)))))
+class Channel:
+    """Stdout for answers alone: what libraries print goes to stderr from now on."""
 
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
 
-def _own_stdout() -> Callable[[dict[str, Any]], None]:
-    """A channel for answers alone: what libraries print goes to stderr from now on."""
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    def answer(self, run: Callable[[Case], Timing], facts: dict[str, Any]) -> None:
+        """Say `facts`, then run each case that comes in, until stdin ends."""
+        self._say(facts)
+        for line in sys.stdin:
+            self._say(asdict(run(Case(**json.loads(line)))))
 
-    def say(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
-
-    return say
+    def _say(self, message: dict[str, Any]) -> None:
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()

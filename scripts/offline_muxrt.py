@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_unit import greedy, model_spec, own_unit
-from offline_case import Case, Timing, TokenClock, answer
+from offline_case import Case, Channel, Timing, TokenClock
 from stream_read import read_bytes_per_s
 
 from muxrt.config.model import load_shape
@@ -23,6 +23,7 @@ GIB = 1 << 30
 
 
 def main(folder: Path, kv_bytes: int, options: dict[str, Any]) -> None:
+    channel = Channel()
     cores = len(os.sched_getaffinity(0))
     spec = UnitSpec(
         name="offline",
@@ -51,7 +52,7 @@ def main(folder: Path, kv_bytes: int, options: dict[str, Any]) -> None:
             own.finish()
             return clock.timing()
 
-        answer(run, _facts(folder, cores))
+        channel.answer(run, _facts(folder, cores))
 
 
 def _facts(folder: Path, cores: int) -> dict[str, Any]:

@@ -7,11 +7,12 @@ import json
 import sys
 from typing import Any
 
-from offline_case import Case, Timing, TokenClock, answer
+from offline_case import Case, Channel, Timing, TokenClock
 
 
 def main() -> None:
-    import vllm
+    channel = Channel()
+    import vllm  # it prints
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -37,7 +38,7 @@ def main() -> None:
                 clock.note(output.request_id, len(output.outputs[0].token_ids))
         return clock.timing()
 
-    answer(run, {"version": vllm.__version__})
+    channel.answer(run, {"version": vllm.__version__})
 
 
 if __name__ == "__main__":  # vLLM's processes are spawned and import this file again
