@@ -142,8 +142,14 @@ class Sequence:
         return self.num_tokens - self.num_scheduled
 
     @property
-    def is_decoding(self) -> bool:
-        return self.outputs_scheduled > 0 and self.num_pending == 1
+    def is_prefilled(self) -> bool:
+        """Every token is scheduled but, once one was generated, the last of them."""
+        return self.num_pending <= (self.outputs_scheduled > 0)
+
+    @property
+    def can_run(self) -> bool:
+        """It holds its blocks and is not on its way out."""
+        return self.state is SequenceState.RUNNING and not self.preempt
 
 
 class SlotOpen(msgspec.Struct, frozen=True, array_like=True):

@@ -58,8 +58,8 @@ SHAPE = ModelShape(  # the `27m` of the other benchmarks
     eos_token_ids=(0,),
     bos_token_id=None,
 )
-# 64 planes of a group in 4 blocks of 16; room for 4,096 sequences of a few hundred tokens.
-KV_BYTES = 64 * NUM_MODELS * NUM_SEQUENCES * 64 * 2 * BLOCK_TOKENS * 64 * 4
+GROUP_BYTES = 8 * 8 * 2 * BLOCK_TOKENS * 64 * 4  # layers x heads x (K, V) x tokens x head x f32
+KV_BYTES = 100 * NUM_MODELS * NUM_SEQUENCES * GROUP_BYTES  # only counted: nothing is short
 
 
 @dataclass
@@ -94,19 +94,13 @@ class Timing:
 
 
 class HeldLanes:
-    """An executor whose works end when the benchmark says so; a token is a token."""
+    """An executor that only notes what was launched."""
 
     def __init__(self) -> None:
-        self.works: list[tuple[Work, Done]] = []
+        self.works: list[Work] = []
 
     def launch(self, work: Work, done: Done) -> None:
-        self.works.append((work, done))
-
-    def finish(self) -> None:
-        """End the works launched so far; those that follow wait."""
-        works, self.works = self.works, []
-        for work, done in works:
-            done(work, result_of(work))
+        self.works.append(work)
 
 
 def result_of(work: Work) -> Result:
@@ -118,39 +112,42 @@ def result_of(work: Work) -> Result:
 class Crowd:
     """A unit with every sequence decoding."""
 
-    def __init__(self, lanes: int, policy: str = "adbs") -> None:
+    def __init__(self, lanes: int) -> None:
         names = [f"model-{index}" for index in range(NUM_MODELS)]
         spec = UnitSpec(
             name="bench",
             models=tuple(UnitModel(name=name) for name in names),
             memory=Memory(kv_bytes=KV_BYTES),
             lanes=Lanes(split=(1,) * lanes),
-            scheduling=Scheduling(policy=policy, quota_period_s=0.0, prefill_tokens=4_096),
+            scheduling=Scheduling(quota_period_s=0.0, prefill_tokens=4_096),
         )
         specs = {name: ModelSpec(name=name, path=name) for name in names}
         plan = plan_unit(spec, specs, dict.fromkeys(names, SHAPE))
         self.lanes = HeldLanes()
-        self.outputs: tuple[Output, ...] = ()
-        self.unit = build_unit(plan, self.lanes, perf_counter, self._emit)
+        self.unit = build_unit(plan, self.lanes, perf_counter, ignore)
         self.scheduler = self.unit.scheduler
         for index in range(NUM_MODELS * NUM_SEQUENCES):
             name = names[index % NUM_MODELS]
-            self.unit.add(Request(index, name, PROMPT_TOKENS, MAX_TOKENS, b""))
-        while any(not s.is_decoding for q in self.scheduler.queues.values() for s in q):
-            self.lanes.finish()
+            self.scheduler.add(Request(index, name, PROMPT_TOKENS, MAX_TOKENS, b""))
+        self.unit.pump()
+        while any(not s.is_prefilled for q in self.scheduler.queues.values() for s in q):
+            self.step()
+        self.step()  # from here on every batch is a whole one
 
-    def _emit(self, outputs: tuple[Output, ...]) -> None:
-        self.outputs = outputs
+    def step(self) -> list[Output]:
+        """End all works, and only then launch what follows; what they gave."""
+        works, self.lanes.works = self.lanes.works, []
+        outputs = [
+            output
+            for work in works
+            for output in self.scheduler.commit(work, result_of(work), perf_counter())
+        ]
+        self.unit.pump()
+        return outputs
 
-    def settle(self) -> list[tuple[Work, Done]]:
-        """Decode on until every lane has one whole batch; returns what is in flight."""
-        while len(self.lanes.works) < self.scheduler.limits.num_lanes or any(
-            len(work.entries) != NUM_SEQUENCES
-            for work, _ in self.lanes.works
-            if isinstance(work, Batch)
-        ):
-            self.lanes.finish()
-        return self.lanes.works
+
+def ignore(outputs: tuple[Output, ...]) -> None:
+    pass
 
 
 def bench_pool() -> list[Timing]:
@@ -194,9 +191,8 @@ def bench_decisions(rounds: int) -> list[Timing]:
         with make.call():
             return decode(model, lane)
 
-    crowd.settle()
     crowd.scheduler.decode = timed  # type: ignore[method-assign]
-    [(work, _)] = crowd.lanes.works
+    [work] = crowd.lanes.works
     for _ in range(rounds):
         busy.repeat(lambda: crowd.scheduler.schedule(perf_counter()), rounds=1)
         result = result_of(work)
@@ -213,8 +209,6 @@ def bench_decisions(rounds: int) -> list[Timing]:
 def bench_nothing_runnable(rounds: int) -> list[Timing]:
     """A lane is idle, but every sequence of every model is in flight on another."""
     crowd = Crowd(lanes=NUM_MODELS + 1)
-    while len(crowd.lanes.works) != NUM_MODELS:  # all models at once
-        crowd.lanes.finish()
     assert crowd.scheduler.num_in_flight == NUM_MODELS
     timing = Timing("scheduling decision, nothing runnable", 100)
     timing.repeat(lambda: crowd.scheduler.schedule(perf_counter()), rounds=rounds)
@@ -224,13 +218,12 @@ def bench_nothing_runnable(rounds: int) -> list[Timing]:
 def bench_messages() -> list[Timing]:
     """What crosses a process border for one step of 256 sequences."""
     crowd = Crowd(lanes=1)
-    crowd.settle()
-    [(batch, _)] = crowd.lanes.works
-    crowd.lanes.finish()
+    [batch] = crowd.lanes.works
+    outputs = tuple(crowd.step())
     messages: dict[str, tuple[Any, Any]] = {
         "Batch": (batch, Work),
         "Result": (result_of(batch), Result),
-        "Step": (Step(crowd.outputs), FromUnit),
+        "Step": (Step(outputs), FromUnit),
     }
     timings = []
     for name, (message, wire_type) in messages.items():

@@ -239,7 +239,7 @@ class Life(RuleBasedStateMachine):
     def preempt(self, number: int) -> None:
         memory = self.world.unit.scheduler.memory
         queues = self.world.unit.scheduler.queues.values()
-        running = [s for queue in queues for s in queue.running if memory._can_leave(s)]
+        running = [s for queue in queues for s in queue.running if s.can_run]
         if running:
             memory.preempt(running[number % len(running)])
             self.world.unit.pump()

@@ -122,7 +122,7 @@ class Memory:
         sequence = self._short.get(model)
         if sequence is None:
             return False
-        if self._can_leave(sequence):
+        if sequence.can_run:
             return True
         self._end_shortage(model)  # it was preempted or has ended
         return False
@@ -193,14 +193,10 @@ class Memory:
             self.preempt(victim)
 
     def _preempt_newer(self, sequence: Sequence, blocks: int) -> None:
-        queue = self._queues[sequence.request.model]
-        for victim in reversed(queue.running):
-            if self._room(queue.name) + self._num_returning(queue.name) >= blocks:
-                return
-            if victim.order <= sequence.order:
-                return
-            if self._can_leave(victim):
-                self.preempt(victim)
+        model = sequence.request.model
+        newer = [s for s in self._queues[model].running if s.order > sequence.order and s.can_run]
+        while newer and self._room(model) + self._num_returning(model) < blocks:
+            self.preempt(newer.pop())
 
     def _room(self, model: str) -> int:
         """Blocks that `model` could be given now, whoever has a claim on them."""
@@ -219,12 +215,9 @@ class Memory:
         for name in sorted(loans, key=lambda name: (-loans[name], name)):
             if loans[name] > 0:
                 for victim in reversed(self._queues[name].running):
-                    if self._can_leave(victim):
+                    if victim.can_run:
                         return victim
         return None
-
-    def _can_leave(self, sequence: Sequence) -> bool:
-        return sequence.state is SequenceState.RUNNING and not sequence.preempt
 
     def _num_returning(self, model: str | None = None) -> int:
         """Blocks that come back when work in flight is done."""
@@ -240,6 +233,7 @@ class Memory:
         """Take a running sequence off its blocks, at once or when its work in flight is done."""
         if sequence.in_flight:
             sequence.preempt = True
+            self._queues[sequence.request.model].changed()
             self._leaving.add(sequence)
             return
         sequence.preempt = False
@@ -267,13 +261,15 @@ class Memory:
 
     def abandon(self, sequence: Sequence) -> None:
         """A finished or aborted sequence gives everything back, at the latest after its work."""
+        queue = self._queues[sequence.request.model]
         sequence.state = SequenceState.FINISHED
         sequence.preempt = False
+        queue.changed()
         if sequence.in_flight or any(sequence is waiting for waiting, _ in self.copies):
             self._leaving.add(sequence)
             return
         self._leaving.discard(sequence)
-        self._queues[sequence.request.model].remove(sequence)
+        queue.remove(sequence)
         self._release(sequence)
         self._release_host(sequence)
 
@@ -309,6 +305,7 @@ class Memory:
             self._release_host(sequence)
             sequence.num_groups_sent = len(sequence.groups)
             sequence.state = SequenceState.RUNNING
+            self._queues[sequence.request.model].changed()
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.groups)

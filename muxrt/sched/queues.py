@@ -24,22 +24,34 @@ class ServedModel:
         return self.layout.num_blocks(self.max_model_len)
 
 
-def _by_order(sequence: Sequence) -> int:
+def by_order(sequence: Sequence) -> int:
+    """Oldest first."""
     return sequence.order
+
+
+@dataclass(slots=True)
+class Ready:
+    """Sequences that could take a decode step now, oldest first."""
+
+    with_room: list[Sequence] = field(default_factory=list)
+    without_room: list[Sequence] = field(default_factory=list)  # need another block group first
 
 
 @dataclass(slots=True, eq=False)
 class ModelQueue:
     """A model's sequences. Lists are in admission order, oldest first.
 
-    A sequence is in exactly one of them until it is finished.
+    A sequence is in exactly one of `waiting`, `preempted` and `running` until it is finished.
     """
 
     model: ServedModel
     waiting: deque[Sequence] = field(default_factory=deque)  # never started
     preempted: list[Sequence] = field(default_factory=list)  # started, hold no blocks
     running: list[Sequence] = field(default_factory=list)  # hold blocks
+    prefilling: list[Sequence] = field(default_factory=list)  # running, with prompt to schedule
+    decoding: list[Sequence] = field(default_factory=list)  # running, one token per step
     free_slots: list[int] = field(default_factory=list)
+    _ready: dict[int, Ready] = field(default_factory=dict)  # by lane, until something changes
 
     def __post_init__(self) -> None:
         self.free_slots = list(range(self.model.max_sequences))[::-1]
@@ -58,6 +70,11 @@ class ModelQueue:
             return self.preempted[0]
         return self.waiting[0] if self.waiting else None
 
+    @property
+    def oldest_order(self) -> int:
+        """The admission order of the oldest sequence; not to be asked of an empty queue."""
+        return min(part[0].order for part in (self.running, self.preempted, self.waiting) if part)
+
     def start(self, sequence: Sequence) -> None:
         """The head begins to run (its blocks are taken)."""
         if sequence.slot is None:
@@ -66,27 +83,64 @@ class ModelQueue:
         else:
             self.preempted.remove(sequence)
         sequence.state = SequenceState.RUNNING
-        insort(self.running, sequence, key=_by_order)
+        insort(self.running, sequence, key=by_order)
+        insort(self._part(sequence), sequence, key=by_order)
+        self.changed()
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """Every known token of a running sequence is scheduled: from here on it decodes."""
+        self.prefilling.remove(sequence)
+        insort(self.decoding, sequence, key=by_order)
 
     def stop(self, sequence: Sequence, state: SequenceState) -> None:
         """A running sequence loses its blocks but keeps its slot and its tokens."""
         self.running.remove(sequence)
-        insort(self.preempted, sequence, key=_by_order)
+        self._part(sequence).remove(sequence)
+        insort(self.preempted, sequence, key=by_order)
         sequence.state = state
+        self.changed()
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is, and free its slot."""
-        for queue in (self.running, self.preempted, self.waiting):
+        for queue in (self.running, self.prefilling, self.decoding, self.preempted, self.waiting):
             if sequence in queue:
                 queue.remove(sequence)
-                break
+        self.changed()
         if sequence.slot is not None:
             self.free_slots.append(sequence.slot)
             sequence.slot = None
 
-    def prefilling(self) -> Iterator[Sequence]:
-        """Running sequences whose tokens are not all scheduled yet."""
-        return (s for s in self.running if not s.is_decoding and s.num_pending > 0)
+    def changed(self) -> None:
+        """A running sequence is not what it was: who may decode must be asked again."""
+        self._ready.clear()
+
+    def ready(self, lane: int) -> Ready:
+        """Who could take a decode step on `lane`."""
+        ready = self._ready.get(lane)
+        if ready is None:
+            ready = self._ready[lane] = self._find_ready(lane)
+        return ready
+
+    def _find_ready(self, lane: int) -> Ready:
+        ready, block_tokens = Ready(), self.model.layout.block_tokens
+        running = SequenceState.RUNNING
+        for sequence in self.decoding:
+            if (
+                # As `can_run`, without a call for each of hundreds.
+                sequence.state is running
+                and not sequence.preempt
+                # What is in flight of it must come before on the same lane.
+                and (not sequence.in_flight or sequence.lane == lane)
+                and sequence.outputs_scheduled < sequence.request.max_tokens
+            ):
+                if sequence.num_scheduled < len(sequence.groups) * block_tokens:
+                    ready.with_room.append(sequence)
+                else:
+                    ready.without_room.append(sequence)
+        return ready
+
+    def _part(self, sequence: Sequence) -> list[Sequence]:
+        return self.decoding if sequence.is_prefilled else self.prefilling
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
@@ -101,4 +155,7 @@ class ModelQueue:
         slots = [s.slot for s in self if s.slot is not None] + self.free_slots
         assert sorted(slots) == list(range(self.model.max_sequences)), f"{self.name}: slots leak"
         assert all(s.slot is None and not s.groups for s in self.waiting)
+        assert self.decoding == [s for s in self.running if s.is_prefilled]
+        assert self.prefilling == [s for s in self.running if not s.is_prefilled]
+        assert all(self._find_ready(lane) == ready for lane, ready in self._ready.items())
         return True

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from muxrt.core import (
     Batch,
@@ -28,7 +28,9 @@ from muxrt.core import (
 from muxrt.cost.latency import BatchShape, Latency, attention_work
 from muxrt.errors import Overloaded
 from muxrt.sched.memory import Memory
-from muxrt.sched.queues import ModelQueue
+from muxrt.sched.queues import ModelQueue, by_order
+
+AnyWork = TypeVar("AnyWork", Batch, Copy)
 
 
 class Policy(Protocol):
@@ -90,6 +92,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # unfinished, by request id
         self._flights: dict[int, _Flight] = {}
         self._lane_load = [0] * (limits.num_lanes + 1)  # the copy lane is the last
+        self._num_prefills = 0  # in flight
         self._orders = count()
         self._work_ids = count()
         self._deadlines: list[tuple[float, int]] = []  # (time, request id)
@@ -179,7 +182,7 @@ class Scheduler:
 
     def prefills_in_flight(self) -> int:
         """Prefill batches that run or are queued on a lane."""
-        return sum(_phase(flight.work) is Phase.PREFILL for flight in self._flights.values())
+        return self._num_prefills
 
     def prefill(self, model: str, lane: int) -> Batch | None:
         """A batch of prompt chunks of `model`; None if none can run on `lane` now.
@@ -196,11 +199,21 @@ class Scheduler:
             budget -= chunks[-1][1]
             if budget <= 0:
                 break
-        return self._launch(model, Phase.PREFILL, lane, chunks) if chunks else None
+        if not chunks:
+            return None
+        opened = tuple(_open(s) for s, _ in chunks if not s.opened)
+        entries = tuple(_chunk(sequence, tokens, lane) for sequence, tokens in chunks)
+        sequences = [sequence for sequence, _ in chunks]
+        for sequence in sequences:
+            if sequence.is_prefilled:
+                queue.prefilled(sequence)
+        self._num_prefills += 1
+        batch = Batch(next(self._work_ids), lane, model, Phase.PREFILL, entries, opened)
+        return self._fly(batch, sequences)
 
     def _prefillable(self, queue: ModelQueue, lane: int) -> Iterator[Sequence]:
         """Sequences with a prompt to compute; those of the queue start when they are asked for."""
-        for sequence in list(queue.prefilling()):
+        for sequence in list(queue.prefilling):
             if _can_run(sequence, lane):
                 yield sequence
         while (head := queue.head()) is not None and self._start(queue, head):
@@ -224,32 +237,40 @@ class Scheduler:
 
     def decode(self, model: str, lane: int) -> Batch | None:
         """One decode step of all of `model`'s decoding sequences that may run on `lane`."""
-        queue = self.queues[model]
-        ready: list[tuple[Sequence, int]] = []
-        for sequence in list(queue.running):  # oldest first: it may preempt those after it
-            if _can_decode(sequence, lane) and self.memory.extend(sequence, 1):
-                ready.append((sequence, 1))
-        return self._launch(model, Phase.DECODE, lane, ready) if ready else None
+        ready = self.queues[model].ready(lane)
+        sequences = ready.with_room
+        if ready.without_room:
+            grown = self._grow(ready.without_room)
+            # To grow, an older sequence may have preempted newer ones.
+            stayed = [sequence for sequence in ready.with_room if sequence.can_run]
+            sequences = sorted(stayed + grown, key=by_order)
+        if not sequences:
+            return None
+        entries = tuple([_step(sequence, lane) for sequence in sequences])
+        batch = Batch(next(self._work_ids), lane, model, Phase.DECODE, entries)
+        return self._fly(batch, sequences)
+
+    def _grow(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those of one model's `sequences`, oldest first, that got room for one token more."""
+        grown = []
+        for sequence in sequences:
+            if sequence.can_run:
+                if not self.memory.extend(sequence, 1):
+                    break  # there are no blocks for a newer one either
+                grown.append(sequence)
+        return grown
 
     def can_decode(self, model: str, lane: int) -> bool:
         """Some sequence of `model` could take a decode step on `lane`, blocks permitting."""
-        return any(_can_decode(sequence, lane) for sequence in self.queues[model].running)
+        ready = self.queues[model].ready(lane)
+        return bool(ready.with_room or ready.without_room)
 
     def wants_prefill(self, model: str, lane: int) -> bool:
         """`model` has prompts under way or sequences that wait to start or resume."""
         queue = self.queues[model]
         if queue.head() is not None:
             return True
-        return any(_can_run(sequence, lane) for sequence in queue.prefilling())
-
-    def _launch(
-        self, model: str, phase: Phase, lane: int, chunks: list[tuple[Sequence, int]]
-    ) -> Batch:
-        opened = tuple(_open(s) for s, _ in chunks if not s.opened)
-        entries = tuple(_entry(sequence, tokens, lane) for sequence, tokens in chunks)
-        batch = Batch(next(self._work_ids), lane, model, phase, entries, opened)
-        self._fly(batch, [sequence for sequence, _ in chunks])
-        return batch
+        return any(_can_run(sequence, lane) for sequence in queue.prefilling)
 
     def _next_copy(self) -> Copy | None:
         sequence, kind = self.memory.copies.popleft()
@@ -257,12 +278,13 @@ class Scheduler:
         work = self.memory.copy(sequence, kind, next(self._work_ids), lane)
         sequence.lane = lane
         sequence.in_flight += 1
-        self._fly(work, [sequence])
-        return work
+        return self._fly(work, [sequence])
 
-    def _fly(self, work: Work, sequences: list[Sequence]) -> None:
+    def _fly(self, work: AnyWork, sequences: list[Sequence]) -> AnyWork:
         self._flights[work.id] = _Flight(work, sequences)
         self._lane_load[work.lane] += 1
+        self.queues[work.model].changed()
+        return work
 
     # -- landing -----------------------------------------------------------------------------
 
@@ -270,6 +292,8 @@ class Scheduler:
         """Account for a finished work; what its sequences gave, and whether they ended."""
         flight = self._flights.pop(work.id)
         self._lane_load[work.lane] -= 1
+        self._num_prefills -= _is_prefill(work)
+        self.queues[work.model].changed()
         for sequence in flight.sequences:
             sequence.in_flight -= 1
         if result.error is not None:
@@ -371,28 +395,19 @@ class Scheduler:
                 flying[sequence] = flying.get(sequence, 0) + 1
         assert all(s.in_flight == flying.get(s, 0) for s in alive), "a flight is miscounted"
         assert sum(self._lane_load) == len(self._flights)
+        assert self._num_prefills == sum(_is_prefill(f.work) for f in self._flights.values())
         unfinished = {s.request.id for s in alive if s.state is not SequenceState.FINISHED}
         assert unfinished == self._sequences.keys(), "a sequence is lost"
         return True
 
 
-def _phase(work: Work) -> Phase | None:
-    return work.phase if isinstance(work, Batch) else None
+def _is_prefill(work: Work) -> bool:
+    return isinstance(work, Batch) and work.phase is Phase.PREFILL
 
 
 def _can_run(sequence: Sequence, lane: int) -> bool:
     """Not on its way out, and what is in flight of it comes before on the same lane."""
-    if sequence.state is not SequenceState.RUNNING or sequence.preempt:
-        return False
-    return not sequence.in_flight or sequence.lane == lane
-
-
-def _can_decode(sequence: Sequence, lane: int) -> bool:
-    return (
-        sequence.is_decoding
-        and sequence.outputs_scheduled < sequence.request.max_tokens
-        and _can_run(sequence, lane)
-    )
+    return sequence.can_run and (not sequence.in_flight or sequence.lane == lane)
 
 
 def _is_complete(sequence: Sequence) -> bool:
@@ -409,8 +424,23 @@ def _open(sequence: Sequence) -> SlotOpen:
     return SlotOpen(sequence.slot, sequence.request.payload)
 
 
-def _entry(sequence: Sequence, num_tokens: int, lane: int) -> BatchEntry:
-    """Put `num_tokens` of a sequence into a batch on `lane`."""
+def _step(sequence: Sequence, lane: int) -> BatchEntry:
+    """Put a decode step of a sequence into a batch on `lane`: `_chunk` of one, for hundreds."""
+    assert sequence.slot is not None
+    start, groups = sequence.num_scheduled, sequence.groups
+    sequence.num_scheduled = start + 1
+    sequence.outputs_scheduled += 1
+    sequence.in_flight += 1
+    sequence.lane = lane
+    first_group = sequence.num_groups_sent
+    if first_group == len(groups):
+        return BatchEntry(sequence.slot, start, 1, True, first_group)
+    sequence.num_groups_sent = len(groups)
+    return BatchEntry(sequence.slot, start, 1, True, first_group, pack_ids(groups[first_group:]))
+
+
+def _chunk(sequence: Sequence, num_tokens: int, lane: int) -> BatchEntry:
+    """Put `num_tokens` of a prompt into a batch on `lane`."""
     assert sequence.slot is not None
     start, first_group = sequence.num_scheduled, sequence.num_groups_sent
     samples = (

@@ -18,8 +18,6 @@ class Fcfs:
 
 def _by_arrival(scheduler: Scheduler) -> list[str]:
     oldest = {
-        name: min(sequence.order for sequence in queue)
-        for name, queue in scheduler.queues.items()
-        if not queue.is_empty
+        name: queue.oldest_order for name, queue in scheduler.queues.items() if not queue.is_empty
     }
     return sorted(oldest, key=oldest.__getitem__)
