@@ -9,7 +9,7 @@ from stub_endpoint import Stub, running
 from muxrt.bench.client import EndpointError
 from muxrt.bench.job import Api, Outcome, Progress, Status, Target
 from muxrt.bench.report import Report, as_json, make_report
-from muxrt.bench.run import Run, run
+from muxrt.bench.run import Run, run, run_all
 from muxrt.bench.table import make_table, notes
 from muxrt.bench.text import PromptText
 from muxrt.bench.watch import Blocks, ModelBlocks, parse_metrics
@@ -176,6 +176,23 @@ def test_a_restarted_unit_counts_preemptions_anew() -> None:
     for count in (10.0, 12.0, 1.0):
         blocks.add(parse_metrics(METRICS.format(a=0, b=0, lent=0, preempted=count)))
     assert blocks.models["a"].preempted == 2
+
+
+def test_several_endpoints_share_the_models_out() -> None:
+    """Each model is asked for where it is listed; blocks of all servers add up."""
+    one = Stub(models=("a",), metrics=[METRICS.format(a=1.0, b=2.0, lent=0.0, preempted=0.0)])
+    two = Stub(models=("b", "a"), metrics=[METRICS.format(a=3.0, b=4.0, lent=0.0, preempted=0.0)])
+
+    async def both() -> Run:
+        async with running(one), running(two):
+            targets = [Target(one.url), Target(two.url)]
+            return await run_all(targets, small(), lambda _: None)
+
+    report = make_report(asyncio.run(both()))
+    assert (report.total.failed, report.total.attainment) == (0, 1.0)
+    assert {body["model"] for body in one.asked} == {"a"}
+    assert {body["model"] for body in two.asked} == {"b"}
+    assert report.total.blocks is not None and report.total.blocks.used == 1 + 2 + 3 + 4
 
 
 def test_the_report_is_plain_data() -> None:

@@ -76,6 +76,15 @@ def test_a_refused_request_is_counted_apart(muxrt: CommandLine, workload: Path) 
     assert answer.code == 0 and "refused" in answer.out
 
 
+def test_more_than_one_endpoint(muxrt: CommandLine, workload: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    with serving(Stub(models=("a",))) as one, serving(Stub(models=("b",))) as two:
+        answer = muxrt("bench", workload, "--url", one, "--url", two, "--json", figures)
+    assert answer.code == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert {row["model"] for row in rows if row["requests"]} == {"a", "b"}
+
+
 def test_nobody_there(muxrt: CommandLine, workload: Path) -> None:
     answer = muxrt("bench", workload, "--url", "http://127.0.0.1:9")
     assert answer.code == 1

@@ -1,7 +1,7 @@
-"""One endpoint under open-loop load: requests leave on time, whatever became of the others."""
+"""Endpoints under open-loop load: requests leave on time, whatever became of the others."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -113,9 +113,12 @@ async def chat(
 
 
 async def replay(
-    http: aiohttp.ClientSession, target: Target, jobs: Sequence[Job], progress: Progress
+    http: aiohttp.ClientSession,
+    routes: Mapping[str, Target],
+    jobs: Sequence[Job],
+    progress: Progress,
 ) -> list[Outcome]:
-    """Send every job when it is due and wait for all answers.
+    """Send every job when it is due, to its model's target, and wait for all answers.
 
     Cancelling it (Ctrl-C) stops sending, gives up what is under way, and returns what is done.
     """
@@ -124,7 +127,7 @@ async def replay(
     tasks: list[asyncio.Task[Outcome]] = []
 
     async def send_one(job: Job) -> Outcome:
-        outcome = await send(http, target, job, start_s + job.at_s)
+        outcome = await send(http, routes[job.model], job, start_s + job.at_s)
         progress.on_done(outcome)
         return outcome
 

@@ -1,6 +1,6 @@
 """A whole benchmark: prompts, load, figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -29,15 +29,35 @@ class Run:
 
 async def run(target: Target, workload: Workload, changed: Callable[[Progress], None]) -> Run:
     """Replay `workload` against `target`. Raises EndpointError and ConfigError before any load."""
-    async with session(target) as http:
-        workload = with_models(workload, await list_models(http, target))
+    return await run_all([target], workload, changed)
+
+
+async def run_all(
+    targets: Sequence[Target], workload: Workload, changed: Callable[[Progress], None]
+) -> Run:
+    """`run` against several endpoints: a model is asked for at the first one that lists it.
+
+    All get the key and the limits of the first.
+    """
+    async with session(targets[0]) as http:
+        routes = await find_models(http, targets)
+        workload = with_models(workload, list(routes))
         plan = plan_arrivals(workload)
-        jobs = await make_jobs(http, target, plan, workload.seed)
+        jobs = await make_jobs(http, routes, plan, workload.seed)
         progress = Progress(len(jobs), changed)
         changed(progress)
-        async with watching(http, target) as blocks:
-            outcomes = await replay(http, target, jobs, progress)
+        async with watching(http, targets) as blocks:
+            outcomes = await replay(http, routes, jobs, progress)
     return Run(workload, outcomes, blocks, len(jobs))
+
+
+async def find_models(http: aiohttp.ClientSession, targets: Sequence[Target]) -> dict[str, Target]:
+    """Where each model is served. Raises EndpointError."""
+    routes: dict[str, Target] = {}
+    for target in targets:
+        for model in await list_models(http, target):
+            routes.setdefault(model, target)
+    return routes
 
 
 def plan_arrivals(workload: Workload) -> list[Arrival]:
@@ -53,13 +73,13 @@ def plan_arrivals(workload: Workload) -> list[Arrival]:
 
 
 async def make_jobs(
-    http: aiohttp.ClientSession, target: Target, plan: Sequence[Arrival], seed: int
+    http: aiohttp.ClientSession, routes: Mapping[str, Target], plan: Sequence[Arrival], seed: int
 ) -> list[Job]:
     """Text for every arrival, cut to length by each model's own tokens per character."""
     text, rng = PromptText(), Random(seed)
     probe = text.cut(PROBE_CHARS, rng)
     names = dict.fromkeys(arrival.model for arrival in plan)
-    ratio = {name: await chars_per_token(http, target, name, probe) for name in names}
+    ratio = {name: await chars_per_token(http, routes[name], name, probe) for name in names}
     return [
         Job(
             arrival.at_s,

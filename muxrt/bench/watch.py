@@ -3,8 +3,8 @@
 import asyncio
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -74,30 +74,37 @@ def _samples(text: str) -> Iterator[tuple[str, str, float]]:
 
 
 @asynccontextmanager
-async def watching(http: aiohttp.ClientSession, target: Target) -> AsyncIterator[Blocks]:
+async def watching(http: aiohttp.ClientSession, targets: Sequence[Target]) -> AsyncIterator[Blocks]:
     """Read /metrics once a second inside the block, and once more when it ends."""
     blocks = Blocks()
-    task = asyncio.create_task(_poll(http, target, blocks))
+    task = asyncio.create_task(_poll(http, targets, blocks))
     try:
         yield blocks
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await _read(http, target, blocks)
+        await _read_all(http, targets, blocks)
 
 
-async def _poll(http: aiohttp.ClientSession, target: Target, blocks: Blocks) -> None:
+async def _poll(http: aiohttp.ClientSession, targets: Sequence[Target], blocks: Blocks) -> None:
     while True:
-        await _read(http, target, blocks)
+        await _read_all(http, targets, blocks)
         await asyncio.sleep(PERIOD_S)
 
 
-async def _read(http: aiohttp.ClientSession, target: Target, blocks: Blocks) -> None:
-    """One reading; a server without /metrics is none of our business."""
+async def _read_all(http: aiohttp.ClientSession, targets: Sequence[Target], blocks: Blocks) -> None:
+    """One reading of all; what no server has is not added."""
+    texts = await asyncio.gather(*(_read(http, target) for target in targets))
+    with suppress(ValueError):  # no number where Prometheus text has one
+        if any(texts):
+            blocks.add(parse_metrics("\n".join(texts)))
+
+
+async def _read(http: aiohttp.ClientSession, target: Target) -> str:
+    """What /metrics says; nothing for a server without it, which is none of our business."""
     try:
         limit = aiohttp.ClientTimeout(total=CONNECT_S)
         async with http.get(f"{target.root}/metrics", timeout=limit) as response:
-            if response.status == 200:
-                blocks.add(parse_metrics(await response.text(errors="replace")))
-    except (aiohttp.ClientError, TimeoutError, ValueError):
-        return
+            return await response.text(errors="replace") if response.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError):
+        return ""

@@ -10,7 +10,10 @@ from muxrt.bench.job import Api, Target
 
 def bench(
     workload: Annotated[Path, typer.Argument(help="Who asks what when: configs/workloads/*.yaml.")],
-    url: Annotated[str, typer.Option(help="The endpoint.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        list[str],
+        typer.Option(help="The endpoint; several share the models out as they list them."),
+    ] = ["http://127.0.0.1:8000"],  # noqa: B006
     api_key: Annotated[
         str | None, typer.Option(envvar="MUXRT_API_KEY", help="Sent as bearer token.")
     ] = None,
@@ -38,16 +41,16 @@ def bench(
     import msgspec
 
     from muxrt.bench.report import as_json, make_report
-    from muxrt.bench.run import run
+    from muxrt.bench.run import run_all
     from muxrt.bench.table import print_report
     from muxrt.cli.progress import replaying
     from muxrt.cli.show import console
     from muxrt.workload.spec import adjusted, load_workload
 
     plan = adjusted(load_workload(workload), duration_s=duration, speed=speed, seed=seed)
-    target = Target(url, api_key, api, ignore_eos=not eos, timeout_s=timeout)
+    targets = [Target(one, api_key, api, ignore_eos=not eos, timeout_s=timeout) for one in url]
     with replaying(console(stderr=True)) as changed:
-        report = make_report(asyncio.run(run(target, plan, changed)))
+        report = make_report(asyncio.run(run_all(targets, plan, changed)))
     print_report(console(), report)
     if json is not None:
         json.write_bytes(msgspec.json.format(msgspec.json.encode(as_json(report))))
