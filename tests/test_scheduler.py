@@ -117,6 +117,24 @@ def test_an_abort_frees_everything_within_two_steps(depth: int, steps: int) -> N
     world.run()
 
 
+@pytest.mark.parametrize("leave", ["abort", "preempt"])
+def test_who_is_to_leave_takes_no_further_step(leave: str) -> None:
+    world = World("a", depth=2)
+    rid = world.submit("a", output=50)
+    scheduler = world.unit.scheduler
+    [sequence] = scheduler.queues["a"].running
+    while not scheduler.can_decode("a", 0):
+        world.step()
+    if leave == "abort":
+        scheduler.abort(rid)
+        world.answers[rid].finish = "abort"
+    else:
+        scheduler.memory.preempt(sequence)
+    assert sequence.in_flight
+    assert not scheduler.can_decode("a", 0)
+    world.run()
+
+
 def test_an_unknown_abort_is_ignored() -> None:
     world = World("a")
     world.unit.abort(99)

@@ -29,8 +29,12 @@ class BatchShape:
         """The shape of a batch with these entries."""
         tokens = attention = 0
         for entry in entries:
-            tokens += entry.num_tokens
-            attention += attention_work(entry.start, entry.num_tokens)
+            num_tokens = entry.num_tokens
+            tokens += num_tokens
+            if num_tokens == 1:  # a decode step: no call for each of hundreds
+                attention += entry.start + 1
+            else:
+                attention += attention_work(entry.start, num_tokens)
         return cls(tokens, attention)
 
 

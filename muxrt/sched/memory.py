@@ -305,7 +305,6 @@ class Memory:
             self._release_host(sequence)
             sequence.num_groups_sent = len(sequence.groups)
             sequence.state = SequenceState.RUNNING
-            self._queues[sequence.request.model].changed()
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.groups)

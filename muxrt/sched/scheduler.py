@@ -312,23 +312,30 @@ class Scheduler:
         self, batch: Batch, sequences: list[Sequence], result: Result
     ) -> list[Output]:
         outputs = []
+        finished, num_tokens = SequenceState.FINISHED, 0
         for index, (entry, sequence) in enumerate(zip(batch.entries, sequences, strict=True)):
-            if sequence.state is SequenceState.FINISHED:
+            if sequence.state is finished:
                 self.memory.settle(sequence)  # a step past its end: drop it
                 continue
             sequence.num_committed += entry.num_tokens
-            self._publish(sequence, entry)
-            output = self._output(sequence, entry, index, result)
+            if sequence.request.keys:
+                self._publish(sequence, entry)
+            token = result.tokens[index] if entry.samples else None
+            if token is not None:
+                sequence.outputs_committed += 1
+                num_tokens += 1
+            output = self._output(sequence, index, token, result)
             if output is not None:
                 outputs.append(output)
             if sequence.preempt and not sequence.in_flight:
                 self.memory.settle(sequence)
+        self.counters[batch.model].output_tokens += num_tokens
         return outputs
 
     def _publish(self, sequence: Sequence, entry: BatchEntry) -> None:
         """Groups of the prompt that are complete now may be reused by others."""
         keys = sequence.request.keys
-        if not keys or sequence.num_cached >= entry.start + entry.num_tokens:
+        if sequence.num_cached >= entry.start + entry.num_tokens:
             return
         size = self.queues[sequence.request.model].model.layout.block_tokens
         done = min(sequence.num_committed // size, len(keys))
@@ -336,27 +343,27 @@ class Scheduler:
             self.memory.pool.prefixes.publish(sequence.groups[index], keys[index])
 
     def _output(
-        self, sequence: Sequence, entry: BatchEntry, index: int, result: Result
+        self, sequence: Sequence, index: int, token: int | None, result: Result
     ) -> Output | None:
-        token = result.tokens[index] if entry.samples else None
-        prompt = result.prompt_logprobs[index] if result.prompt_logprobs else None
+        request = sequence.request
         finish = None
-        if token is not None:
-            sequence.outputs_committed += 1
-            self.counters[sequence.request.model].output_tokens += 1
-            finish = FinishReason.STOP if result.stopped[index] else None
-        if finish is None and _is_complete(sequence):
+        if token is not None and result.stopped[index]:
+            finish = FinishReason.STOP
+        elif sequence.outputs_committed >= request.max_tokens and _is_prompt_done(sequence):
             finish = FinishReason.LENGTH
         if finish is not None:
             self._finish(sequence)
-        if token is None and finish is None and not prompt:
-            return None
-        logprobs = result.logprobs[index] if result.logprobs and token is not None else None
+        prompt = result.prompt_logprobs[index] if result.prompt_logprobs else None
+        if token is None:
+            if finish is None and not prompt:
+                return None
+            return Output(request.id, (), finish, None, prompt or None, sequence.num_cached)
+        logprobs = result.logprobs[index] if result.logprobs else None
         return Output(
-            sequence.request.id,
-            (token,) if token is not None else (),
+            request.id,
+            (token,),
             finish,
-            (logprobs,) if logprobs is not None else None,
+            None if logprobs is None else (logprobs,),
             prompt or None,
             sequence.num_cached,
         )
@@ -410,12 +417,8 @@ def _can_run(sequence: Sequence, lane: int) -> bool:
     return sequence.can_run and (not sequence.in_flight or sequence.lane == lane)
 
 
-def _is_complete(sequence: Sequence) -> bool:
-    request = sequence.request
-    return (
-        sequence.outputs_committed >= request.max_tokens
-        and sequence.num_committed >= request.prompt_tokens
-    )
+def _is_prompt_done(sequence: Sequence) -> bool:
+    return sequence.num_committed >= sequence.request.prompt_tokens
 
 
 def _open(sequence: Sequence) -> SlotOpen:
