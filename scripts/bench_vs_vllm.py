@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import bench_offline
+import bench_trio
 import typer
 from bench_record import FOLDER
 
@@ -45,6 +46,52 @@ def offline(
         with_vllm=vllm,
     )
     bench_offline.offline(plan, out / "offline_vs_vllm.json")
+
+
+@app.command()
+def trio(
+    vllm_rates: Annotated[str, typer.Option(help="Requests/s offered to vLLM.")] = "0.5,1,2,3",
+    muxrt_rates: Annotated[str, typer.Option(help="Requests/s offered to muxrt.")] = "2,4,6,8",
+    vllm_settings: Annotated[
+        str, typer.Option(help="bound: all cores to each server; unbound: a free thread each.")
+    ] = "bound,unbound",
+    lanes: Annotated[str, typer.Option(help="Cores per lane of muxrt, by setting.")] = "1+1,2",
+    kv_mib: Annotated[int, typer.Option(help="KV memory of all models, either side.")] = 768,
+    seconds: Annotated[float, typer.Option(help="Of load at each rate, at least.")] = 20.0,
+    requests: Annotated[int, typer.Option(help="At each rate, at least.")] = 40,
+    most_seconds: Annotated[float, typer.Option(help="Of load at each rate, at most.")] = 40.0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Arrivals and lengths from this CSV; without it, Poisson.")
+    ] = None,
+    overload: Annotated[bool, typer.Option(help="Then three times muxrt's best rate.")] = True,
+    out: Out = FOLDER,
+) -> None:
+    """Three models, one muxrt endpoint against three vLLM servers, at rising rates.
+
+    Beyond the listed rates it goes on by quarters until goodput falls.
+
+    Example: bench_vs_vllm.py trio --vllm-settings bound --lanes 1+1
+    """
+    plan = bench_trio.Plan(
+        models=bench_trio.MODELS,
+        weights=(0.6, 0.3, 0.1),
+        rates={bench_trio.VLLM: _numbers(vllm_rates), bench_trio.MUXRT: _numbers(muxrt_rates)},
+        settings={
+            bench_trio.VLLM: tuple(name for name in vllm_settings.split(",") if name),
+            bench_trio.MUXRT: tuple(name for name in lanes.split(",") if name),
+        },
+        kv_bytes=kv_mib << 20,
+        seconds=seconds,
+        requests=requests,
+        most_seconds=most_seconds,
+        trace=str(trace) if trace else None,
+        overload=overload,
+    )
+    bench_trio.trio(plan, out / "trio_vs_vllm.json")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

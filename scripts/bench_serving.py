@@ -1,0 +1,57 @@
+"""A server of either kind while it serves: where, by which processes, after how long."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+from muxrt.cli.endpoint import start_endpoint
+from muxrt.config.load import dump
+from muxrt.config.serve import ServeConfig
+
+ANSWER_S = 60.0  # for one token of one model
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Every model of it has answered once."""
+
+    urls: tuple[str, ...]
+    pids: tuple[int, ...]
+    ready_s: float  # from the start of its processes until then
+
+
+@contextmanager
+def muxrt_serving(config: ServeConfig) -> Iterator[Serving]:
+    """`muxrt serve` with `config` inside the block; nothing of it is left after it."""
+    folder = Path(tempfile.mkdtemp(prefix="muxrt-bench-"))
+    file = folder / "serve.yaml"
+    file.write_text(dump(config))
+    begun_s = time.monotonic()
+    endpoint = start_endpoint(file, config, folder / "serve.log")
+    try:
+        endpoint.wait_ready(lambda _: None)
+        ask_each({model.name: endpoint.url for model in config.models})
+        ready_s = time.monotonic() - begun_s
+        yield Serving((endpoint.url,), (endpoint.process.pid,), ready_s)
+    finally:
+        endpoint.stop()
+
+
+def ask_each(urls: Mapping[str, str]) -> None:
+    """One token of each model from its server. Raises where one does not answer."""
+    for model, url in urls.items():
+        asked = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        headers = {"Content-Type": "application/json"}
+        request = Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+        with urlopen(request, timeout=ANSWER_S) as response:
+            json.load(response)
+
+
+def shares_of(rates: Sequence[float]) -> list[float]:
+    """`rates` as parts of one."""
+    return [rate / sum(rates) for rate in rates]
