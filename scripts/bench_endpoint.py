@@ -64,13 +64,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the window gave. CPU is of each process, user and system."""
+    """What the window gave. CPU is microseconds per token, in the processes and in the kernel."""
 
     tokens_per_s: float
     events_per_read: float
-    api_us_per_token: float
-    unit_us_per_token: float
-    client_us_per_token: float
+    api_us: float
+    api_kernel_us: float
+    unit_us: float
+    unit_kernel_us: float
+    client_us: float
+    client_kernel_us: float
     streams_finished: int
     streams_parsed: int
 
@@ -82,7 +85,7 @@ class Reading:
     at_s: float
     tokens: int
     reads: int
-    cpu_s: tuple[float, float, float]  # API, unit, client
+    cpu_s: list[float]  # of API, unit and client: user, system
 
 
 class Stream:
@@ -176,10 +179,10 @@ def dechunk(body: bytes) -> Iterator[bytes]:
         body = body[int(size, 16) + 2 :]
 
 
-def cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> list[float]:
     """User and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+    return [int(ticks) / TICKS_PER_S for ticks in fields[11:13]]
 
 
 def unit_pid(api_pid: int) -> int:
@@ -241,9 +244,8 @@ def measure(load: Load, api_pid: int, plan: Plan) -> Figures:
     pids = (api_pid, unit_pid(api_pid), os.getpid())
 
     def reading() -> Reading:
-        api_s, unit_s, client_s = map(cpu_s, pids)
-        at_s, tokens = time.monotonic(), load.num_tokens()
-        return Reading(at_s, tokens, load.num_reads, (api_s, unit_s, client_s))
+        spent = [seconds for pid in pids for seconds in cpu_s(pid)]
+        return Reading(time.monotonic(), load.num_tokens(), load.num_reads, spent)
 
     load.begin()
     load.run(plan.warm_s)

@@ -26,6 +26,7 @@ from tiny_folder import byte_level
 from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig
 from muxrt.core import FinishReason, Output, Refusal, TokenLogprobs
 from muxrt.engine.messages import ModelStats, Stats, Step
+from muxrt.server.event_stream import EventStream
 from muxrt.server.served_model import ServedModel
 
 CORE = byte_level()
@@ -242,6 +243,33 @@ async def _collect(client: Client, path: str = "/v1/completions", **fields: Any)
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/event-stream")
         return [event async for event in events(response)]
+
+
+@pytest.mark.parametrize(("is_continuous", "expected"), [(False, ["b", "c"]), (True, [])])
+@on_loop
+async def test_the_middle_of_a_stream_takes_the_quick_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, is_continuous: bool, expected: list[str]
+) -> None:
+    quick, write_now = [], EventStream.write_now
+
+    def note(stream: EventStream, data: bytes) -> None:
+        quick.append(json.loads(data[6:])["choices"][0]["text"])
+        write_now(stream, data)
+
+    monkeypatch.setattr(EventStream, "write_now", note)
+    fields = {"stream": True, "stream_options": {"continuous_usage_stats": is_continuous}}
+    async with stage(make_config(folder)) as (played, client):
+        asked = asyncio.ensure_future(client.post(**fields))
+        request = await played.unit.request()
+        await played.unit.step(request, tokens_of("a"))
+        async with await asked as response:
+            said = events(response)
+            texts = [(await anext(said))["choices"][0]["text"]]
+            for text in "bcd":
+                await played.unit.step(request, tokens_of(text), LENGTH if text == "d" else None)
+                texts.append((await anext(said))["choices"][0]["text"])
+            assert await anext(said) == "[DONE]"
+    assert (texts, quick) == (list("abcd"), expected)
 
 
 @pytest.mark.parametrize("is_continuous", [False, True])

@@ -1,6 +1,7 @@
 """Units that load, fail, die, return and drain, as clients of the endpoint see it."""
 
 import asyncio
+import time
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from muxrt.config.serve import Endpoint
 from muxrt.engine.messages import FromUnit, Loading, Ready, Stopped
 from muxrt.errors import MuxrtError
 from muxrt.server.app import Server
-from muxrt.server.link import Link
+from muxrt.server.link import BURST_S, Link
 from muxrt.server.progress import ERASE_LINE, LoadingView
 from muxrt.server.supervisor import StartFailed
 from muxrt.server.unit_process import FIRST_DELAY_S, MAX_DELAY_S, STABLE_S, Backoff, UnitProcess
@@ -155,6 +156,40 @@ async def test_a_message_that_breaks_its_handler_does_not_hold_up_the_next() -> 
     link.close()
     context.term()
     assert len(broken) == NUM_MESSAGES
+
+
+@on_loop
+async def test_a_flood_of_messages_leaves_time_for_everything_else() -> None:
+    """Each message takes longer than a burst: they are not handled in one go."""
+    num_ticks, ticks = 0, []
+    is_over = asyncio.Event()
+
+    async def tick() -> None:
+        nonlocal num_ticks
+        while True:
+            num_ticks += 1
+            await asyncio.sleep(0)
+
+    def receive(identity: bytes, message: FromUnit) -> None:
+        time.sleep(2 * BURST_S)
+        ticks.append(num_ticks)
+        if len(ticks) == 4:
+            is_over.set()
+
+    link = Link(receive, lambda identity: None)
+    link.open()
+    ticking = asyncio.create_task(tick())
+    context = zmq.Context()
+    with context.socket(zmq.DEALER) as socket:
+        socket.connect(link.endpoint)
+        for _ in range(4):
+            socket.send(msgspec.msgpack.encode(Stopped("main")))
+        time.sleep(0.1)  # until all have arrived: the loop looks at them in one go
+        await asyncio.wait_for(is_over.wait(), WAIT_S)
+    ticking.cancel()
+    link.close()
+    context.term()
+    assert ticks[-1] > ticks[0]
 
 
 def test_the_delay_doubles_until_a_unit_was_healthy() -> None:

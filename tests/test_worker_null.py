@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from command_line import CommandLine
 from real_server import RealServer, real_config, real_server
 from tiny_folder import byte_level, sentencepiece_like, write_model, write_tokenizer
 
+from muxrt.config.placement import MIB
 from muxrt.core import Batch, BatchEntry, Phase, Prompt, Result, SamplingParams, SlotOpen, Work
 from muxrt.errors import ConfigError
 from muxrt.server.detokenize import Detokenizer
@@ -99,7 +101,7 @@ def test_it_needs_no_torch() -> None:
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     folder = tmp_path_factory.mktemp("null")
-    config = real_config(folder, {"main": ["tiny"]}, has_weights=False)
+    config = real_config(folder, {"main": ["tiny"]}, kv_bytes=64 * MIB, has_weights=False)
     with real_server(config, spawn=spawn_null(0.0)) as server:
         yield server
 
@@ -129,6 +131,38 @@ def test_every_token_is_an_event(endpoint: RealServer, tmp_path: Path) -> None:
     texts = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events]
     assert len(texts) == 100 and "".join(texts) == byte_level().decode(expected)
     endpoint.check_nothing_leaked()
+
+
+def test_a_client_that_does_not_read_is_waited_for(endpoint: RealServer) -> None:
+    """More than the kernel holds: the rest stays as outputs, and nothing of it is lost."""
+    body = {"model": "tiny", "prompt": [5], "max_tokens": 250, "n": 128, "stream": True}
+    data = json.dumps(body).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(endpoint.url.rpartition(":")[2])))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        client.sendall(head.encode() + data)
+        answer, unsent = bytearray(client.recv(1)), 0  # all 128 are live by now
+        endpoint.check_nothing_leaked()  # the unit has said everything
+        while not answer.endswith(b"\r\n0\r\n\r\n"):
+            unsent = max(unsent, endpoint.run(lambda: unsent_bytes(endpoint)))
+            answer += client.recv(1 << 16)
+    assert 0 < unsent < 1 << 20
+    whole = json.loads(post(endpoint.url, prompt=[5], max_tokens=250))
+    texts: dict[int, str] = {}
+    for line in answer.split(b"\n"):
+        if line.startswith(b"data: {"):
+            (choice,) = json.loads(line[6:])["choices"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    assert len(texts) == 128 and set(texts.values()) == {whole["choices"][0]["text"]}
+
+
+async def unsent_bytes(endpoint: RealServer) -> int:
+    """Of all connections, written but not yet taken by the kernel."""
+    runner = endpoint.server._runner
+    assert runner is not None and runner.server is not None
+    transports = [connection.transport for connection in runner.server.connections]
+    return sum(t.get_write_buffer_size() for t in transports if t is not None)
 
 
 def test_a_request_for_probabilities_is_refused(endpoint: RealServer) -> None:

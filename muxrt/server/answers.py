@@ -1,6 +1,7 @@
 """What a client is answered, in OpenAI's words."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -12,6 +13,8 @@ from muxrt.server.tokenizer import Tokenizer
 # JSON knows no infinity; OpenAI writes this for what cannot be drawn.
 LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
+# Stands where the text goes in an event that is to be split there.
+NUL = Delta("\0", None, None)
 
 
 class CachedTokens(msgspec.Struct, frozen=True):
@@ -252,6 +255,20 @@ def count_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) 
     """The usage of one HTTP request."""
     total = prompt_tokens + completion_tokens
     return Usage(prompt_tokens, completion_tokens, total, CachedTokens(cached_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An event around its text."""
+
+    before: bytes
+    after: bytes
+
+
+def split_event(event: bytes) -> Frame:
+    """The frame of an event whose text is `NUL`: the last string of it that a user can choose."""
+    before, _, after = event.rpartition(msgspec.json.encode(NUL.text)[1:-1])
+    return Frame(before, after)
 
 
 def _event(chunk: Answer | Chunk) -> bytes:

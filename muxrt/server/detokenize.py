@@ -12,12 +12,27 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._has_half = False  # of a character, in the decoder
 
     def push(self, token: int) -> str:
         """The text that `token` completes: "" for a special token or half a character."""
         if self._tokenizer.is_special(token):
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        self._has_half = bool(self._decoder.getstate()[0])
+        return text
+
+    def push_json(self, tokens: Sequence[int]) -> bytes | None:
+        """`push` of all `tokens`, as JSON less the quotes.
+
+        None, and nothing was pushed, unless each is text by itself, as most are.
+        """
+        if self._has_half:
+            return None
+        if len(tokens) == 1:
+            return self._tokenizer.json_text(tokens[0])
+        texts = [self._tokenizer.json_text(token) for token in tokens]
+        return None if None in texts else b"".join(text for text in texts if text)
 
     def flush(self) -> str:
         """What is left at the end: half a character becomes U+FFFD."""

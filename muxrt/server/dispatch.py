@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -21,8 +22,12 @@ from muxrt.server.unit_process import UnitProcess
 log = logging.getLogger(__name__)
 
 QUEUE_RETRY_S = 1.0
+# Outputs handled at once; those of a slow client wait as outputs, not as unsent bytes.
+MAX_NEWS = 256
 
 Sink = Callable[[Output], None]
+# Takes an output of a choice at once, if it can.
+Quick = Callable[[int, Output], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +245,8 @@ class Call:
         self._ids: dict[int, int] = {}  # choice -> request, while it is live
         self._followers: dict[int, list[tuple[int, Draft]]] = {}
         self._news: list[tuple[int, Output]] = []
-        self._wake = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # of whoever waits, or last waited
+        self.quick: Quick | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -252,6 +258,7 @@ class Call:
         trace: TracebackType | None,
     ) -> None:
         self._followers.clear()
+        self.quick = None  # it knows who knows us: a cycle would wait for the collector
         for index in list(self._ids):
             self.abort(index)
 
@@ -271,26 +278,30 @@ class Call:
             self._dispatcher.abort(request_id)
 
     async def news(self) -> list[tuple[int, Output]]:
-        """All outputs that came since the last call, at least one, with their choices."""
-        while not self._news:
-            self._wake.clear()
-            await self._wake.wait()
-        news, self._news = self._news, []
+        """The outputs that came since the last call, at least one, with their choices.
+
+        While this waits, `quick` may take outputs instead; they are all older than the next news.
+        """
+        if not self._news:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        news, self._news = self._news[:MAX_NEWS], self._news[MAX_NEWS:]
         return news
 
     def _submit(self, index: int, draft: Draft, unit: str | None = None) -> None:
-        def sink(output: Output) -> None:
-            self._take(index, output)
-
-        self._ids[index] = self._dispatcher.submit(draft, sink, unit)
+        self._ids[index] = self._dispatcher.submit(draft, partial(self._take, index), unit)
 
     def _take(self, index: int, output: Output) -> None:
-        if output.refusal is None and (output.tokens or output.finish):
+        if self._followers and output.refusal is None and (output.tokens or output.finish):
             self._start_followers(index)
         if output.finish is not None:
             self._ids.pop(index, None)
-        self._news.append((index, output))
-        self._wake.set()
+        reader = self._reader
+        if reader is None or reader.done():
+            self._news.append((index, output))
+        elif self.quick is None or not self.quick(index, output):
+            self._news.append((index, output))
+            reader.set_result(None)
 
     def _start_followers(self, leader: int) -> None:
         followers = self._followers.pop(leader, None)

@@ -90,6 +90,8 @@ class Choice:
         self._is_scored = is_scored
         self._echo = echo
         self._prompt_logprobs: list[TokenLogprobs] = []
+        # Nothing may stop it early, and no place in the text has to be known.
+        self._is_plain = not stops and not is_scored
         self._num_chars = 0
         self._has_begun = False
 
@@ -110,6 +112,20 @@ class Choice:
         text, scored = self._begin() if is_first else ("", [])
         text += self._read(output, scored)
         return Delta(text, tuple(scored) if self._is_scored else None, self.finish, is_first)
+
+    def take_plain(self, output: Output, now: float) -> bytes | None:
+        """`take` of an output in the middle of a stream that needs no care.
+
+        The JSON of its text, less the quotes; None, and nothing was taken, for every other output.
+        """
+        if not (self._is_plain and self._has_begun and _is_plain(output)):
+            return None
+        text = self._text.push_json(output.tokens)
+        if text is not None:
+            self.num_tokens += len(output.tokens)
+            self.last_s = now
+            self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
+        return text
 
     def timing(self, arrived_s: float) -> Timing:
         """How long it took a client that had asked at `arrived_s`."""
@@ -156,3 +172,10 @@ class Choice:
         for token, logprobs in zip(echo.tokens, [None, *self._prompt_logprobs], strict=True):
             yield Scored(token, offset, logprobs)
             offset += len(text.push(token))
+
+
+def _is_plain(output: Output) -> bool:
+    """Some tokens, and nothing else to be told."""
+    return bool(output.tokens) and not (
+        output.finish or output.logprobs or output.prompt_logprobs or output.refusal
+    )

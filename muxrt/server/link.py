@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 import msgspec
 import zmq
@@ -15,8 +16,8 @@ from muxrt.errors import MuxrtError
 
 log = logging.getLogger(__name__)
 
-# Messages handled before the event loop gets to do something else.
-BURST = 64
+# Messages are handled for so long before the event loop gets to do something else.
+BURST_S = 0.005
 # Bytes of a Unix socket's path (sun_path), less the final zero.
 MAX_PATH_BYTES = 107
 
@@ -91,7 +92,8 @@ class Link:
     def _drain(self) -> None:
         """Handle what has arrived. ZeroMQ's descriptor tells of changes only, so: until empty."""
         self._is_scheduled = False
-        for _ in range(BURST):
+        until_s = monotonic() + BURST_S
+        while monotonic() < until_s:
             if self._loop is None:
                 return
             try:

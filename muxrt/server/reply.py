@@ -1,11 +1,13 @@
 """The reply to one HTTP request: its choices, from their first token to the usage at the end."""
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from time import monotonic
 
 from muxrt.core import Output
-from muxrt.server.answers import Usage, Writer, count_usage
+from muxrt.server.answers import NUL, Frame, Usage, Writer, count_usage, split_event
 from muxrt.server.dispatch import Call
+from muxrt.server.event_stream import EventStream
 from muxrt.server.generation import Choice, Delta, Echo, merge
 from muxrt.server.openai import Ask
 from muxrt.server.prometheus import Metrics
@@ -31,6 +33,7 @@ class Reply:
         self._writer = writer
         self._arrived_s = arrived_s
         self._metrics = metrics
+        self._frames: dict[int, Frame] = {}  # by choice
         self._num_prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         echoes = [self._echo(prompt) if ask.echo else None for prompt in prompts]
         self._choices = [self._choice(i, echoes[i // ask.n]) for i in range(ask.num_sequences)]
@@ -43,12 +46,30 @@ class Reply:
                 parts[index].append(delta)
         return self._writer.whole([merge(part) for part in parts], self._usage())
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events as they come, several at a time; without [DONE]. Raises MuxrtError."""
+    async def stream(self, events: EventStream) -> None:
+        """Send each token as it comes, and the usage; without [DONE]. Raises MuxrtError."""
+        if not self._ask.options.continuous_usage_stats:
+            self._call.quick = partial(self._write_now, events)
         async for deltas in self._deltas():
-            yield b"".join(self._event(index, delta) for index, delta in deltas)
+            await events.write(b"".join([self._event(index, delta) for index, delta in deltas]))
         if self._ask.options.include_usage:
-            yield self._writer.usage_event(self._usage())
+            await events.write(self._writer.usage_event(self._usage()))
+
+    def _write_now(self, events: EventStream, index: int, output: Output) -> bool:
+        """Send what `output` adds, the road of most tokens; False if it must take the other one.
+
+        Everything of an event but its text is the same for all events of a choice.
+        """
+        if not events.has_room:
+            return False
+        text = self._choices[index].take_plain(output, monotonic())
+        if text is None:
+            return False
+        frame = self._frames.get(index)
+        if frame is None:
+            frame = self._frames[index] = split_event(self._event(index, NUL))
+        events.write_now(frame.before + text + frame.after)
+        return True
 
     def _event(self, index: int, delta: Delta) -> bytes:
         options = self._ask.options

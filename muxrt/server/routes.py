@@ -16,6 +16,7 @@ from muxrt.errors import BadRequest, BodyTooLarge, MuxrtError, Unavailable, Unkn
 from muxrt.server.answers import DONE, ChatDialect, CompletionDialect, Dialect, Writer
 from muxrt.server.auth import KeyRing
 from muxrt.server.dispatch import Call, Dispatcher
+from muxrt.server.event_stream import EventStream
 from muxrt.server.openai import Ask, parse_chat, parse_completion
 from muxrt.server.prometheus import CONTENT_TYPE, Metrics
 from muxrt.server.readiness import readiness
@@ -31,11 +32,6 @@ Words = Callable[..., Dialect]
 CLIENT_LEFT = 499  # as nginx counts them; nobody receives it
 # Longer prompts are tokenised in a thread: below this, starting one takes longer than the work.
 LONG_PROMPT = 2_000  # characters, or token ids
-SSE_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # proxies must not wait for the end of a stream
-}
 NAMES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -238,22 +234,19 @@ async def _encode(
 
 
 async def _stream(exchange: Exchange, reply: Reply) -> web.StreamResponse:
-    """Server-sent events. Until the first step nothing is sent, so that errors have a status."""
-    response = web.StreamResponse(headers=SSE_HEADERS)
+    """Server-sent events, up to [DONE] or to what went wrong."""
+    stream = EventStream(exchange.http)
     try:
-        async for data in reply.events():
-            if not response.prepared:
-                await response.prepare(exchange.http)
-            await response.write(data)
-        await response.write(DONE)
+        await reply.stream(stream)
+        await stream.write(DONE)
     except MuxrtError as error:
-        if not response.prepared:
+        if not stream.has_begun:
             raise
         # The status is out; the stream says what happened and ends without [DONE].
         exchange.status = error.status
-        await response.write(b"data: " + error_body(error) + b"\n\n")
-    await response.write_eof()
-    return response
+        await stream.write(b"data: " + error_body(error) + b"\n\n")
+    await stream.response.write_eof()
+    return stream.response
 
 
 # -- errors ----------------------------------------------------------------------------------

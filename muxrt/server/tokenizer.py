@@ -45,6 +45,7 @@ class Tokenizer:
         self._alphabet = byte_alphabet() if is_byte_level else None
         added = core.get_added_tokens_decoder()
         self._bytes = {token: entry.content.encode() for token, entry in added.items()}
+        self._json: dict[int, bytes | None] = {}
         self._special = frozenset(token for token, entry in added.items() if entry.special)
 
     def encode(self, text: str, *, add_special: bool) -> list[int]:
@@ -69,6 +70,23 @@ class Tokenizer:
         if known is None:
             known = self._bytes[token] = self._to_bytes(self._core.id_to_token(token) or "")
         return known
+
+    def json_text(self, token: int) -> bytes | None:
+        """The text of `token` as JSON less the quotes; None if it is special or no whole text."""
+        try:
+            return self._json[token]
+        except KeyError:
+            text = self._json[token] = self._to_json(token)
+            return text
+
+    def _to_json(self, token: int) -> bytes | None:
+        data = self.token_bytes(token)
+        if self.is_special(token) or not data:
+            return None
+        try:
+            return msgspec.json.encode(data.decode())[1:-1]
+        except UnicodeDecodeError:
+            return None
 
     def _to_bytes(self, piece: str) -> bytes:
         if self._alphabet is None:
