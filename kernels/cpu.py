@@ -1,7 +1,4 @@
-"""The kernels on CPU cores: torch tensors in, numba kernels split over the lane's team.
-
-Every array a kernel gets is a flat view of its tensor: nothing is copied on the way.
-"""
+"""What a program can do on CPU cores: each method appends the stages of one operation."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,27 +9,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from muxrt.kernels import cpu_attention, cpu_rows
-from muxrt.kernels.jit import compile_for
+from muxrt.kernels import cpu_attention, cpu_linear, cpu_rows
+from muxrt.kernels.jit import STAGES, compile_for
+from muxrt.kernels.packing import Packed
 from muxrt.kernels.panel import ROWS, WIDE
+from muxrt.kernels.program import SEQUENCES, TILES, TOKENS, Program, run_stages
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, KvCache
 
 Array = npt.NDArray[Any]
 
-# Below this a second thread costs more than it saves: a hand-off takes 15 to 25 us, as long as
-# these many floats take to read (scripts/bench_kernels.py).
-SHARED_FLOATS = 64 * 1024
+FEW_ROWS = 4  # rows that a thread takes at least: a row of a norm takes as long as asking for it
+_NOTHING = np.zeros(1, dtype=np.uint8)  # the data of stages that have none
 
-_INT, _FLOATS, _TABLE = "int64", "float32[::1]", "int32[:, ::1]"
-_IDS, _POSITIONS, _ROWS = "int32[::1]", "int64[::1]", "float32[:, ::1]"
-_BYTES = "uint8[::1]"
-_GEOMETRY = "UniTuple(int64, 6)"
-_ARENAS = (_FLOATS, "uint16[::1]")
-
-
-def _signature(*arguments: str) -> str:
-    return f"({', '.join((_INT, _INT, *arguments))})"
+_SIGNATURES: dict[Callable[..., Any], list[str]] = {
+    run_stages: ["(int64, int64, int64[:, ::1], int64[::1], int64[::1], int64)"],
+    cpu_attention.num_tiles: ["(int32[::1], int64, int64)"],
+    cpu_rows.copy_blocks: ["(int64, int64, uint8[::1], uint8[::1], int32[::1], int32[::1], int64)"],
+}
 
 
 @cache
@@ -42,135 +36,159 @@ def warm_up() -> None:
     Takes half a minute once per machine and version, then about half a second per process.
     Afterwards no call compiles anything.
     """
-    for function, signatures in _signatures().items():
+    for function, signatures in _SIGNATURES.items():
         compile_for(function, signatures)
+    for stage in STAGES:
+        stage.compile()
 
 
-def _signatures() -> dict[Callable[..., Any], list[str]]:
-    kv = (_FLOATS, _FLOATS, _INT, _INT)
-    heads = (_FLOATS, _INT, _INT)
-    tiles = (_GEOMETRY, _INT, "float32", _INT, _INT, _FLOATS)
-    return {
-        cpu_attention.survey: [f"({_IDS}, {_IDS}, {_INT})"],
-        cpu_attention.store_kv: [
-            _signature(*kv, arena, _TABLE, _IDS, _POSITIONS, _IDS, _GEOMETRY, _INT)
-            for arena in _ARENAS
-        ],
-        cpu_attention.attend: [
-            _signature(_FLOATS, _INT, arena, _TABLE, _IDS, _IDS, _IDS, *tiles) for arena in _ARENAS
-        ],
-        cpu_rows.rope: [_signature(*heads, *heads, _ROWS, _ROWS)],
-        cpu_rows.rms_norm: [_signature(_ROWS, _FLOATS, "float32", _ROWS)],
-        cpu_rows.add_rms_norm: [_signature(_ROWS, _ROWS, _FLOATS, "float32", _ROWS)],
-        cpu_rows.rms_norm_heads: [_signature(*heads, _FLOATS, "float32")],
-        cpu_rows.silu_mul: [_signature(_ROWS, _ROWS)],
-        cpu_rows.copy_blocks: [
-            _signature(_BYTES, _BYTES, _IDS, _IDS, _INT),
-        ],
-    }
+class CpuProgram(Program):
+    """A program for batches of at most `max_tokens` new tokens, in any number of sequences."""
 
+    def __init__(self, team: Team, max_tokens: int) -> None:
+        warm_up()
+        super().__init__(team)
+        self.max_tokens = max_tokens
+        self._ids, self._positions = np.zeros((2, max_tokens), dtype=np.int64)
+        self._slots, self._starts, self._owners = np.zeros((3, max_tokens), dtype=np.int32)
+        self._query_starts = np.zeros(max_tokens + 1, dtype=np.int32)
+        self._tile_queries = 1
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    meta: AttentionMeta,
-    kv: KvCache,
-    layer: int,
-    scale: float,
-    team: Team,
-) -> Tensor:
-    """See `muxrt.kernels.attention`."""
-    num_tokens, heads, head_dim = q.shape
-    kv_heads = kv.num_kv_heads
-    if heads > WIDE * kv_heads or head_dim % ROWS:
-        raise ValueError(f"no kernel for {heads}/{kv_heads} heads of {head_dim}")
-    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
-    arena, table, *blocks = kv.arrays
-    slots, starts, query_starts, positions, owners = meta.arrays
-    geometry = (heads, kv_heads, head_dim, *blocks)
-    store = (_flat(k), _flat(v), k.stride(0), v.stride(0), arena, table, slots, positions, owners)
-    num_floats = 2 * num_tokens * kv_heads * head_dim
-    _split(team, cpu_attention.store_kv, num_tokens, num_floats, *store, geometry, layer)
-    out = torch.empty((num_tokens, heads, head_dim), dtype=torch.float32)
-    tile = max(1, WIDE * kv_heads // heads)  # queries
-    tiles, keys = cpu_attention.survey(starts, query_starts, tile)
-    batch = (_flat(q), q.stride(0), arena, table, slots, starts, query_starts)
-    work = (geometry, layer, np.float32(scale), tile, tiles, out.view(-1).numpy())
-    num_floats = 2 * keys * kv_heads * head_dim
-    _split(team, cpu_attention.attend, kv_heads * tiles, num_floats, *batch, *work)
-    return out
+    # -- recording ---------------------------------------------------------------------------
 
+    def floats(self, width: int) -> Array:
+        """A buffer [max_tokens, width] float32 that operations read and write."""
+        return torch.empty((self.max_tokens, width)).numpy()
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, team: Team) -> None:
-    """See `muxrt.kernels.rope`."""
-    queries = (_flat(q), q.stride(0), q.shape[1])
-    keys = (_flat(k), k.stride(0), k.shape[1])
-    num_floats = q.numel() + k.numel()
-    _split(team, cpu_rows.rope, q.shape[0], num_floats, *queries, *keys, cos.numpy(), sin.numpy())
+    def embed(self, table: Tensor | Packed, out: Array) -> None:
+        """out = the rows of the batch's token ids; table [vocab, width], or a packed head."""
+        packed = isinstance(table, Packed)
+        data = _array(table.data if isinstance(table, Packed) else table)
+        args = {"ids": self._ids, "width": out.shape[1], "in_panels": int(packed), "out": out}
+        self.add(cpu_rows.embed, args, data, 1, TOKENS, FEW_ROWS)
 
+    def rms_norm(self, x: Array, weight: Tensor, eps: float, out: Array) -> None:
+        """out = x / rms(x) * weight, row by row; x, out [tokens, width], weight [width]."""
+        args = {"x": x, "weight": weight.numpy(), "width": x.shape[1], "eps": eps, "out": out}
+        self.add(cpu_rows.rms_norm, args, _NOTHING, 1, TOKENS, FEW_ROWS)
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, team: Team, add: Tensor | None) -> Tensor:
-    """See `muxrt.kernels.rms_norm`."""
-    out = torch.empty_like(x)
-    rest = (weight.numpy(), np.float32(eps), out.numpy())
-    if add is None:
-        _split(team, cpu_rows.rms_norm, len(x), 2 * x.numel(), x.numpy(), *rest)
-    else:
-        sums = (x.numpy(), add.numpy())
-        _split(team, cpu_rows.add_rms_norm, len(x), 4 * x.numel(), *sums, *rest)
-    return out
+    def linear(self, x: Array, layer: Packed, out: Array) -> None:
+        """out [tokens, features] = x W + bias."""
+        self._linear(x, layer, out, cpu_linear.STORE)
 
+    def add_linear(self, x: Array, layer: Packed, out: Array) -> None:
+        """out += x W + bias: the residual stream."""
+        self._linear(x, layer, out, cpu_linear.ADD)
 
-def rms_norm_heads(x: Tensor, weight: Tensor, eps: float, team: Team) -> None:
-    """See `muxrt.kernels.rms_norm_heads`."""
-    rows = (_flat(x), x.stride(0), x.shape[1])
-    rest = (weight.numpy(), np.float32(eps))
-    _split(team, cpu_rows.rms_norm_heads, x.shape[0], 2 * x.numel(), *rows, *rest)
+    def linear_silu_mul(self, x: Array, layer: Packed, out: Array) -> None:
+        """out [tokens, features / 2] = silu(gate) * up of gate, up = x W + bias, gate first."""
+        self._linear(x, layer, out, cpu_linear.SILU_MUL)
 
+    def attention(
+        self,
+        qkv: Array,
+        kv: KvCache,
+        layer: int,
+        out: Array,
+        *,
+        rope: tuple[Tensor, Tensor],
+        norms: tuple[Tensor | None, Tensor | None] = (None, None),
+        eps: float = 0.0,
+        scale: float,
+    ) -> None:
+        """Norm heads (if given), rotate q and k, store k and v, attend causally to all tokens.
 
-def silu_mul(gate_up: Tensor, team: Team) -> Tensor:
-    """See `muxrt.kernels.silu_mul`."""
-    num_tokens, width = gate_up.shape
-    out = torch.empty((num_tokens, width // 2), dtype=torch.float32)
-    _split(
-        team, cpu_rows.silu_mul, num_tokens, 2 * num_tokens * width, gate_up.numpy(), out.numpy()
-    )
-    return out
+        qkv [tokens, (heads + 2 * kv_heads) * head_dim], q and k change in place; out [tokens,
+        heads * head_dim]; rope: cos, sin [positions, head_dim / 2]. Raises ValueError for a
+        shape that has no kernel.
+        """
+        heads = out.shape[1] // kv.head_dim
+        if heads > WIDE * kv.num_kv_heads or kv.head_dim % ROWS:
+            raise ValueError(f"no kernel for {heads}/{kv.num_kv_heads} heads of {kv.head_dim}")
+        arena, table, block_tokens, blocks_per_group, planes_per_block = kv.arrays
+        self._tile_queries = max(1, WIDE * kv.num_kv_heads // heads)
+        q_norm, k_norm = (norm if norm is None else norm.numpy() for norm in norms)
+        cos, sin = (angles.numpy() for angles in rope)
+        args = {
+            "qkv": qkv,
+            "out": out,
+            "heads": heads,
+            "kv_heads": kv.num_kv_heads,
+            "head_dim": kv.head_dim,
+            "block_tokens": block_tokens,
+            "blocks_per_group": blocks_per_group,
+            "planes_per_block": planes_per_block,
+            "layer": layer,
+            "scale": scale,
+            "table": table,
+            "columns": table.shape[1],
+            "slots": self._slots,
+            "starts": self._starts,
+            "query_starts": self._query_starts,
+            "positions": self._positions,
+            "owners": self._owners,
+            "cos": cos,
+            "sin": sin,
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+            "eps": eps,
+            "tile_queries": self._tile_queries,
+            "tiles": self.counts[TILES:],
+        }
+        self.add(cpu_attention.rotate_and_store, args, arena, 1, TOKENS, FEW_ROWS)
+        self.add(cpu_attention.attend, args, arena, kv.num_kv_heads, TILES)
+
+    def _linear(self, x: Array, layer: Packed, out: Array, mode: int) -> None:
+        args = {
+            "rows": self.counts[TOKENS:],
+            "x": x,
+            "depth": layer.depth,
+            "out": out,
+            "width": layer.features // layer.parts,
+            "scales": None if layer.scales is None else layer.scales.numpy(),
+            "bias": None if layer.bias is None else layer.bias.numpy(),
+            "mode": mode,
+            "panels": layer.panels,
+        }
+        assert x.shape[1] == layer.depth and out.shape[1] == args["width"], "shapes do not fit"
+        self.add(cpu_linear.linear, args, _array(layer.data), layer.panels)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run_rows(self, num_rows: int) -> None:
+        """Run over the first rows of the buffers: no tokens, no cache."""
+        self.counts[TOKENS] = num_rows
+        self.run()
+
+    def run_batch(self, tokens: Array, meta: AttentionMeta) -> None:
+        """Run a batch: tokens [T] of the sequences that `meta` describes, T <= max_tokens."""
+        slots, starts, query_starts, positions, owners = meta.arrays
+        num_tokens, num_sequences = len(tokens), len(slots)
+        self._ids[:num_tokens] = tokens
+        self._positions[:num_tokens] = positions
+        self._owners[:num_tokens] = owners
+        self._slots[:num_sequences] = slots
+        self._starts[:num_sequences] = starts
+        self._query_starts[: num_sequences + 1] = query_starts
+        self.counts[TOKENS], self.counts[SEQUENCES] = num_tokens, num_sequences
+        self.counts[TILES] = cpu_attention.num_tiles(
+            self._query_starts, num_sequences, self._tile_queries
+        )
+        self.run()
 
 
 def copy_blocks(
     src: Tensor, dst: Tensor, src_ids: Tensor, dst_ids: Tensor, block_bytes: int
 ) -> None:
-    """See `muxrt.kernels.copy_blocks`."""
+    """Block `src_ids[i]` of one arena becomes block `dst_ids[i]` of another, byte by byte.
+
+    src, dst 1-D of any dtype; ids [N] int32, each dst id at most once.
+    """
     arenas = (src.view(torch.uint8).numpy(), dst.view(torch.uint8).numpy())
     ids = (src_ids.numpy(), dst_ids.numpy())
     cpu_rows.copy_blocks(0, len(src_ids), *arenas, *ids, block_bytes)
 
 
-def _split(
-    team: Team, kernel: Callable[..., Any], work_items: int, num_floats: int, *args: Any
-) -> None:
-    """Run on the team where the work (in floats that pass through) is worth the hand-off."""
-    if num_floats < SHARED_FLOATS or team.size == 1:
-        kernel(0, work_items, *args)
-    else:
-        team.run(kernel, work_items, *args)
-
-
-def _rowwise(x: Tensor) -> Tensor:
-    """x [T, heads, head_dim] with each token's heads in one piece; a copy only if they are not."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
-
-
-def _flat(x: Tensor) -> Array:
-    """The memory of x [T, heads, head_dim] from its first to its last element.
-
-    Raises ValueError unless each token's heads lie in one piece.
-    """
-    stride, *inner = x.stride()
-    num_tokens, heads, head_dim = x.shape
-    if inner != [head_dim, 1]:
-        raise ValueError(f"heads are scattered: shape {list(x.shape)}, strides {x.stride()}")
-    span = (num_tokens - 1) * stride + heads * head_dim
-    return x.as_strided((span,), (1,)).numpy()
+def _array(tensor: Tensor) -> Array:
+    """The same memory; bfloat16 as uint16, for which numpy has no name."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

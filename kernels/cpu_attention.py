@@ -13,36 +13,45 @@ takes the shorter way of `_decode`.
 from typing import Any
 
 import numpy as np
+from numba import carray
+from numba.core import types
 
-from muxrt.kernels.jit import as_arena, as_float, float_of_bits, inlined, kernel, prefetch
-from muxrt.kernels.panel import NARROW, ROWS, WIDE, make_panel
+from muxrt.kernels.atomics import floats_at, int32_at, int64_at
+from muxrt.kernels.cpu_math import exp
+from muxrt.kernels.cpu_rows import norm
+from muxrt.kernels.jit import EVERYWHERE, as_arena, as_float, inlined, kernel, prefetch, stage
+from muxrt.kernels.panel import LINE_BYTES, NARROW, ROWS, WIDE, make_panel
 
 Array = Any  # numba's view: a numpy array
+Pointer = Any
+Record = Any  # numba's view: a record of ATTENTION
 Geometry = Any  # (heads, kv_heads, head_dim, block_tokens, blocks_per_group, planes_per_block)
 
 FEW = 8  # query heads of a kv head from which on a decode step is a tile (measured)
-LINE_BYTES = 64  # of a cache line
 CHUNK = 64  # keys per step of the online softmax
 MASKED = np.float32(-1e30)  # finite: a difference of two infinities would be NaN
 
-
-@inlined
-def exp(x: Any) -> Any:
-    """e**x of a float32 <= 88, within 2 units in the last place; below -87 it is e**-87.
-
-    Branch-free, so that loops around it become vector code (libm's is a call per element).
-    """
-    x = max(x, np.float32(-87.0))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.0 / 720)
-    p = p * r + np.float32(1.0 / 120)
-    p = p * r + np.float32(1.0 / 24)
-    p = p * r + np.float32(1.0 / 6)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    return p * float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+ATTENTION = np.dtype(
+    [
+        ("qkv", np.int64),  # address of [tokens, heads + 2 * kv_heads, head_dim] floats
+        ("out", np.int64),  # address of [tokens, heads, head_dim] floats
+        *((name, np.int64) for name in ("heads", "kv_heads", "head_dim")),
+        *((name, np.int64) for name in ("block_tokens", "blocks_per_group", "planes_per_block")),
+        ("layer", np.int64),
+        ("scale", np.float64),
+        ("table", np.int64),  # address of [slots, columns] int32
+        ("columns", np.int64),
+        # Addresses of what `AttentionMeta` has.
+        *((name, np.int64) for name in ("slots", "starts", "query_starts", "positions", "owners")),
+        ("cos", np.int64),  # address of [positions, head_dim / 2] floats
+        ("sin", np.int64),
+        ("q_norm", np.int64),  # address of [head_dim] floats, or 0
+        ("k_norm", np.int64),
+        ("eps", np.float64),
+        ("tile_queries", np.int64),
+        ("tiles", np.int64),  # address of the number of tiles per kv head
+    ]
+)
 
 
 @inlined
@@ -63,55 +72,87 @@ def _offset(ids: Array, group: int, geometry: Geometry, where: Any) -> Any:
     return np.int64(ids[group * geometry[4] + column]) * block_elems + inner
 
 
+@inlined
+def _geometry(a: Record) -> Geometry:
+    return (
+        a.heads,
+        a.kv_heads,
+        a.head_dim,
+        a.block_tokens,
+        a.blocks_per_group,
+        a.planes_per_block,
+    )
+
+
 @kernel()
-def survey(starts: Array, query_starts: Array, tile_queries: int) -> tuple[int, int]:
-    """(tiles of a batch, keys that they read): work items per kv head, and how long they take."""
-    tiles, keys = 0, 0
-    for sequence in range(len(starts)):
+def num_tiles(query_starts: Array, num_sequences: int, tile_queries: int) -> int:
+    """Tiles of a batch: work items per kv head."""
+    tiles = 0
+    for sequence in range(num_sequences):
         num_queries = query_starts[sequence + 1] - query_starts[sequence]
-        count = (num_queries + tile_queries - 1) // tile_queries
-        tiles += count
-        keys += count * (starts[sequence] + num_queries)
-    return tiles, keys
+        tiles += (num_queries + tile_queries - 1) // tile_queries
+    return tiles
 
 
-@kernel()
-def store_kv(
-    begin: int,
-    end: int,
-    k: Array,
-    v: Array,
-    k_stride: int,
-    v_stride: int,
-    arena: Array,
-    table: Array,
-    slots: Array,
-    positions: Array,
-    token_sequence: Array,
-    geometry: Geometry,
-    layer: int,
-) -> None:
-    """Write K and V of tokens [begin, end) into their planes; `*_stride` floats per token."""
-    _, kv_heads, head_dim, block_tokens, _, _ = geometry
-    to_values = block_tokens * head_dim
+@inlined
+def _rotate(x: Array, heads: int, half: int, cos: Array, sin: Array) -> None:
+    """Dimension i of a head pairs with i + half."""
+    for head in range(heads):
+        low = x[head * 2 * half : (head * 2 + 1) * half]
+        high = x[(head * 2 + 1) * half : (head + 1) * 2 * half]
+        for i in range(half):
+            a, b = low[i], high[i]
+            low[i] = a * cos[i] - b * sin[i]
+            high[i] = b * cos[i] + a * sin[i]
+
+
+@inlined
+def _norm_heads(x: Array, heads: int, weight: int, head_dim: int, eps: float) -> None:
+    """Norm every head in place; `weight` is an address."""
+    weights = carray(floats_at(weight), EVERYWHERE)[:head_dim]
+    for head in range(heads):
+        row = x[head * head_dim : (head + 1) * head_dim]
+        norm(row, weights, np.float32(eps), row)
+
+
+@inlined
+def _store(heads: Array, arena: Array, at: int, head_dim: int) -> None:
+    target = arena[at : at + head_dim]
+    for d in range(head_dim):
+        target[d] = as_arena(heads[d], arena)
+
+
+@stage(ATTENTION, (types.float32, types.uint16))
+def rotate_and_store(begin: int, end: int, args: Pointer, data: Pointer) -> None:
+    """Tokens [begin, end): norm heads where the model does, rotate q and k, store k and v."""
+    a = carray(args, 1)[0]
+    arena = carray(data, EVERYWHERE)
+    geometry, to_values = _geometry(a), a.block_tokens * a.head_dim
+    table = carray(int32_at(a.table), (EVERYWHERE, a.columns))
+    slots, owners = carray(int32_at(a.slots), EVERYWHERE), carray(int32_at(a.owners), EVERYWHERE)
+    positions = carray(int64_at(a.positions), EVERYWHERE)
+    qkv, half = carray(floats_at(a.qkv), EVERYWHERE), a.head_dim // 2
+    width = (a.heads + 2 * a.kv_heads) * a.head_dim
+    all_cos, all_sin = carray(floats_at(a.cos), EVERYWHERE), carray(floats_at(a.sin), EVERYWHERE)
     for token in range(begin, end):
-        slot = slots[token_sequence[token]]
-        for head in range(kv_heads):
-            group = positions[token] // block_tokens
-            where = _locate(geometry, layer * kv_heads + head)
-            at = _offset(table[slot], group, geometry, where)
-            at += (positions[token] - group * block_tokens) * head_dim
-            keys, values = (
-                arena[at : at + head_dim],
-                arena[at + to_values : at + to_values + head_dim],
-            )
-            source = token * k_stride + head * head_dim
-            new_keys = k[source : source + head_dim]
-            source = token * v_stride + head * head_dim
-            new_values = v[source : source + head_dim]
-            for d in range(head_dim):
-                keys[d] = as_arena(new_keys[d], arena)
-                values[d] = as_arena(new_values[d], arena)
+        position = positions[token]
+        q = qkv[token * width : (token + 1) * width]
+        k = q[a.heads * a.head_dim :]
+        v = k[a.kv_heads * a.head_dim :]
+        if a.q_norm != 0:
+            _norm_heads(q, a.heads, a.q_norm, a.head_dim, a.eps)
+        if a.k_norm != 0:
+            _norm_heads(k, a.kv_heads, a.k_norm, a.head_dim, a.eps)
+        cos = all_cos[position * half : (position + 1) * half]
+        sin = all_sin[position * half : (position + 1) * half]
+        _rotate(q, a.heads, half, cos, sin)
+        _rotate(k, a.kv_heads, half, cos, sin)
+        ids, group = table[slots[owners[token]]], position // a.block_tokens
+        for head in range(a.kv_heads):
+            at = _offset(ids, group, geometry, _locate(geometry, a.layer * a.kv_heads + head))
+            at += (position - group * a.block_tokens) * a.head_dim
+            _store(k[head * a.head_dim :], arena, at, a.head_dim)
+            _store(v[head * a.head_dim :], arena, at + to_values, a.head_dim)
 
 
 def _make_tile(width: int) -> Any:
@@ -337,58 +378,46 @@ def _decode(
                     result[d] += weights[key] * as_float(values[d])
 
 
-@kernel()
-def attend(
-    begin: int,
-    end: int,
-    q: Array,
-    q_stride: int,
-    arena: Array,
-    table: Array,
-    slots: Array,
-    starts: Array,
-    query_starts: Array,
-    geometry: Geometry,
-    layer: int,
-    scale: Any,
-    tile_queries: int,
-    num_tiles: int,
-    out: Array,
-) -> None:
-    """Attend for items [begin, end) of kv heads x tiles, heads outermost: that balances threads.
-
-    q as rows of `q_stride` floats, out [T * heads * head_dim].
-    """
-    heads, kv_heads, head_dim, _, _, _ = geometry
-    groups = heads // kv_heads
-    scratch = np.empty((2 * head_dim + CHUNK + ROWS + 3) * WIDE, np.float32)
+@stage(ATTENTION, (types.float32, types.uint16))
+def attend(begin: int, end: int, args: Pointer, data: Pointer) -> None:
+    """Items [begin, end) of kv heads x tiles, heads outermost: that balances threads."""
+    a = carray(args, 1)[0]
+    arena, geometry = carray(data, EVERYWHERE), _geometry(a)
+    table = carray(int32_at(a.table), (EVERYWHERE, a.columns))
+    slots, starts = carray(int32_at(a.slots), EVERYWHERE), carray(int32_at(a.starts), EVERYWHERE)
+    query_starts = carray(int32_at(a.query_starts), EVERYWHERE)
+    q, out = carray(floats_at(a.qkv), EVERYWHERE), carray(floats_at(a.out), EVERYWHERE)
+    stride = (a.heads + 2 * a.kv_heads) * a.head_dim
+    tiles, groups = carray(int64_at(a.tiles), 1)[0], a.heads // a.kv_heads
+    scale = np.float32(a.scale)
+    scratch = np.empty((2 * a.head_dim + CHUNK + ROWS + 3) * WIDE, np.float32)
     sequence, first = 0, 0  # a sequence and its first tile
     for item in range(begin, end):
-        head, tile = item // num_tiles, item % num_tiles
+        head, tile = item // tiles, item % tiles
         if tile < first:
             sequence, first = 0, 0
         while True:
-            num = query_starts[sequence + 1] - query_starts[sequence]
-            count = (num + tile_queries - 1) // tile_queries
+            num = np.int64(query_starts[sequence + 1]) - query_starts[sequence]
+            count = (num + a.tile_queries - 1) // a.tile_queries
             if tile < first + count:
                 break
             first += count
             sequence += 1
-        skip = (tile - first) * tile_queries
-        num = min(tile_queries, num - skip)
+        skip = (tile - first) * a.tile_queries
+        num = min(a.tile_queries, num - skip)
         token, position = query_starts[sequence] + skip, starts[sequence] + skip
-        slot, plane = slots[sequence], layer * kv_heads + head
-        queries = q[token * q_stride + head * groups * head_dim :]
-        result = out[(token * heads + head * groups) * head_dim :]
+        slot, plane = slots[sequence], a.layer * a.kv_heads + head
+        queries = q[token * stride + head * groups * a.head_dim :]
+        result = out[(token * a.heads + head * groups) * a.head_dim :]
         if num == 1 and groups < FEW:
             _decode(queries, arena, table, slot, plane, position, geometry, scale, result)
         elif num * groups <= NARROW:
             _narrow_tile(
-                queries, q_stride, arena, table, slot, plane, position, num, geometry, scale,
+                queries, stride, arena, table, slot, plane, position, num, geometry, scale,
                 scratch, result,
             )  # fmt: skip
         else:
             _wide_tile(
-                queries, q_stride, arena, table, slot, plane, position, num, geometry, scale,
+                queries, stride, arena, table, slot, plane, position, num, geometry, scale,
                 scratch, result,
             )  # fmt: skip

@@ -1,51 +1,56 @@
-"""Kernels that work on each token's row by itself: rotary embeddings, norms, activations, copies.
-
-Where an array is flat, `stride` is the distance from one token's row to the next, in floats.
-"""
+"""Kernels that work on each token's row by itself: embeddings, norms, rotary embeddings; copies."""
 
 from typing import Any
 
 import numpy as np
+from numba import carray
+from numba.core import types
 
-from muxrt.kernels.cpu_attention import exp
-from muxrt.kernels.jit import inlined, kernel
+from muxrt.kernels.atomics import floats_at, int64_at
+from muxrt.kernels.jit import EVERYWHERE, as_float, inlined, kernel, stage
+from muxrt.kernels.packing import PANEL
 
 Array = Any  # numba's view: a numpy array
+Pointer = Any
+
+EMBED = np.dtype(
+    [
+        ("ids", np.int64),  # address of [tokens] int64
+        ("width", np.int64),
+        ("in_panels", np.int64),  # 1 = the data is packed as a linear layer's
+        ("out", np.int64),  # address of [tokens, width] floats
+    ]
+)
+
+NORM = np.dtype(
+    [
+        ("x", np.int64),  # address of [tokens, width] floats
+        ("weight", np.int64),  # address of [width] floats
+        ("width", np.int64),
+        ("eps", np.float64),
+        ("out", np.int64),  # address of [tokens, width] floats, may be x
+    ]
+)
 
 
-@inlined
-def _rotate(x: Array, at: int, heads: int, half: int, cos: Array, sin: Array) -> None:
-    for head in range(heads):
-        low = x[at + head * 2 * half : at + (head * 2 + 1) * half]
-        high = x[at + (head * 2 + 1) * half : at + (head + 1) * 2 * half]
-        for i in range(half):
-            a, b = low[i], high[i]
-            low[i] = a * cos[i] - b * sin[i]
-            high[i] = b * cos[i] + a * sin[i]
-
-
-@kernel()
-def rope(
-    begin: int,
-    end: int,
-    q: Array,
-    q_stride: int,
-    heads: int,
-    k: Array,
-    k_stride: int,
-    kv_heads: int,
-    cos: Array,
-    sin: Array,
-) -> None:
-    """Rotate tokens [begin, end) of q and k in place; cos and sin [T, head_dim / 2]."""
-    half = cos.shape[1]
+@stage(EMBED, (types.float32, types.uint16))
+def embed(begin: int, end: int, args: Pointer, table: Pointer) -> None:
+    """Rows [begin, end) of out are the table's rows of their ids."""
+    a = carray(args, 1)[0]
+    ids, data = carray(int64_at(a.ids), EVERYWHERE), carray(table, EVERYWHERE)
+    out = carray(floats_at(a.out), EVERYWHERE)
     for token in range(begin, end):
-        _rotate(q, token * q_stride, heads, half, cos[token], sin[token])
-        _rotate(k, token * k_stride, kv_heads, half, cos[token], sin[token])
+        row = out[token * a.width : (token + 1) * a.width]
+        at, step = ids[token] * a.width, 1
+        if a.in_panels:
+            panel = ids[token] // PANEL
+            at, step = panel * a.width * PANEL + ids[token] - panel * PANEL, PANEL
+        for i in range(a.width):
+            row[i] = as_float(data[at + i * step])
 
 
 @inlined
-def _norm(x: Array, weight: Array, eps: Any, out: Array) -> None:
+def norm(x: Array, weight: Array, eps: Any, out: Array) -> None:
     """out = x / rms(x) * weight; `out` may be `x`."""
     width = len(weight)
     total = np.float32(0)
@@ -56,50 +61,16 @@ def _norm(x: Array, weight: Array, eps: Any, out: Array) -> None:
         out[i] = x[i] * factor * weight[i]
 
 
-@kernel()
-def rms_norm(begin: int, end: int, x: Array, weight: Array, eps: Any, out: Array) -> None:
-    """Rows [begin, end) of x and out, both [T, width]."""
+@stage(NORM, (types.uint8,))
+def rms_norm(begin: int, end: int, args: Pointer, _: Pointer) -> None:
+    """Rows [begin, end) of out = norm(x)."""
+    a = carray(args, 1)[0]
+    x, out = carray(floats_at(a.x), EVERYWHERE), carray(floats_at(a.out), EVERYWHERE)
+    weight = carray(floats_at(a.weight), EVERYWHERE)[: a.width]
+    eps = np.float32(a.eps)
     for token in range(begin, end):
-        _norm(x[token], weight, eps, out[token])
-
-
-@kernel()
-def add_rms_norm(
-    begin: int, end: int, x: Array, add: Array, weight: Array, eps: Any, out: Array
-) -> None:
-    """The same after `x += add`, which stays in x."""
-    for token in range(begin, end):
-        old, new = x[token], add[token]
-        for i in range(len(weight)):
-            old[i] += new[i]
-        _norm(old, weight, eps, out[token])
-
-
-@kernel()
-def rms_norm_heads(
-    begin: int, end: int, x: Array, stride: int, heads: int, weight: Array, eps: Any
-) -> None:
-    """Norm every head of tokens [begin, end) in place."""
-    head_dim = len(weight)
-    for token in range(begin, end):
-        for head in range(heads):
-            at = token * stride + head * head_dim
-            row = x[at : at + head_dim]
-            _norm(row, weight, eps, row)
-
-
-@kernel()
-def silu_mul(begin: int, end: int, gate_up: Array, out: Array) -> None:
-    """out = gate / (1 + e**-gate) * up; gate_up [T, 2 * width], out [T, width]."""
-    width = out.shape[1]
-    for token in range(begin, end):
-        gate, up = gate_up[token, :width], gate_up[token, width:]
-        result = out[token]
-        for i in range(width):
-            # Through e**-|gate|, which cannot overflow.
-            small = exp(-abs(gate[i]))
-            share = (np.float32(1) if gate[i] >= 0 else small) / (np.float32(1) + small)
-            result[i] = gate[i] * share * up[i]
+        at = token * a.width
+        norm(x[at : at + a.width], weight, eps, out[at : at + a.width])
 
 
 @kernel()

@@ -6,7 +6,8 @@ No kernel is `parallel=True`: numba's own thread pool aborts the process when tw
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,13 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
+from muxrt.kernels.atomics import pointer_to
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _I32, _BYTES = ir.IntType(32), ir.IntType(8).as_pointer()
+
+EVERYWHERE = 1 << 48  # the length of an array of which only the address is known
 
 # Sums may be reordered and fused; NaN and infinity keep their meaning.
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -29,16 +34,65 @@ def kernel(**options: Any) -> Callable[[F], F]:
     """Decorate a kernel: no GIL, kept on disk; `compile_for` compiles it."""
 
     def decorate(function: F) -> F:
-        # Where it is kept is fixed here; other users of numba in the process keep their setting.
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(cache_folder())
-        try:
+        with _kept_on_disk():
             made: F = numba.njit(nogil=True, cache=True, fastmath=FASTMATH, **options)(function)
-        finally:
-            numba.config.CACHE_DIR = before
         return made
 
     return decorate
+
+
+class Stage:
+    """A kernel that programs call by its address, for one or more types of the data it reads.
+
+    It is `function(begin, end, args, data)`: items [begin, end) of its work, a pointer to a record
+    of what it needs to know, a pointer to data. It must not raise: nobody would hear.
+    """
+
+    def __init__(self, function: Callable[..., None], record: Any, kinds: tuple[Any, ...]) -> None:
+        self.record = record
+        self._function = function
+        self._kinds = kinds
+        self._compiled: dict[str, Any] = {}
+
+    def compile(self) -> None:
+        """For every type, or read it from disk."""
+        record = pointer_to(numba.from_dtype(self.record))
+        with _kept_on_disk():
+            for kind in self._kinds:
+                if str(kind) not in self._compiled:
+                    signature = types.void(types.int64, types.int64, record, pointer_to(kind))
+                    make = numba.cfunc(
+                        signature, cache=True, fastmath=FASTMATH, error_model="numpy"
+                    )
+                    self._compiled[str(kind)] = make(self._function)
+
+    def address(self, kind: str) -> int:
+        """Where the code for data of this type begins. KeyError where there is none."""
+        return int(self._compiled[kind].address)
+
+
+STAGES: list[Stage] = []
+
+
+def stage(record: Any, kinds: tuple[Any, ...]) -> Callable[[Callable[..., None]], Stage]:
+    """Decorate a kernel of programs: `record` is numpy's type of its arguments."""
+
+    def decorate(function: Callable[..., None]) -> Stage:
+        STAGES.append(Stage(function, record, kinds))
+        return STAGES[-1]
+
+    return decorate
+
+
+@contextmanager
+def _kept_on_disk() -> Iterator[None]:
+    """What is decorated inside is kept in our folder; other users of numba keep their setting."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(cache_folder())
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
 
 
 def inlined(function: F) -> F:
@@ -132,7 +186,7 @@ def bfloat16_of_float(value: Any) -> Any:
 
 
 def as_float(value: Any) -> Any:
-    """In kernels: an element of an arena (float32, or bfloat16 as uint16) as float32."""
+    """In kernels: an element of an arena or of weights as float32; uint16 holds a bfloat16."""
     raise NotImplementedError
 
 
@@ -143,6 +197,8 @@ def as_arena(value: Any, arena: Any) -> Any:
 
 @overload(as_float, strict=False)  # type: ignore[untyped-decorator]
 def _as_float(value: Any) -> Any:
+    if value == types.int8:
+        return lambda value: np.float32(value)
     if isinstance(value, types.Integer):
         return lambda value: float_of_bits(np.uint32(value) << np.uint32(16))
     return lambda value: value

@@ -1,30 +1,30 @@
-"""The inner loop of attention, in vector code: a few rows of a product in registers.
+"""The inner loops of matrix products, in vector code: a few rows of a product in registers.
 
 Written as LLVM instructions because the sums must stay in registers for the whole loop: plain
 loops, which load and store them at every step, ran at a sixth of the speed
 (docs/benchmarks/kernels.md).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LANES = 16  # floats of one vector; a narrower machine uses several registers for it
-ROWS = 4  # rows of the product per call
+ROWS = 4  # rows of the product per call of a panel
 NARROW = LANES  # columns of the product: a decode step packs its query heads into one vector
 WIDE = 4 * LANES  # and a prefill tile fills all registers
+LINE_BYTES = 64  # of a cache line
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_VECTOR = ir.VectorType(_F32, LANES)
-_SPLAT = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-
-
-def _columns_at_once(width: int) -> int:
-    """Columns whose sums fit into registers: 32 of 16 floats with AVX-512, else a quarter."""
-    return width if llvm.get_host_cpu_features().get("avx512f") else LANES
+_BYTES = ir.IntType(8).as_pointer()
+_VECTOR, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_SPLAT = ir.Constant(_INTS, [0] * LANES)
+_FUSE = ("contract",)
 
 
 def make_panel(width: int, fresh: bool) -> Any:
@@ -54,8 +54,9 @@ def make_panel(width: int, fresh: bool) -> Any:
         signature = types.void(out, at, a, a0, a1, a2, a3, stride, b, start, num)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            for column in range(0, width, _columns_at_once(width)):
-                _Product(context, builder, signature, args, width, column, fresh).emit()
+            out, a, b = (_Elements.of(context, builder, signature, args, i) for i in (0, 2, 8))
+            product = _Product(builder, out, a, b, width, fresh)
+            product.emit(args[1], args[3 : 3 + ROWS], args[7], args[9], args[10])
             return context.get_dummy_value()
 
         return signature, generate
@@ -63,93 +64,187 @@ def make_panel(width: int, fresh: bool) -> Any:
     return panel
 
 
+def make_product(rows: int, lines: int | None = None) -> Any:
+    """A function of kernels that multiplies into `rows` rows of `WIDE` columns.
+
+    It takes (out, at, a, from_a, row_stride, b, from_b, num, next, from_next) and computes, for k
+    in [0, num):
+        out[at + i * WIDE + c] += sum of a[from_a + i * row_stride + k] * b[from_b + k * WIDE + c]
+    and on the way asks for `lines` cache lines per k of the array `next`, from `from_next` on (None
+    = as many as WIDE of its elements take): what is needed soon comes while this is computed. `a`
+    is float32; `b` and `next` are float32, bfloat16 as uint16, or int8. Sums run along k in order,
+    so a row comes out the same whatever `rows` is. `num` is at least 1; indices are not checked.
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def product(
+        _typing: Any,
+        out: Any,
+        at: Any,
+        a: Any,
+        from_a: Any,
+        row_stride: Any,
+        b: Any,
+        from_b: Any,
+        num: Any,
+        following: Any,
+        from_following: Any,
+    ) -> Any:
+        signature = types.void(
+            out, at, a, from_a, row_stride, b, from_b, num, following, from_following
+        )
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            places = (0, 2, 5, 8)
+            out, a, b, ahead = (_Elements.of(context, builder, signature, args, i) for i in places)
+            starts = [builder.add(args[3], builder.mul(args[4], _I64(row))) for row in range(rows)]
+            product = _Product(builder, out, a, b, WIDE)
+            product.ask(ahead, args[9], lines)
+            product.emit(args[1], starts, _I64(1), args[6], args[7])
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return product
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """An array that an intrinsic was given, read as floats whatever it holds."""
+
+    builder: Any
+    data: Any
+    kind: Any  # numba's type of an element
+
+    @classmethod
+    def of(cls, context: Any, builder: Any, signature: Any, args: Any, index: int) -> "_Elements":
+        array = signature.args[index]
+        data = context.make_array(array)(context, builder, args[index]).data
+        return cls(builder, data, array.dtype)
+
+    @property
+    def per_line(self) -> int:
+        """Elements in a cache line."""
+        return LINE_BYTES * 8 // int(self.kind.bitwidth)
+
+    def at(self, index: Any) -> Any:
+        return self.builder.gep(self.data, [index])
+
+    def vector_at(self, index: Any) -> Any:
+        """Pointer to the vector that begins there."""
+        kind = ir.VectorType(self.data.type.pointee, LANES)
+        return self.builder.bitcast(self.at(index), kind.as_pointer())
+
+    def splat(self, index: Any) -> Any:
+        """One element in every lane."""
+        value = self._as_float(self.builder.load(self.at(index)), _I32, _F32, _I32(16))
+        undefined = ir.Constant(_VECTOR, ir.Undefined)
+        first = self.builder.insert_element(undefined, value, _I32(0))
+        return self.builder.shuffle_vector(first, undefined, _SPLAT)
+
+    def vector(self, index: Any) -> Any:
+        raw = self.builder.load(self.vector_at(index), align=1)
+        return self._as_float(raw, _INTS, _VECTOR, ir.Constant(_INTS, [16] * LANES))
+
+    def prefetch(self, index: Any) -> None:
+        """Ask for the cache line of an element; any index will do."""
+        builder = self.builder
+        kind = ir.FunctionType(ir.VoidType(), [_BYTES, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        address = builder.bitcast(self.at(index), _BYTES)
+        # To read, into the second cache, as data.
+        builder.call(function, [address, _I32(0), _I32(2), _I32(1)])
+
+    def _as_float(self, raw: Any, ints: Any, floats: Any, half: Any) -> Any:
+        if isinstance(self.kind, types.Float):
+            return raw
+        if self.kind.bitwidth == 8:
+            return self.builder.sitofp(self.builder.sext(raw, ints), floats)
+        wide = self.builder.shl(self.builder.zext(raw, ints), half)
+        return self.builder.bitcast(wide, floats)
+
+
 class _Product:
-    """Emits the loop for one set of columns."""
+    """Emits out (+)= a b: one loop over k for each set of columns that fits into registers."""
 
     def __init__(
         self,
-        context: Any,
         builder: Any,
-        signature: Any,
-        args: Any,
+        out: _Elements,
+        a: _Elements,
+        b: _Elements,
         width: int,
-        column: int,
-        fresh: bool,
+        fresh: bool = False,
     ) -> None:
-        def data(index: int) -> Any:
-            return context.make_array(signature.args[index])(context, builder, args[index]).data
+        self._builder, self._out, self._a, self._b = builder, out, a, b
+        self._width, self._fresh = width, fresh
+        self._ahead: tuple[_Elements, Any, int] | None = None
 
-        self._builder = builder
-        self._width, self._column, self._fresh = width, column, fresh
-        self._out, self._a, self._b = data(0), data(2), data(8)
-        self._at, self._stride, self._start, self._num = args[1], args[7], args[9], args[10]
-        self._rows = args[3 : 3 + ROWS]
-        self._is_bfloat16 = isinstance(signature.args[2].dtype, types.Integer)
-        self._vectors = range(column, column + _columns_at_once(width), LANES)
+    def ask(self, ahead: _Elements, start: Any, lines: int | None) -> None:
+        """Prefetch `lines` cache lines of `ahead` at every k, one after the other."""
+        self._ahead = (ahead, start, lines or WIDE // ahead.per_line)
 
-    def emit(self) -> None:
-        builder = self._builder
-        targets = [self._row_of_out(row) for row in range(ROWS)]
-        before = [[self._initial(pointer) for pointer in row] for row in targets]
+    def emit(self, at: Any, rows: Sequence[Any], stride: Any, start: Any, num: Any) -> None:
+        """`rows`: where the rows of a begin; `stride` from one of their elements to the next."""
+        count = _columns_at_once(self._width)
+        for column in range(0, self._width, count):
+            columns = range(column, column + count, LANES)
+            self._emit_loop(columns, at, rows, stride, start, num)
+
+    def _emit_loop(
+        self, columns: range, at: Any, rows: Sequence[Any], stride: Any, start: Any, num: Any
+    ) -> None:
+        builder, out = self._builder, self._out
+        places = [
+            builder.add(at, _I64(row * self._width + column))
+            for row in range(len(rows))
+            for column in columns
+        ]
+        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        before = [zero if self._fresh else out.vector(place) for place in places]
         entry = builder.block
-        loop, end = builder.append_basic_block("panel"), builder.append_basic_block("panel.end")
+        loop, end = builder.append_basic_block("product"), builder.append_basic_block("product.end")
         builder.branch(loop)
         builder.position_at_end(loop)
         k = builder.phi(_I64)
-        sums = [[builder.phi(_VECTOR) for _ in self._vectors] for _ in targets]
-        after = self._step(k, sums)
+        sums = [builder.phi(_VECTOR) for _ in places]
+        along = builder.mul(k, stride)
+        line = builder.add(start, builder.mul(k, _I64(self._width)))
+        after = self._add_products(sums, [builder.add(row, along) for row in rows], line, columns)
+        if self._ahead is not None:
+            self._prefetch(k, *self._ahead)
         following = builder.add(k, _I64(1))
-        for value, first, last in zip(_flat(sums), _flat(before), _flat(after), strict=True):
+        for value, first, last in zip(sums, before, after, strict=True):
             value.add_incoming(first, entry)
             value.add_incoming(last, loop)
         k.add_incoming(_I64(0), entry)
         k.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, self._num), loop, end)
+        builder.cbranch(builder.icmp_signed("<", following, num), loop, end)
         builder.position_at_end(end)
-        for pointer, value in zip(_flat(targets), _flat(after), strict=True):
-            builder.store(value, pointer, align=4)
+        for place, value in zip(places, after, strict=True):
+            builder.store(value, out.vector_at(place), align=4)
 
-    def _step(self, k: Any, sums: list[list[Any]]) -> list[list[Any]]:
+    def _add_products(
+        self, sums: list[Any], a_places: list[Any], line: Any, columns: range
+    ) -> list[Any]:
         """The sums after one more k."""
         builder = self._builder
-        row = builder.add(self._start, builder.mul(k, _I64(self._width)))
-        b = [builder.load(self._vector(self._b, row, c), align=4) for c in self._vectors]
-        along = builder.mul(k, self._stride)
-        after = []
-        for row_sums, offset in zip(sums, self._rows, strict=True):
-            a = self._broadcast(builder.load(builder.gep(self._a, [builder.add(offset, along)])))
-            products = [builder.fmul(a, value, flags=("contract",)) for value in b]
-            after.append(
-                [
-                    builder.fadd(total, product, flags=("contract",))
-                    for total, product in zip(row_sums, products, strict=True)
-                ]
-            )
+        b = [self._b.vector(builder.add(line, _I64(column))) for column in columns]
+        totals, after = iter(sums), []
+        for place in a_places:
+            value = self._a.splat(place)
+            for vector in b:
+                product = builder.fmul(value, vector, flags=_FUSE)
+                after.append(builder.fadd(next(totals), product, flags=_FUSE))
         return after
 
-    def _row_of_out(self, row: int) -> list[Any]:
-        base = self._builder.add(self._at, _I64(row * self._width))
-        return [self._vector(self._out, base, column) for column in self._vectors]
-
-    def _initial(self, pointer: Any) -> Any:
-        if self._fresh:
-            return ir.Constant(_VECTOR, [0.0] * LANES)
-        return self._builder.load(pointer, align=4)
-
-    def _vector(self, base: Any, offset: Any, column: int) -> Any:
-        """Pointer to the vector at `base[offset + column]`."""
-        index = self._builder.add(offset, _I64(column))
-        return self._builder.bitcast(self._builder.gep(base, [index]), _VECTOR.as_pointer())
-
-    def _broadcast(self, value: Any) -> Any:
+    def _prefetch(self, k: Any, ahead: _Elements, start: Any, lines: int) -> None:
         builder = self._builder
-        if self._is_bfloat16:
-            wide = builder.shl(builder.zext(value, _I32), _I32(16))
-            value = builder.bitcast(wide, _F32)
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = builder.insert_element(undefined, value, _I32(0))
-        return builder.shuffle_vector(first, undefined, _SPLAT)
+        first = builder.add(start, builder.mul(k, _I64(lines * ahead.per_line)))
+        for line in range(lines):
+            ahead.prefetch(builder.add(first, _I64(line * ahead.per_line)))
 
 
-def _flat(rows: list[list[Any]]) -> list[Any]:
-    return [value for row in rows for value in row]
+def _columns_at_once(width: int) -> int:
+    """Columns whose sums fit into registers: all with AVX-512, else one vector of them."""
+    return width if llvm.get_host_cpu_features().get("avx512f") else LANES

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from muxrt.kernels.packing import Packed, unpack
 from muxrt.kernels.types import AttentionMeta, KvCache
 
 
@@ -90,6 +91,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, add: Tensor | None = None) -
 def rms_norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
     """Norm every head of every token in place. x [T, heads, head_dim], weight [head_dim]."""
     x.copy_(rms_norm(x.clone(), weight, eps))
+
+
+def linear(x: Tensor, packed: Packed) -> Tensor:
+    """x @ weight.T + bias with the weights as they were packed. [T, depth] -> [T, features]."""
+    out = x.double() @ unpack(packed).double().T
+    return (out if packed.bias is None else out + packed.bias).float()
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

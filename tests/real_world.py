@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 @cache
 def demo_llama(model: str) -> Llama:
     """A demo model in float32, loaded once per test run."""
-    return Llama.load(DEMO / model, "float32", Team())
+    return Llama.load(DEMO / model, "float32")
 
 
 class RunnerExecutor:

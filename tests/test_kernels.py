@@ -6,7 +6,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import kernel_calls
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from world_models import make_kv, make_meta
 
 from muxrt import kernels
-from muxrt.kernels import KvCache, Team, cpu_rows, jit, reference
+from muxrt.kernels import KvCache, Team, jit, reference
 
 LAYER = 1
 
@@ -72,7 +74,7 @@ def compare(
     want = reference.attention(q, k, v, meta, kv, LAYER, shape.head_dim**-0.5)
     written = kv.arena.clone()
     kv.arena.copy_(before)
-    got = kernels.attention(q, k, v, meta, kv, LAYER, shape.head_dim**-0.5, team)
+    got = kernel_calls.attention(q, k, v, meta, kv, LAYER, shape.head_dim**-0.5, team)
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
     assert torch.equal(bits(kv.arena), bits(written)), "K and V, and nothing else, are written"
 
@@ -139,7 +141,7 @@ def test_large_scores_do_not_overflow(team: Team) -> None:
     q, k, v = (x * 30 for x in tokens(200, 4, Planes(1, 64)))
     meta = make_meta([0], [0], [200])
     want = reference.attention(q, k, v, meta, kv, LAYER, 1.0)
-    got = kernels.attention(q, k, v, meta, kv, LAYER, 1.0, team)
+    got = kernel_calls.attention(q, k, v, meta, kv, LAYER, 1.0, team)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
 
 
@@ -159,8 +161,8 @@ def test_offsets_beyond_31_bits(dtype: torch.dtype, groups: int, new: int) -> No
         for start, end in ((0, 60), (60, 60 + new)):
             meta = make_meta([0], [start], [end - start])
             part = (q[start:end], k[start:end], v[start:end], meta)
-            got = kernels.attention(*part, high, LAYER, 0.1, team)
-            want = kernels.attention(*part, low, LAYER, 0.1, team)
+            got = kernel_calls.attention(*part, high, LAYER, 0.1, team)
+            want = kernel_calls.attention(*part, low, LAYER, 0.1, team)
             assert torch.equal(got, want)
 
 
@@ -179,13 +181,13 @@ def test_bfloat16_is_rounded_to_nearest_even() -> None:
     special = [0x7F7FFFFF, 1, 0x80000000, 0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF]
     values = np.concatenate([patterns, np.array(special, np.uint32)]).view(np.float32)
     values = np.resize(values, 320)
-    k = torch.from_numpy(values).view(5, 1, 64)
+    v = torch.from_numpy(values).view(5, 1, 64)
     kv = make_kv(Planes(1, 64), slots=1, max_tokens=16, planes_per_block=1, dtype=torch.bfloat16)
-    meta = make_meta([0], [0], [5])
+    meta, zeros = make_meta([0], [0], [5]), torch.zeros(5, 1, 64)
     with Team() as team:
-        kernels.attention(torch.zeros(5, 1, 64), k, k, meta, kv, 0, 1.0, team)
-    got, _ = reference.gather_kv(kv, 0, 0, 5)
-    torch.testing.assert_close(got, k.to(torch.bfloat16), equal_nan=True, atol=0, rtol=0)
+        kernel_calls.attention(zeros, zeros, v, meta, kv, 0, 1.0, team)
+    _, got = reference.gather_kv(kv, 0, 0, 5)
+    torch.testing.assert_close(got, v.to(torch.bfloat16), equal_nan=True, atol=0, rtol=0)
 
 
 def test_results_do_not_depend_on_neighbours_or_threads() -> None:
@@ -197,10 +199,10 @@ def test_results_do_not_depend_on_neighbours_or_threads() -> None:
         _, old_k, old_v = tokens(start, 4, shape)
         reference.write_kv(old_k, old_v, make_meta([slot], [0], [start]), kv, LAYER)
     with Team() as one, Team(size=2) as two:
-        together = kernels.attention(
+        together = kernel_calls.attention(
             q, k, v, make_meta([0, 1, 2], [40, 100, 3], [1, 1, 1]), kv, LAYER, 0.125, two
         )
-        alone = kernels.attention(
+        alone = kernel_calls.attention(
             q[1:2], k[1:2], v[1:2], make_meta([1], [100], [1]), kv, LAYER, 0.125, one
         )
     assert torch.equal(together[1:2], alone)
@@ -208,38 +210,122 @@ def test_results_do_not_depend_on_neighbours_or_threads() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 300])
 @pytest.mark.parametrize("width", [8, 100, 512])
-def test_rows(team: Team, num_tokens: int, width: int) -> None:
-    x, add, weight = (
-        torch.randn(num_tokens, width),
-        torch.randn(num_tokens, width),
-        torch.rand(width),
-    )
-    want_sum = x.clone()
-    want = reference.rms_norm(want_sum, weight, 1e-5, add)
-    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5, team, add), want)
-    assert torch.equal(x, want_sum)
-    torch.testing.assert_close(
-        kernels.rms_norm(x, weight, 1e-5, team), reference.rms_norm(x, weight, 1e-5)
-    )
-    gate_up = torch.randn(num_tokens, 2 * width) * 20
-    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -88.0])
-    torch.testing.assert_close(kernels.silu_mul(gate_up, team), reference.silu_mul(gate_up))
+def test_norm_is_the_definition(team: Team, num_tokens: int, width: int) -> None:
+    x, weight = torch.randn(num_tokens, width), torch.rand(width)
+    want = reference.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(kernel_calls.rms_norm(x, weight, 1e-5, team), want)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 200])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (3, 3, 100), (16, 2, 128)])
-def test_heads(team: Team, num_tokens: int, heads: int, kv_heads: int, head_dim: int) -> None:
-    qkv = torch.randn(num_tokens, heads + 2 * kv_heads, head_dim)
-    expected = qkv.clone()
-    sizes = (heads, kv_heads, kv_heads)
-    (q, k, _), (want_q, want_k, _) = qkv.split(sizes, dim=1), expected.split(sizes, dim=1)
-    weight = torch.rand(head_dim)
-    cos, sin = torch.randn(2, num_tokens, head_dim // 2)
-    reference.rms_norm_heads(want_k, weight, 1e-6)
+@pytest.mark.parametrize("is_normed", [True, False])
+def test_heads_are_normed_and_rotated(
+    team: Team, num_tokens: int, heads: int, kv_heads: int, head_dim: int, is_normed: bool
+) -> None:
+    shape = Planes(kv_heads, head_dim)
+    q, k, v = tokens(num_tokens, heads // kv_heads, shape)
+    rope = torch.randn(2, 340, head_dim // 2)
+    norms = (torch.rand(head_dim), torch.rand(head_dim)) if is_normed else (None, None)
+    meta = make_meta([0, 1], [0, 100], [num_tokens - num_tokens // 2, num_tokens // 2])
+    if num_tokens == 1:
+        meta = make_meta([1], [137], [1])
+    kv, other = (make_kv(shape, slots=2, max_tokens=340, seed=5) for _ in range(2))
+    for cache in (kv, other):
+        cache.arena.copy_(
+            torch.randn(cache.arena.shape, generator=torch.Generator().manual_seed(1))
+        )
+    got = kernel_calls.attention(q, k, v, meta, kv, LAYER, 0.1, team, (rope[0], rope[1]), norms)
+    want_q, want_k = q.clone(), k.clone()
+    for x, weight in zip((want_q, want_k), norms, strict=True):
+        if weight is not None:
+            reference.rms_norm_heads(x, weight, 1e-6)
+    cos, sin = rope[:, meta.positions]
     reference.rope(want_q, want_k, cos, sin)
-    kernels.rms_norm_heads(k, weight, 1e-6, team)
-    kernels.rope(q, k, cos, sin, team)
-    torch.testing.assert_close(qkv, expected)
+    want = reference.attention(want_q, want_k, v, meta, other, LAYER, 0.1)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(kv.arena, other.arena)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("num_tokens", [*range(1, 9), 13, 18, 23, 24, 31, 96, 97, 200])
+@pytest.mark.parametrize(("features", "depth"), [(64, 512), (200, 100), (1, 8), (130, 1376)])
+def test_linear_is_the_definition(
+    team: Team, dtype: torch.dtype, num_tokens: int, features: int, depth: int
+) -> None:
+    torch.manual_seed(num_tokens + features)
+    x, weight = torch.randn(num_tokens, depth), torch.randn(features, depth)
+    bias = torch.randn(features) if num_tokens % 2 else None
+    packed = kernel_calls.pack(weight, dtype, bias)
+    got, want = kernel_calls.linear(x, packed, team), reference.linear(x, packed)
+    torch.testing.assert_close(got, want, atol=2e-6 * depth**0.5 * 4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("width", [64, 100])
+def test_linear_with_silu(team: Team, dtype: torch.dtype, num_tokens: int, width: int) -> None:
+    x, weight, bias = (
+        torch.randn(num_tokens, 96),
+        torch.randn(2 * width, 96),
+        torch.randn(2 * width),
+    )
+    weight[:4] *= 30  # silu of large numbers, both ways
+    packed = kernel_calls.pack(weight, dtype, bias, parts=2)
+    got = kernel_calls.rows(team, x, width, lambda p, a, out: p.linear_silu_mul(a, packed, out))
+    want = reference.silu_mul(reference.linear(x, packed))
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50])
+def test_linear_adds_to_what_is_there(team: Team, num_tokens: int) -> None:
+    x, packed = torch.randn(num_tokens, 70), kernel_calls.pack(torch.randn(70, 70), torch.float32)
+
+    def record(program: kernels.Program, source: Any, out: Any) -> None:
+        program.linear(source, packed, out)
+        program.add_linear(source, packed, out)
+
+    got = kernel_calls.rows(team, x, 70, record)
+    torch.testing.assert_close(got, 2 * reference.linear(x, packed), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "int8"])
+def test_a_row_of_a_linear_layer_is_the_same_in_any_company(team: Team, dtype: torch.dtype) -> None:
+    """Bit for bit: so tokens depend neither on the batch nor on how prompts are cut."""
+    x, packed = torch.randn(250, 300), kernel_calls.pack(torch.randn(100, 300), dtype)
+    together = kernel_calls.linear(x, packed, team)
+    for first, end in ((0, 1), (3, 9), (10, 17), (90, 120), (100, 220)):
+        assert torch.equal(kernel_calls.linear(x[first:end], packed, team), together[first:end])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_int8_is_within_half_a_step(seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(90, 70) * torch.logspace(-6, 3, 90)[:, None]
+    weight[5] = 0
+    packed = kernel_calls.pack(weight, torch.int8)
+    steps = weight.abs().amax(dim=1) / 127
+    assert ((kernels.unpack(packed) - weight).abs() <= steps[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_embedding(team: Team, dtype: torch.dtype, is_packed: bool) -> None:
+    table, ids = torch.randn(150, 72).to(dtype), torch.randint(0, 150, (33,))
+    program = kernels.Program(team, 40)
+    out = program.floats(72)
+    program.embed(kernel_calls.pack(table, dtype) if is_packed else table, out)
+    program.run_batch(ids.numpy(), make_meta([0], [0], [33]))
+    assert torch.equal(torch.from_numpy(out[:33]), table.float()[ids])
+
+
+def test_a_shape_without_a_kernel_is_refused() -> None:
+    kv, meta = make_kv(Planes(1, 64), slots=1), make_meta([0], [0], [1])
+    q, k, v = tokens(1, 65, Planes(1, 64))
+    with Team() as team, pytest.raises(ValueError, match="no kernel for 65/1 heads of 64"):
+        kernel_calls.attention(q, k, v, meta, kv, 0, 1.0, team)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -284,14 +370,15 @@ def test_two_teams_work_at_the_same_time() -> None:
     """numba's own pool would abort the process here."""
     kernels.warm_up()
     failures: list[str] = []
+    packed = kernel_calls.pack(torch.randn(512, 128), torch.float32)
 
     def live() -> None:
-        x, weight = torch.randn(400, 512), torch.rand(512)
-        want = reference.rms_norm(x, weight, 1e-5)
+        x = torch.randn(40, 128)
+        want = reference.linear(x, packed)
         with Team(size=2) as team:
             for _ in range(50):
-                got = kernels.rms_norm(x, weight, 1e-5, team)
-                if not torch.allclose(got, want, atol=1e-5):
+                got = kernel_calls.linear(x, packed, team)
+                if not torch.allclose(got, want, atol=1e-4):
                     failures.append("wrong result")
 
     lanes = [threading.Thread(target=live) for _ in range(3)]
@@ -325,9 +412,8 @@ def test_a_team_refuses_cores_it_cannot_have() -> None:
 def test_no_call_compiles_anything() -> None:
     """A type that was not foreseen is an error at once, not a request that waits."""
     kernels.warm_up()
-    x = np.zeros((1, 8))  # float64
-    with pytest.raises(TypeError, match="No matching definition"):
-        cpu_rows.silu_mul(0, 1, x, x)
+    with Team() as team, pytest.raises(KeyError, match="float64"):
+        kernels.Program(team, 1).embed(torch.zeros(4, 8, dtype=torch.float64), np.zeros((1, 8)))
 
 
 def test_where_compiled_kernels_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

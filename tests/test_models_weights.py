@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from world_models import publish
 
 from muxrt.errors import ConfigError
-from muxrt.kernels import Team
 from muxrt.models.llama import Llama
 
 FILE = "model.safetensors"
@@ -29,8 +28,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> Llama:
-    with Team() as team:
-        return Llama.load(folder, "auto", team)
+    return Llama.load(folder, "auto")
 
 
 def fails(folder: Path, *facts: str) -> None:
@@ -121,8 +119,7 @@ def test_a_malformed_index(shards: Path, text: str) -> None:
 
 def test_progress_ends_at_all_bytes(folder: Path) -> None:
     seen: list[tuple[int, int]] = []
-    with Team() as team:
-        model = Llama.load(folder, "auto", team, lambda done, total: seen.append((done, total)))
+    model = Llama.load(folder, "auto", lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (model.weight_bytes, model.weight_bytes)
 
@@ -142,8 +139,7 @@ def test_dtypes(folder: Path, published: torch.dtype, asked: str, held: torch.dt
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = str(published).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config))
-    with Team() as team:
-        model = Llama.load(folder, asked, team)  # type: ignore[arg-type]
+    model = Llama.load(folder, asked)  # type: ignore[arg-type]
     assert model.dtype == held
     want = tensors["model.embed_tokens.weight"].to(held)
     assert torch.equal(model.state()["embedding"], want)

@@ -26,7 +26,6 @@ from muxrt.core import (
     Work,
 )
 from muxrt.engine.build import UnitPlan, plan_unit
-from muxrt.kernels import Team
 from muxrt.models.llama import Llama
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -92,8 +91,7 @@ def make_plan(
 
 
 def load_models(home: Path, dtype: Any = "float32") -> dict[str, Llama]:
-    with Team() as team:
-        return {name: Llama.load(home / name, dtype, team) for name in SHAPES}
+    return {name: Llama.load(home / name, dtype) for name in SHAPES}
 
 
 class Reference:

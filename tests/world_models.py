@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from muxrt.config.model import ModelShape
 from muxrt.kernels import AttentionMeta, KvCache, Team
+from muxrt.models.llama import Llama, Session
 
 Chunk = tuple[int, list[int]]  # slot, its new tokens
 
@@ -88,7 +90,7 @@ def make_meta(slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]
 class PagedRunner:
     """Feeds chunks of sequences to a model and keeps where each slot stands."""
 
-    model: Any
+    model: Llama
     kv: KvCache
     team: Team = field(default_factory=Team)
     lengths: dict[int, int] = field(default_factory=dict)
@@ -99,7 +101,11 @@ class PagedRunner:
         starts = [self.lengths.get(slot, 0) for slot, _ in chunks]
         meta = make_meta([slot for slot, _ in chunks], starts, counts)
         tokens = torch.tensor([token for _, new in chunks for token in new])
-        hidden = self.model.forward(tokens, meta, self.kv, self.team)
+        hidden = self.session.forward(tokens, meta)
         for slot, new in chunks:
             self.lengths[slot] = self.lengths.get(slot, 0) + len(new)
-        return list(self.model.logits(hidden).split(counts))
+        return list(self.session.logits(hidden).clone().split(counts))
+
+    @cached_property
+    def session(self) -> Session:
+        return Session(self.model, self.kv, self.team)

@@ -15,7 +15,7 @@ from muxrt.config.model import ModelShape, load_shape
 from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.config.serve import ApiKeys, ServeConfig, split_problems
 from muxrt.cost.memory import num_params
-from muxrt.engine.build import DTYPE_BYTES, UnitPlan, plan_unit, weight_dtype
+from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
 from muxrt.errors import ConfigError
 from muxrt.sched.queues import ServedModel
 
@@ -150,7 +150,6 @@ def summary(checked: Checked) -> dict[str, Any]:
 
 
 def _model_summary(model: ModelSpec, shape: ModelShape) -> dict[str, Any]:
-    dtype = weight_dtype(model, shape)
     return {
         "name": model.name,
         "path": model.path,
@@ -161,9 +160,10 @@ def _model_summary(model: ModelSpec, shape: ModelShape) -> dict[str, Any]:
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "max_model_len": model.max_model_len or shape.max_positions,
-        "dtype": dtype,
+        "dtype": weight_dtype(model, shape),
+        "weights": linear_dtype(model, shape),
         "num_params": num_params(shape),
-        "weight_bytes": num_params(shape) * DTYPE_BYTES[dtype],
+        "weight_bytes": weight_bytes(model, shape),
     }
 
 

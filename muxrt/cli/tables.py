@@ -10,7 +10,7 @@ from muxrt.cli.check import Checked
 from muxrt.cli.show import show_bytes, show_count
 from muxrt.config.model import ModelShape
 from muxrt.cost.memory import num_params
-from muxrt.engine.build import DTYPE_BYTES, UnitPlan, weight_dtype
+from muxrt.engine.build import UnitPlan, linear_dtype, weight_bytes
 
 
 def print_checked(console: Console, file: Path, checked: Checked) -> None:
@@ -31,8 +31,6 @@ def models_table(checked: Checked) -> Table:
     table = _table("model", "family", "layers", "hidden", "heads x dim", "parameters", "weights")
     for model in checked.config.models:
         shape = checked.shapes[model.name]
-        dtype = weight_dtype(model, shape)
-        weight_bytes = num_params(shape) * DTYPE_BYTES[dtype]
         table.add_row(
             model.name,
             shape.family,
@@ -40,7 +38,7 @@ def models_table(checked: Checked) -> Table:
             str(shape.hidden_size),
             _heads(shape),
             show_count(num_params(shape)),
-            f"{show_bytes(weight_bytes)} {dtype}",
+            f"{show_bytes(weight_bytes(model, shape))} {linear_dtype(model, shape)}",
         )
     return table
 

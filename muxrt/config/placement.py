@@ -30,6 +30,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     path: Name  # Hugging Face folder; relative paths are relative to the YAML
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights and activations
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = dtype
+    # Of the linear layers; auto = dtype. int8 is made while loading: weight-only, a scale per
+    # output feature (docs/decisions.md has its error).
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     max_model_len: Count | None = None  # None = the model's own maximum
     rate_rps: Positive = 1.0  # expected popularity; first quotas go by rate x KV need
     slo: Slo | None = None

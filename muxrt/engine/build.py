@@ -7,6 +7,7 @@ from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.core import Sequence
 from muxrt.cost.latency import BatchShape, Latency, OnlineLatency, attention_work
+from muxrt.cost.memory import num_params
 from muxrt.engine.executor import Executor
 from muxrt.engine.unit import Emit, Unit
 from muxrt.errors import ConfigError
@@ -19,7 +20,7 @@ from muxrt.sched.queues import ModelQueue, ServedModel
 from muxrt.sched.quota import Demand, initial_quotas
 from muxrt.sched.scheduler import Limits, Scheduler
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 # Until the first copy was measured: memcpy of a two-channel server, read and write.
 HOST_COPY_BYTES_PER_S = 4e9
 
@@ -42,6 +43,18 @@ def weight_dtype(spec: ModelSpec, shape: ModelShape) -> str:
         return spec.dtype
     # No CPU computes in float16; float32 holds its values exactly.
     return "float32" if shape.dtype == "float16" else shape.dtype
+
+
+def linear_dtype(spec: ModelSpec, shape: ModelShape) -> str:
+    """The dtype of the linear layers' weights."""
+    return weight_dtype(spec, shape) if spec.weights == "auto" else spec.weights
+
+
+def weight_bytes(spec: ModelSpec, shape: ModelShape) -> int:
+    """What the model's weights take, but for padding and scales."""
+    tables = shape.vocab_size * shape.hidden_size
+    linear = (num_params(shape) - tables) * DTYPE_BYTES[linear_dtype(spec, shape)]
+    return linear + tables * DTYPE_BYTES[weight_dtype(spec, shape)]
 
 
 def kv_dtype(spec: ModelSpec, shape: ModelShape) -> str:
@@ -80,7 +93,8 @@ def _served(unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelSha
             f"max_model_len of {spec.name} is {length}, but the model has only"
             f" {shape.max_positions} positions"
         )
-    return ServedModel(spec.name, arena.models[spec.name], length, unit.scheduling.max_sequences)
+    max_sequences = unit.scheduling.max_sequences
+    return ServedModel(spec.name, arena.models[spec.name], length, max_sequences, spec.slo)
 
 
 def _demands(

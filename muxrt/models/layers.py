@@ -1,30 +1,15 @@
-"""The parts of a LLaMA: linear maps, rotary frequencies, and one layer's weights."""
+"""The parts of a LLaMA: one layer's weights, and rotary frequencies."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from muxrt.config.model import ModelShape, RopeScaling
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """x @ weight.T + bias: the one seam where pre-packed weights can come in.
-
-    A row of the result may differ in its last bits with the number of rows: the library picks
-    its matrix kernel, and so its order of summation, by the batch.
-    """
-
-    weight: Tensor  # [out, in], float32 or bfloat16
-    bias: Tensor | None  # [out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] float32 -> [T, out] float32, multiplied in the weights' dtype."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+from muxrt.kernels import Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +17,39 @@ class Layer:
     """The weights of one transformer layer; norms are float32."""
 
     input_norm: Tensor  # [hidden]
-    qkv: Linear  # -> [(heads + 2 * kv_heads) * head_dim]
+    qkv: Packed  # -> [(heads + 2 * kv_heads) * head_dim]
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None  # [head_dim]
-    output: Linear
+    output: Packed
     mlp_norm: Tensor  # [hidden]
-    gate_up: Linear  # -> [2 * intermediate], gate first
-    down: Linear
+    gate_up: Packed  # -> [2 * intermediate], gate first, in two parts
+    down: Packed
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], shape: ModelShape, index: int) -> "Layer":
+        """Layer `index` of the weights that `load_weights` made."""
+        prefix = f"layers.{index}."
+        head_dim = shape.head_dim
+        q, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+        hidden, mlp = shape.hidden_size, shape.intermediate_size
+        return cls(
+            input_norm=state[f"{prefix}input_norm"],
+            qkv=packed(state, f"{prefix}qkv", q + 2 * kv, hidden),
+            q_norm=state.get(f"{prefix}q_norm"),
+            k_norm=state.get(f"{prefix}k_norm"),
+            output=packed(state, f"{prefix}output", hidden, q),
+            mlp_norm=state[f"{prefix}mlp_norm"],
+            gate_up=packed(state, f"{prefix}gate_up", 2 * mlp, hidden, parts=2),
+            down=packed(state, f"{prefix}down", hidden, mlp),
+        )
+
+
+def packed(
+    state: Mapping[str, Tensor], name: str, features: int, depth: int, parts: int = 1
+) -> Packed:
+    """A linear layer of the weights that `load_weights` made."""
+    scales, bias = state.get(f"{name}.scales"), state.get(f"{name}.bias")
+    return Packed(state[name], scales, bias, features, depth, parts)
 
 
 class Rope:
@@ -53,9 +64,9 @@ class Rope:
             self._frequencies = _scale(frequencies, shape, shape.rope_scaling)
             self._magnitude = _magnitude(shape.rope_scaling)
 
-    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of positions [T] int64, each [T, head_dim / 2] float32."""
-        angles = positions[:, None].float() * self._frequencies
+    def table(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the first positions, each [num_positions, head_dim / 2] float32."""
+        angles = torch.arange(num_positions)[:, None].float() * self._frequencies
         cos, sin = angles.cos(), angles.sin()
         if self._magnitude != 1.0:
             return cos * self._magnitude, sin * self._magnitude

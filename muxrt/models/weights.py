@@ -1,9 +1,10 @@
-"""Reading safetensors into fused weights, checked by name and shape before anything is copied."""
+"""Reading safetensors into fused, packed weights, checked by name and shape before any copy."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from muxrt.config.model import ModelShape
 from muxrt.errors import ConfigError
+from muxrt.kernels import Pages, pack_into, packed_elems
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 State = dict[str, Tensor]
@@ -28,29 +30,58 @@ class Part:
     shape: tuple[int, ...]
 
 
+class Kind(Enum):
+    """What a weight is for, which decides how it is kept."""
+
+    NORM = "norm"  # norms and biases: float32 whatever the dtype of the rest
+    TABLE = "table"  # the embedding: rows in the model's dtype
+    LINEAR = "linear"  # packed, in the linear layers' dtype
+    TIED = "tied"  # embedding and head in one: packed, in the embedding's dtype
+
+    @property
+    def is_packed(self) -> bool:
+        return self in (Kind.LINEAR, Kind.TIED)
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """One of our tensors: published ones, stacked along the first dimension."""
 
     name: str
     parts: tuple[Part, ...]
-    is_norm: bool = False  # kept in float32 whatever the dtype of the rest
+    kind: Kind = Kind.LINEAR
+    pieces: int = 1  # equal ones, packed each for itself
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.is_norm else dtype
+
+@dataclass(frozen=True, slots=True)
+class DTypes:
+    """Of what is kept: linear layers, which may be int8, and the embedding."""
+
+    linear: torch.dtype
+    table: torch.dtype
+
+    def of(self, weight: Weight) -> torch.dtype:
+        """In memory."""
+        if weight.kind is Kind.NORM:
+            return torch.float32
+        return self.linear if weight.kind is Kind.LINEAR else self.table
 
 
 def list_weights(shape: ModelShape) -> Iterator[Weight]:
     """Every weight a model of this shape has, in order of use."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
-    yield Weight("embedding", (Part("model.embed_tokens.weight", (vocab, hidden)),))
+    embedding = (Part("model.embed_tokens.weight", (vocab, hidden)),)
+    if shape.tied_embeddings:
+        yield Weight("head", embedding, Kind.TIED)
+    else:
+        yield Weight("embedding", embedding, Kind.TABLE)
     for layer in range(shape.num_layers):
         yield from _layer_weights(shape, layer)
-    yield Weight("norm", (Part("model.norm.weight", (hidden,)),), is_norm=True)
+    yield Weight("norm", (Part("model.norm.weight", (hidden,)),), Kind.NORM)
     if not shape.tied_embeddings:
         yield Weight("head", (Part("lm_head.weight", (vocab, hidden)),))
 
@@ -62,14 +93,16 @@ def _layer_weights(shape: ModelShape, layer: int) -> Iterator[Weight]:
     attention = f"{theirs}.self_attn"
 
     def norm(name: str, published: str, width: int) -> Weight:
-        return Weight(f"{ours}.{name}", (Part(f"{published}.weight", (width,)),), is_norm=True)
+        return Weight(f"{ours}.{name}", (Part(f"{published}.weight", (width,)),), Kind.NORM)
 
-    def linear(name: str, rows: dict[str, int], width: int, bias: bool) -> Iterator[Weight]:
+    def linear(
+        name: str, rows: dict[str, int], width: int, bias: bool, pieces: int = 1
+    ) -> Iterator[Weight]:
         weights = tuple(Part(f"{part}.weight", (size, width)) for part, size in rows.items())
-        yield Weight(f"{ours}.{name}.weight", weights)
+        yield Weight(f"{ours}.{name}", weights, pieces=pieces)
         if bias:
             biases = tuple(Part(f"{part}.bias", (size,)) for part, size in rows.items())
-            yield Weight(f"{ours}.{name}.bias", biases)
+            yield Weight(f"{ours}.{name}.bias", biases, Kind.NORM)
 
     yield norm("input_norm", f"{theirs}.input_layernorm", hidden)
     qkv = {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
@@ -80,37 +113,53 @@ def _layer_weights(shape: ModelShape, layer: int) -> Iterator[Weight]:
     yield from linear("output", {f"{attention}.o_proj": hidden}, q, shape.output_bias)
     yield norm("mlp_norm", f"{theirs}.post_attention_layernorm", hidden)
     gate_up = {f"{theirs}.mlp.gate_proj": mlp, f"{theirs}.mlp.up_proj": mlp}
-    yield from linear("gate_up", gate_up, hidden, shape.mlp_bias)
+    yield from linear("gate_up", gate_up, hidden, shape.mlp_bias, pieces=2)
     yield from linear("down", {f"{theirs}.mlp.down_proj": hidden}, mlp, shape.mlp_bias)
 
 
 def load_weights(
-    folder: Path, shape: ModelShape, dtype: torch.dtype, progress: Progress | None = None
+    folder: Path, shape: ModelShape, dtypes: DTypes, progress: Progress | None = None
 ) -> State:
-    """All weights of the model in `folder`, fused, linear ones in `dtype`.
+    """All weights of the model in `folder`, fused, linear ones packed (`muxrt.kernels.Packed`).
 
-    Peak memory is that of the result. Raises ConfigError where a file or tensor is missing,
-    damaged, or not of the shape that config.json promises.
+    A linear layer is under its name, with its scales under `NAME.scales` if it is int8. Peak
+    memory is that of the result and one weight. Raises ConfigError where a file or tensor is
+    missing, damaged, or not of the shape that config.json promises.
     """
     weights = list(list_weights(shape))
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
         for weight in weights:
             checkpoint.check(weight)
-        total = sum(num_bytes(weight, dtype) for weight in weights)
+        sizes = [Pages.rounded(num_bytes(weight, dtypes)) for weight in weights]
+        pages, done = Pages(sum(sizes)), 0
         state: State = {}
-        done = 0
-        for weight in weights:
-            state[weight.name] = checkpoint.read(weight, weight.dtype(dtype))
-            done += num_bytes(weight, dtype)
+        for weight, size in zip(weights, sizes, strict=True):
+            tensor = pages.tensor(_kept_shape(weight), dtypes.of(weight))
+            if weight.kind.is_packed:
+                # int8 is made from what was published, not from a rounded copy of it.
+                scales = pack_into(tensor, checkpoint.read(weight), weight.pieces)
+                if scales is not None:
+                    state[f"{weight.name}.scales"] = scales
+            else:
+                tensor.copy_(checkpoint.read(weight))
+            state[weight.name] = tensor
+            done += size
             if progress is not None:
-                progress(done, total)
+                progress(done, sum(sizes))
     return state
 
 
-def num_bytes(weight: Weight, dtype: torch.dtype) -> int:
-    """Bytes of `weight` in memory."""
-    return torch.Size(weight.shape).numel() * weight.dtype(dtype).itemsize
+def num_bytes(weight: Weight, dtypes: DTypes) -> int:
+    """Bytes of `weight` in memory, without scales."""
+    return torch.Size(_kept_shape(weight)).numel() * dtypes.of(weight).itemsize
+
+
+def _kept_shape(weight: Weight) -> tuple[int, ...]:
+    if weight.kind.is_packed:
+        features, depth = weight.shape
+        return (packed_elems(features, depth, weight.pieces),)
+    return weight.shape
 
 
 class Checkpoint:
@@ -136,9 +185,9 @@ class Checkpoint:
                     f" expected {list(part.shape)} (from config.json)"
                 )
 
-    def read(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """The parts, stacked and cast. Shape `weight.shape`."""
-        out = torch.empty(weight.shape, dtype=dtype)
+    def read(self, weight: Weight) -> Tensor:
+        """The parts, stacked, float32. Shape `weight.shape`."""
+        out = torch.empty(weight.shape)
         row = 0
         for part in weight.parts:
             tensor = self._files[self._path(part.name).name].get_tensor(part.name)

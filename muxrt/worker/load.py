@@ -8,6 +8,7 @@ from typing import cast
 import msgspec
 import numpy as np
 
+from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec
 from muxrt.core import (
     Batch,
@@ -20,11 +21,10 @@ from muxrt.core import (
     SlotOpen,
     Work,
 )
-from muxrt.engine.build import UnitPlan, weight_dtype
+from muxrt.engine.build import UnitPlan, linear_dtype, weight_dtype
 from muxrt.engine.messages import Loading, UnitBoot
 from muxrt.errors import MuxrtError
-from muxrt.kernels import Team
-from muxrt.models.llama import DType, Llama
+from muxrt.models.llama import DType, LinearDType, Llama
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
 from muxrt.worker.executor import LaneExecutor
@@ -43,10 +43,8 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     shapes = load_shapes(boot)
     plan = plan_boot(boot, len(cores), shapes)
     models = {}
-    with Team() as team:
-        for spec in boot.models:
-            dtype = cast(DType, weight_dtype(spec, shapes[spec.name]))
-            models[spec.name] = _load(boot.unit.name, spec, dtype, team, tell)
+    for spec in boot.models:
+        models[spec.name] = _load(boot.unit.name, spec, shapes[spec.name], tell)
     executor = open_executor(plan, models, cores)
     try:
         warm_up(plan, executor, tell)
@@ -73,7 +71,7 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
 
 
-def _load(unit: str, spec: ModelSpec, dtype: DType, team: Team, tell: Tell) -> Llama:
+def _load(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
     last_s = 0.0
 
     def progress(done: int, total: int) -> None:
@@ -82,7 +80,8 @@ def _load(unit: str, spec: ModelSpec, dtype: DType, team: Team, tell: Tell) -> L
             last_s = monotonic()
             tell(Loading(unit, "weights", spec.name, done, total))
 
-    return Llama.load(Path(spec.path), dtype, team, progress)
+    dtype, weights = weight_dtype(spec, shape), linear_dtype(spec, shape)
+    return Llama.load(Path(spec.path), cast(DType, dtype), progress, cast(LinearDType, weights))
 
 
 def _warm_works(plan: UnitPlan, model: str, lane: int) -> Iterator[Batch]:

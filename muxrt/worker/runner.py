@@ -24,7 +24,7 @@ from muxrt.core import (
     unpack_ids,
 )
 from muxrt.kernels import AttentionMeta, KvCache, Team
-from muxrt.models.llama import Llama
+from muxrt.models.llama import Llama, Session
 from muxrt.worker.kv_storage import SlotTable, Storage
 from muxrt.worker.sampler import SLICE_ELEMS, Drawn, Sampling, describe
 
@@ -85,7 +85,9 @@ class Runner:
 
     def __init__(self, models: Mapping[str, Resident], team: Team) -> None:
         self._models = models
-        self._team = team
+        self._sessions = {
+            name: Session(model.llama, model.kv, team) for name, model in models.items()
+        }
 
     @torch.inference_mode()
     def run(self, batch: Work) -> Result:
@@ -98,10 +100,10 @@ class Runner:
         for entry in batch.entries:
             if entry.blocks:
                 model.slots.append(entry.slot, entry.first_group, unpack_ids(entry.blocks))
-        layout = Layout.of(batch.entries)
-        hidden = self._forward(model, layout)
-        drawn = _sample(model, layout, batch.entries, hidden)
-        scored = _score_prompts(model, layout, hidden)
+        layout, session = Layout.of(batch.entries), self._sessions[batch.model]
+        hidden = session.forward(_tokens(model, layout), layout.meta())
+        drawn = _sample(model, session, layout, batch.entries, hidden)
+        scored = _score_prompts(model, session, layout, hidden)
         return _result(batch.entries, drawn, scored, perf_counter() - begun_s)
 
     def learn(self, model: str, opened: Iterable[SlotOpen]) -> None:
@@ -110,12 +112,6 @@ class Runner:
             prompt = _PROMPTS.decode(slot_open.payload)
             num_tokens = len(prompt.tokens) // 4
             self._models[model].sampling.open(slot_open.slot, num_tokens, prompt.sampling)
-
-    def _forward(self, model: Resident, layout: Layout) -> Tensor:
-        """Hidden states of all tokens of the batch, [T, hidden]."""
-        tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
-        ids = torch.from_numpy(tokens.astype(np.int64))
-        return model.llama.forward(ids, layout.meta(), model.kv, self._team)
 
 
 class Copier:
@@ -144,6 +140,12 @@ class Copier:
         return Result(elapsed_s=perf_counter() - begun_s)
 
 
+def _tokens(model: Resident, layout: Layout) -> Tensor:
+    """The batch's new tokens, [T] int64."""
+    tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
 def _open(model: Resident, opened: SlotOpen) -> None:
     prompt = _PROMPTS.decode(opened.payload)
     tokens = prompt.token_ids()
@@ -152,7 +154,11 @@ def _open(model: Resident, opened: SlotOpen) -> None:
 
 
 def _sample(
-    model: Resident, layout: Layout, entries: tuple[BatchEntry, ...], hidden: Tensor
+    model: Resident,
+    session: Session,
+    layout: Layout,
+    entries: tuple[BatchEntry, ...],
+    hidden: Tensor,
 ) -> Drawn | None:
     """Draw a token after the last one of every entry that asks; None if none does.
 
@@ -165,13 +171,13 @@ def _sample(
     slots, positions = layout.slots[asking], layout.positions[rows] + 1
     if len(rows) < len(hidden):
         hidden = hidden[torch.from_numpy(rows)]
-    drawn = model.sampling.draw(model.llama.logits(hidden), slots, positions, model.slots.tokens)
+    drawn = model.sampling.draw(session.logits(hidden), slots, positions, model.slots.tokens)
     model.slots.tokens[slots, positions] = drawn.tokens
     return drawn
 
 
 def _score_prompts(
-    model: Resident, layout: Layout, hidden: Tensor
+    model: Resident, session: Session, layout: Layout, hidden: Tensor
 ) -> dict[int, tuple[TokenLogprobs, ...]] | None:
     """Logprobs of the prompt tokens that this batch predicts, by entry; None if none asked."""
     params = model.sampling.params[layout.slots]
@@ -188,17 +194,19 @@ def _score_prompts(
             rows = hidden[begin + first - 1 - start : begin + end - 1 - start]
             known = model.slots.tokens[slot, first:end].tolist()
             count = int(params["prompt_logprobs"][entry])
-            scored[entry] = tuple(_score(model.llama, rows, known, count))
+            scored[entry] = tuple(_score(session, rows, known, count))
             model.slots.unscored[slot] = end
     return scored
 
 
-def _score(llama: Llama, hidden: Tensor, tokens: list[int], count: int) -> Iterator[TokenLogprobs]:
+def _score(
+    session: Session, hidden: Tensor, tokens: list[int], count: int
+) -> Iterator[TokenLogprobs]:
     """Logprobs of `tokens[i]` after `hidden[i]`, a slice of the vocabulary's rows at a time."""
-    step = max(1, SLICE_ELEMS // llama.shape.vocab_size)
+    step = max(1, SLICE_ELEMS // session.vocab_size)
     for begin in range(0, len(tokens), step):
         part = tokens[begin : begin + step]
-        scores = llama.logits(hidden[begin : begin + step]).log_softmax(dim=-1)
+        scores = session.logits(hidden[begin : begin + step]).log_softmax(dim=-1)
         yield from describe(scores, part, [count] * len(part))
 
 
