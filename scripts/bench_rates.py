@@ -20,6 +20,7 @@ WANTED = 0.9  # of all requests within their SLO
 STEP = 1.25  # of the rate, beyond the list
 MOST_STEPS = 8
 FALLEN = 0.7  # of the best goodput: beyond the peak, nothing more to see
+HOPELESS = 0.25  # attainment: no higher rate brings more requests within their SLO
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,8 @@ def has_passed_peak(points: Sequence[Point]) -> bool:
     """Too many requests miss their SLO, and fewer keep it than at a lower rate."""
     if not points or points[-1].attainment >= WANTED:
         return False
-    return points[-1].goodput_rps < FALLEN * max(point.goodput_rps for point in points)
+    has_fallen = points[-1].goodput_rps < FALLEN * max(point.goodput_rps for point in points)
+    return has_fallen or points[-1].attainment < HOPELESS
 
 
 def best_per_rate(points: Iterable[Point]) -> list[Point]:

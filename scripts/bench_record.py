@@ -56,3 +56,13 @@ def read(path: Path) -> dict[str, Any]:
     """What a `Record` wrote."""
     data: dict[str, Any] = json.loads(path.read_text())
     return data
+
+
+def draw(name: str, folder: Path) -> None:
+    """Draw the plot of `name`.json beside it, where matplotlib is installed."""
+    try:
+        from bench_plots import draw_file
+    except ImportError:
+        print("no plot: pip install 'muxrt[plot]', then scripts/bench_vs_vllm.py plot")
+        return
+    print(f"drawn: {draw_file(name, folder)}")

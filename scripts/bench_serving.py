@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+import msgspec
+
 from muxrt.cli.endpoint import start_endpoint
 from muxrt.config.load import dump
-from muxrt.config.serve import ServeConfig
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
+from muxrt.config.serve import Endpoint, ServeConfig
 
 ANSWER_S = 60.0  # for one token of one model
 
@@ -23,6 +26,30 @@ class Serving:
     urls: tuple[str, ...]
     pids: tuple[int, ...]
     ready_s: float  # from the start of its processes until then
+
+
+def one_unit(
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    memory: Memory,
+    lanes: Lanes,
+    scheduling: Scheduling,
+    **options: object,
+) -> ServeConfig:
+    """An endpoint with all models in one unit; `weights` of their traffic, `options` of each."""
+    models = [
+        {"name": folder.name, "path": str(folder), "dtype": "float32", "rate_rps": part, **options}
+        for folder, part in zip(folders, shares_of(weights), strict=True)
+    ]
+    unit = UnitSpec(
+        name="main",
+        models=tuple(UnitModel(name=folder.name) for folder in folders),
+        memory=memory,
+        lanes=lanes,
+        scheduling=scheduling,
+    )
+    specs = msgspec.convert(models, tuple[ModelSpec, ...])
+    return ServeConfig(models=specs, units=(unit,), endpoint=Endpoint(port=0, drain_s=1.0))
 
 
 @contextmanager

@@ -20,23 +20,15 @@ from bench_rates import (
     sustained,
 )
 from bench_record import CORES, Record
-from bench_serving import Serving, muxrt_serving, shares_of
+from bench_serving import Serving, muxrt_serving, one_unit
 from process_memory import tree_memory
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from muxrt.config.model import load_shape
-from muxrt.config.placement import (
-    Lanes,
-    Memory,
-    ModelSpec,
-    Scheduling,
-    Slo,
-    UnitModel,
-    UnitSpec,
-)
-from muxrt.config.serve import Endpoint, ServeConfig
+from muxrt.config.placement import Lanes, Memory, Scheduling, Slo
+from muxrt.config.serve import ServeConfig
 from muxrt.cost.memory import num_params
 from muxrt.workload.spec import Lengths
 
@@ -116,30 +108,15 @@ def config(
     plan: Plan, folders: Sequence[Path], lanes: str, queue_timeout_s: float | None = None
 ) -> ServeConfig:
     """One unit with all models; `lanes` are cores per lane: 1+1."""
-    parts = shares_of(plan.weights)
-    return ServeConfig(
-        models=tuple(
-            ModelSpec(
-                name=folder.name,
-                path=str(folder),
-                dtype="float32",
-                max_model_len=MAX_MODEL_LEN,
-                rate_rps=part,
-                slo=SLO,
-                queue_timeout_s=queue_timeout_s,
-            )
-            for folder, part in zip(folders, parts, strict=True)
-        ),
-        units=(
-            UnitSpec(
-                name="main",
-                models=tuple(UnitModel(name=folder.name) for folder in folders),
-                memory=Memory(kv_bytes=plan.kv_bytes),
-                lanes=Lanes(split=tuple(int(cores) for cores in lanes.split("+"))),
-                scheduling=Scheduling(),
-            ),
-        ),
-        endpoint=Endpoint(port=0, drain_s=1.0),
+    return one_unit(
+        folders,
+        plan.weights,
+        Memory(kv_bytes=plan.kv_bytes),
+        Lanes(split=tuple(int(cores) for cores in lanes.split("+"))),
+        Scheduling(),
+        max_model_len=MAX_MODEL_LEN,
+        slo=SLO,
+        queue_timeout_s=queue_timeout_s,
     )
 
 

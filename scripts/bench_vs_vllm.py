@@ -12,7 +12,7 @@ from typing import Annotated
 import bench_offline
 import bench_trio
 import typer
-from bench_record import FOLDER
+from bench_record import FOLDER, draw
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of the JSON and the plots.")]
@@ -46,6 +46,8 @@ def offline(
         with_vllm=vllm,
     )
     bench_offline.offline(plan, out / "offline_vs_vllm.json")
+    if vllm:
+        draw("offline_vs_vllm", out)
 
 
 @app.command()
@@ -88,6 +90,19 @@ def trio(
         overload=overload,
     )
     bench_trio.trio(plan, out / "trio_vs_vllm.json")
+    draw("trio_vs_vllm", out)
+
+
+@app.command()
+def plot(
+    names: Annotated[
+        str, typer.Option(help="JSON files, without their ending.")
+    ] = "offline_vs_vllm,trio_vs_vllm,sharing",
+    out: Out = FOLDER,
+) -> None:
+    """Draw the plots from the JSON, again."""
+    for name in names.split(","):
+        draw(name, out)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
