@@ -199,7 +199,8 @@ def test_offline_measures_muxrt_for_real(tmp_path: Path) -> None:
     bench_offline.offline(plan, tmp_path / "offline.json", [DEMO / "pydoc-s"])
     data = read(tmp_path / "offline.json")
     decoding = [run for run in data["runs"] if run["case"] == "decode, batch 2"]
-    assert [run["decode_tokens"] for run in decoding] == [10] * 4  # all but the first of each
+    assert len(decoding) == 4  # two rounds of two columns
+    assert all(2 < run["decode_tokens"] <= 2 * 5 for run in decoding)  # not the first of either
     assert {row["case"] for row in data["summary"]} == {kind.name for kind in plan.kinds}
     assert all(min(row["tokens_per_s"].values()) > 0 for row in data["summary"])
     shares = data["summary"][0]["bandwidth"]
