@@ -130,6 +130,7 @@ class Sequence:
     opened: bool = False  # the worker has the payload
     preempt: bool = False  # to be preempted as soon as no work is in flight
     num_preemptions: int = 0
+    first_token_s: float | None = None  # when it was committed; TPOT counts from there
 
     @property
     def num_tokens(self) -> int:

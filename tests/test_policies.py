@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from worlds import SHAPES, World
 
+from muxrt.config.placement import Slo
 from muxrt.core import Batch, Phase
 from muxrt.sim.executor import ConstantCost
 
@@ -166,6 +167,7 @@ WORLDS = st.fixed_dictionaries(
         "max_sequences": st.sampled_from([1, 3, 8]),
         "quota_period_s": st.sampled_from([0.0, 0.1, 2.0]),
         "borrow": st.booleans(),
+        "slo": st.sampled_from([None, Slo(1.0, 0.03), Slo(1.0, 0.1)]),
     }
 )
 

@@ -336,7 +336,7 @@ def test_a_request_whose_deadline_passes_in_the_queue_is_refused_with_429() -> N
     rid = world.submit("a", deadline_s=0.2)
     world.run()
     assert (world.answers[rid].status, world.answers[rid].tokens) == (429, [])
-    assert world.answers[rid].finished_s == pytest.approx(0.2)
+    assert 0.15 < world.answers[rid].finished_s <= 0.2  # type: ignore[operator]
 
 
 def test_a_request_that_cannot_make_its_deadline_is_not_computed_late() -> None:
@@ -344,6 +344,7 @@ def test_a_request_that_cannot_make_its_deadline_is_not_computed_late() -> None:
     for prompt in (10, 20, 30, 40, 50, 60, 70, 80, 90, 100):
         world.submit("a", prompt=prompt, output=10)
     world.run()  # the cost of a batch is learnt
+    world.submit("a", output=20)
     rid = world.submit("a", prompt=100, deadline_s=world.loop.now_s + 0.005)
     world.run()
     assert world.answers[rid].status == 429

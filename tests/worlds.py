@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, UnitModel, UnitSpec
 from muxrt.core import Batch, Copy, CopyKind, Output, Request, Result, Work, unpack_ids
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
@@ -59,6 +59,7 @@ class Answer:
     first_token_s: float | None = None
     finished_s: float | None = None
     cached_tokens: int = 0
+    retry_after_s: float | None = None
 
 
 class CheckedMemory:
@@ -179,6 +180,7 @@ class World:
         cost: Cost | None = None,
         wrap: Callable[[EventLoop, UnitPlan], Executor] | None = None,
         max_model_len: int | None = None,
+        slo: Slo | None = None,
     ) -> None:
         def size(blocks: int) -> int:
             return arena_bytes(blocks, planes_per_block, models)
@@ -201,7 +203,7 @@ class World:
                 preempt=preempt,  # type: ignore[arg-type]
             ),
         )
-        specs = {m: ModelSpec(name=m, path=m, max_model_len=max_model_len) for m in models}
+        specs = {m: ModelSpec(name=m, path=m, max_model_len=max_model_len, slo=slo) for m in models}
         self.loop = EventLoop()
         self.plan = plan_unit(spec, specs, {m: SHAPES[m] for m in models})
         inner = (
@@ -224,6 +226,7 @@ class World:
             answer.tokens.extend(output.tokens)
             if output.refusal:
                 answer.status = output.refusal.status
+                answer.retry_after_s = output.refusal.retry_after_s
             if output.finish:
                 answer.finish = output.finish.value
                 answer.finished_s = self.loop.now_s

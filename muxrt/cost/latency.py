@@ -13,8 +13,11 @@ import numpy as np
 from muxrt.core import BatchEntry
 
 NUM_FEATURES = 3
-FORGETTING = 0.995  # weight of the past per observation: a memory of about 200 batches
+# Weight of the past per observation: a memory of about 50 batches of each size, which fades over
+# 500 others: hundreds of decode steps must not wipe out what was known of a prefill.
+FORGETTING, FADING = 0.98, 0.998
 MIN_OBSERVATIONS = 8
+SOLVE_EVERY = 8  # observations; a solution costs as much as many predictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +73,58 @@ class OnlineLatency:
 
 
 class _Fit:
-    """Normal equations of one model; solved when asked, at most once per observation."""
+    """Normal equations of one model, solved when asked and a few observations old at most."""
 
     def __init__(self) -> None:
         self.num_observations = 0
-        self._gram = np.zeros((NUM_FEATURES, NUM_FEATURES))
-        self._moment = np.zeros(NUM_FEATURES)
-        self._coefficients: np.ndarray | None = None
+        self._sizes: dict[int, _Sums] = {}  # by the bits of the number of tokens
+        self._coefficients = (0.0, 0.0, 0.0)
+        self._num_solved = 0
 
     def observe(self, shape: BatchShape, elapsed_s: float) -> None:
-        # Relative error counts: a decode step must not drown beside a long prefill.
-        row = _features(shape) / elapsed_s if elapsed_s > 0 else np.zeros(NUM_FEATURES)
-        self._gram = FORGETTING * self._gram + np.outer(row, row)
-        self._moment = FORGETTING * self._moment + row
+        sums = self._sizes.setdefault(shape.num_tokens.bit_length(), _Sums())
         self.num_observations += 1
-        self._coefficients = None
+        sums.add(shape, elapsed_s, self.num_observations)
 
     def predict(self, shape: BatchShape) -> float:
-        if self._coefficients is None:
-            self._coefficients = _solve_nonnegative(self._gram, self._moment)
-        return float(self._coefficients @ _features(shape))
+        if not self._num_solved or self.num_observations - self._num_solved >= SOLVE_EVERY:
+            self._solve()
+        constant, token, attention = self._coefficients
+        return constant + token * shape.num_tokens + attention * shape.attention_tokens
+
+    def _solve(self) -> None:
+        faded = [sums.faded(self.num_observations) for sums in self._sizes.values()]
+        sums = np.sum(faded, axis=0)
+        constants, tokens, attention, both_t, both_a, both, *moment = sums
+        gram = np.array(
+            [[constants, both_t, both_a], [both_t, tokens, both], [both_a, both, attention]]
+        )
+        self._coefficients = tuple(_solve_nonnegative(gram, np.array(moment)).tolist())
+        self._num_solved = self.num_observations
 
 
-def _features(shape: BatchShape) -> np.ndarray:
-    return np.array([1.0, shape.num_tokens, shape.attention_tokens])
+class _Sums:
+    """Sums over batches of about one size; plain numbers, as they are updated at every commit."""
+
+    def __init__(self) -> None:
+        self._values = [0.0] * (NUM_FEATURES * (NUM_FEATURES + 1) // 2 + NUM_FEATURES)
+        self._number = 0  # of the last observation
+
+    def add(self, shape: BatchShape, elapsed_s: float, number: int) -> None:
+        if elapsed_s <= 0:
+            return
+        # Relative error counts: a decode step must not drown beside a long prefill.
+        c = 1 / elapsed_s
+        t, a = shape.num_tokens * c, shape.attention_tokens * c
+        new = (c * c, t * t, a * a, c * t, c * a, t * a, c, t, a)
+        kept = FORGETTING * FADING ** (number - self._number)
+        self._values = [kept * old + more for old, more in zip(self._values, new, strict=True)]
+        self._number = number
+
+    def faded(self, number: int) -> list[float]:
+        """What they weigh when observation `number` was made."""
+        weight = FADING ** (number - self._number)
+        return [weight * value for value in self._values]
 
 
 def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:

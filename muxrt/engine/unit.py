@@ -47,7 +47,8 @@ class Unit:
             self.executor.launch(work, self._done)
 
     def _done(self, work: Work, result: Result) -> None:
-        self._send(self.scheduler.commit(work, result, self.now()))
+        now = self.now()
+        self._send(self.scheduler.commit(work, result, now) + self.scheduler.expire(now))
         self._note_peaks()
         self.pump()
 

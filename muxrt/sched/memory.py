@@ -136,6 +136,14 @@ class Memory:
         model = self._queues[sequence.request.model].model
         return model.layout.num_blocks(sequence.num_tokens)
 
+    def num_unknown(self, head: Sequence) -> int:
+        """Tokens of a queue's head whose K and V are neither cached nor in host memory."""
+        if head.host_blocks is not None:
+            return head.num_pending
+        known = self.pool.prefixes.match(head.request.keys)
+        layout = self._queues[head.request.model].model.layout
+        return head.num_tokens - len(known) * layout.block_tokens
+
     def _may_start(self, head: Sequence, num_groups: int, known: list[BlockGroup]) -> bool:
         model, idle = head.request.model, self.pool.num_idle(known)
         if self._is_short(model):

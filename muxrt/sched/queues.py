@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from muxrt.config.placement import Slo
 from muxrt.core import Sequence, SequenceState
 from muxrt.kvcache.layout import ModelLayout
 
@@ -17,6 +18,7 @@ class ServedModel:
     layout: ModelLayout
     max_model_len: int  # prompt and output tokens of one sequence
     max_sequences: int  # sequences with a slot: running or preempted
+    slo: Slo | None = None
 
     @property
     def floor_blocks(self) -> int:
@@ -51,6 +53,7 @@ class ModelQueue:
     prefilling: list[Sequence] = field(default_factory=list)  # running, with prompt to schedule
     decoding: list[Sequence] = field(default_factory=list)  # running, one token per step
     free_slots: list[int] = field(default_factory=list)
+    version: int = 0  # counts changes of running sequences: what was computed before is stale
     _ready: dict[int, Ready] = field(default_factory=dict)  # by lane, until something changes
 
     def __post_init__(self) -> None:
@@ -111,7 +114,8 @@ class ModelQueue:
             sequence.slot = None
 
     def changed(self) -> None:
-        """A running sequence is not what it was: who may decode must be asked again."""
+        """A running sequence is not what it was."""
+        self.version += 1
         self._ready.clear()
 
     def ready(self, lane: int) -> Ready:

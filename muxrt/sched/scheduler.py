@@ -3,7 +3,7 @@
 Mechanism only: which model and which phase comes next is a policy's choice (`sched/policies`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -27,9 +27,11 @@ from muxrt.core import (
 )
 from muxrt.cost.latency import BatchShape, Latency, attention_work
 from muxrt.errors import Overloaded
+from muxrt.sched.admission import Admission, Allowance, Need
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
 
+LATENESS_MARGIN = 1.25  # of a predicted prefill: it may share its batch
 AnyWork = TypeVar("AnyWork", Batch, Copy)
 
 
@@ -88,6 +90,7 @@ class Scheduler:
         self.policy = policy
         self.limits = limits
         self.latency = latency
+        self.admission = Admission(queues, latency, limits.num_lanes, limits.prefill_tokens)
         self.counters = {name: Counters() for name in queues}
         self._sequences: dict[int, Sequence] = {}  # unfinished, by request id
         self._flights: dict[int, _Flight] = {}
@@ -126,9 +129,9 @@ class Scheduler:
         outputs = []
         for queue in self.queues.values():
             while queue.waiting and not queue.preempted and self._is_late(queue.waiting[0], now):
-                outputs.append(self._refuse(queue.waiting[0]))
+                outputs.append(self._refuse(queue.waiting[0], now))
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            outputs.append(self._refuse(self._sequences[heappop(self._deadlines)[1]]))
+            outputs.append(self._refuse(self._sequences[heappop(self._deadlines)[1]], now))
         return outputs
 
     def _is_waiting(self, request_id: int) -> bool:
@@ -136,20 +139,26 @@ class Scheduler:
         return sequence is not None and sequence.slot is None
 
     def _is_late(self, sequence: Sequence, now: float) -> bool:
-        """Even started now, its prefill would end after the deadline."""
+        """Even started now, its prefill would end after the deadline.
+
+        What is known of latencies is only as new as the last batch. So an idle unit computes a
+        request that seems too late, or one that has become faster would never know it.
+        """
         request = sequence.request
-        if request.deadline_s is None:
+        if request.deadline_s is None or not any(q.running for q in self.queues.values()):
             return False
         tokens = request.prompt_tokens
         shape = BatchShape(tokens, attention_work(0, tokens))
         seconds = self.latency.predict(request.model, shape) or 0.0
-        return now + seconds > request.deadline_s
+        return now + LATENESS_MARGIN * seconds > request.deadline_s
 
-    def _refuse(self, sequence: Sequence) -> Output:
+    def _refuse(self, sequence: Sequence, now: float) -> Output:
         self._finish(sequence)
         self.counters[sequence.request.model].refused += 1
         message = f"{sequence.request.model}: no first token within the queue's time limit"
-        refusal = Refusal(Overloaded.status, Overloaded.kind, message, retry_after_s=1.0)
+        # A queue that did not move for so long will not have gone in less.
+        retry_after_s = max(1.0, now - sequence.request.arrived_s)
+        refusal = Refusal(Overloaded.status, Overloaded.kind, message, retry_after_s)
         return Output(sequence.request.id, finish=FinishReason.DEADLINE, refusal=refusal)
 
     # -- launching ---------------------------------------------------------------------------
@@ -184,21 +193,14 @@ class Scheduler:
         """Prefill batches that run or are queued on a lane."""
         return self._num_prefills
 
-    def prefill(self, model: str, lane: int) -> Batch | None:
+    def prefill(self, model: str, lane: int, now: float) -> Batch | None:
         """A batch of prompt chunks of `model`; None if none can run on `lane` now.
 
         Prompts under way come first, then those of the queue, while they fit the token budget
         whole; only the first may be longer and goes in chunks.
         """
-        queue, budget = self.queues[model], self.limits.prefill_tokens
-        chunks: list[tuple[Sequence, int]] = []
-        for sequence in self._prefillable(queue, lane):
-            if chunks and sequence.num_pending > budget:
-                break
-            chunks.append((sequence, min(budget, sequence.num_pending)))
-            budget -= chunks[-1][1]
-            if budget <= 0:
-                break
+        queue, allowed = self.queues[model], self._allowance(model, now)
+        chunks = self._cut(queue, lane, allowed) if allowed.tokens else []
         if not chunks:
             return None
         opened = tuple(_open(s) for s, _ in chunks if not s.opened)
@@ -211,14 +213,24 @@ class Scheduler:
         batch = Batch(next(self._work_ids), lane, model, Phase.PREFILL, entries, opened)
         return self._fly(batch, sequences)
 
-    def _prefillable(self, queue: ModelQueue, lane: int) -> Iterator[Sequence]:
-        """Sequences with a prompt to compute; those of the queue start when they are asked for."""
-        for sequence in list(queue.prefilling):
-            if _can_run(sequence, lane):
-                yield sequence
-        while (head := queue.head()) is not None and self._start(queue, head):
-            if head.state is SequenceState.RUNNING and head.num_pending > 0:
-                yield head
+    def _cut(self, queue: ModelQueue, lane: int, allowed: Allowance) -> list[tuple[Sequence, int]]:
+        """Sequences of a prefill batch, those that it starts included, and their tokens."""
+        chunks: list[tuple[Sequence, int]] = []
+        budget = allowed.tokens
+        for sequence in queue.prefilling:
+            if _can_run(sequence, lane) and (not chunks or sequence.num_pending <= budget):
+                chunks.append((sequence, min(budget, sequence.num_pending)))
+                budget -= chunks[-1][1]
+        for _ in range(allowed.sequences):
+            head = queue.head()
+            if head is None or (chunks and self.memory.num_unknown(head) > budget):
+                break
+            if not self._start(queue, head):
+                break
+            if head.can_run and head.num_pending > 0:
+                chunks.append((head, min(budget, head.num_pending)))
+                budget -= chunks[-1][1]
+        return chunks
 
     def _start(self, queue: ModelQueue, head: Sequence) -> bool:
         if head.state not in (SequenceState.WAITING, SequenceState.SWAPPED):
@@ -268,8 +280,30 @@ class Scheduler:
     def wants_prefill(self, model: str, lane: int) -> bool:
         """`model` has prompts under way or sequences that wait to start or resume."""
         queue = self.queues[model]
-        if queue.head() is not None:
-            return True
+        return queue.head() is not None or self._is_prefilling(queue, lane)
+
+    def may_prefill(self, model: str, lane: int, now: float) -> bool:
+        """A prefill of `model` would cost no running sequence its TPOT."""
+        allowed = self._allowance(model, now)
+        if not allowed.tokens:
+            return False
+        return allowed.sequences > 0 or self._is_prefilling(self.queues[model], lane)
+
+    def _allowance(self, model: str, now: float) -> Allowance:
+        queue = self.queues[model]
+        if queue.prefilling:
+            need = Need(queue.prefilling[0].num_pending, None)
+        elif (head := queue.head()) is not None:
+            need = Need(self.memory.num_unknown(head), head.request.deadline_s)
+        else:
+            return Allowance(0, 0)
+        return self.admission.allowance(model, need, now)
+
+    def predicted_s(self, batch: Batch) -> float:
+        """How long `batch` should take; 0 while nothing is known of its model."""
+        return self.latency.predict(batch.model, BatchShape.of(batch.entries)) or 0.0
+
+    def _is_prefilling(self, queue: ModelQueue, lane: int) -> bool:
         return any(_can_run(sequence, lane) for sequence in queue.prefilling)
 
     def _next_copy(self) -> Copy | None:
@@ -302,14 +336,14 @@ class Scheduler:
             self._commit_copy(flight.sequences[0], work, result)
             return []
         self.latency.observe(work.model, BatchShape.of(work.entries), result.elapsed_s)
-        return self._commit_batch(work, flight.sequences, result)
+        return self._commit_batch(work, flight.sequences, result, now)
 
     def _commit_copy(self, sequence: Sequence, work: Copy, result: Result) -> None:
         self.memory.copied(sequence, work.kind)
         self.memory.settle(sequence)
 
     def _commit_batch(
-        self, batch: Batch, sequences: list[Sequence], result: Result
+        self, batch: Batch, sequences: list[Sequence], result: Result, now: float
     ) -> list[Output]:
         outputs = []
         finished, num_tokens = SequenceState.FINISHED, 0
@@ -322,6 +356,8 @@ class Scheduler:
                 self._publish(sequence, entry)
             token = result.tokens[index] if entry.samples else None
             if token is not None:
+                if sequence.first_token_s is None:
+                    sequence.first_token_s = now
                 sequence.outputs_committed += 1
                 num_tokens += 1
             output = self._output(sequence, index, token, result)

@@ -6,7 +6,7 @@ do not eat its blocks for ever.
 """
 
 from muxrt.core import Batch
-from muxrt.sched.policies.turns import Turns
+from muxrt.sched.policies.turns import TimedTurns, Turns
 from muxrt.sched.scheduler import Scheduler
 
 
@@ -19,7 +19,7 @@ class Adbs:
 
     def __init__(self, quota_period_s: float) -> None:
         self._period_s = quota_period_s
-        self._prefills = Turns()
+        self._prefills = TimedTurns()
         self._decodes = Turns()
         self._round: set[str] = set()  # one lane: models that decode before the next prefill
         self._reserved_until: dict[str, float] = {}
@@ -43,9 +43,11 @@ class Adbs:
         for model in self._prefills.order(scheduler.queues):
             if not scheduler.wants_prefill(model, lane):
                 continue
-            batch = scheduler.prefill(model, lane)
+            if not scheduler.may_prefill(model, lane, now):
+                return None  # it keeps its turn: whoever went first would use up the time it needs
+            batch = scheduler.prefill(model, lane, now)
             if batch is not None:
-                self._prefills.served(model)
+                self._prefills.served(model, scheduler.predicted_s(batch))
                 self._reserved_until.pop(model, None)
                 if scheduler.limits.num_lanes == 1:
                     self._round = set(scheduler.queues)

@@ -10,7 +10,7 @@ class Fcfs:
     def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
         """The next batch of the first model in arrival order that can run at all."""
         for model in _by_arrival(scheduler):
-            batch = scheduler.prefill(model, lane) or scheduler.decode(model, lane)
+            batch = scheduler.prefill(model, lane, now) or scheduler.decode(model, lane)
             if batch is not None:
                 return batch
         return None

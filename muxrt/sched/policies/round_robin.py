@@ -14,7 +14,7 @@ class RoundRobin:
     def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
         """One batch of the next model that has something to run."""
         for model in self._turns.order(scheduler.queues):
-            batch = scheduler.prefill(model, lane) or scheduler.decode(model, lane)
+            batch = scheduler.prefill(model, lane, now) or scheduler.decode(model, lane)
             if batch is not None:
                 self._turns.served(model)
                 return batch
