@@ -46,7 +46,7 @@ EVENT_END, LAST_CHUNK = b"\n\n", b"\r\n0\r\n\r\n"
 CHUNK_BYTES = 1 << 16
 # As fast as it goes: steps pile up, and many events of a stream leave in one write. And with time
 # between steps, as real ones have it: each event leaves by itself.
-STEPS_MS = (0.0, 7.0)
+STEPS_MS = (0.0, 4.0, 7.0)
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 

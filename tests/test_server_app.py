@@ -250,13 +250,13 @@ async def _collect(client: Client, path: str = "/v1/completions", **fields: Any)
 async def test_the_middle_of_a_stream_takes_the_quick_way(
     folder: Path, monkeypatch: pytest.MonkeyPatch, is_continuous: bool, expected: list[str]
 ) -> None:
-    quick, write_now = [], EventStream.write_now
+    quick, write_soon = [], EventStream.write_soon
 
     def note(stream: EventStream, data: bytes) -> None:
         quick.append(json.loads(data[6:])["choices"][0]["text"])
-        write_now(stream, data)
+        write_soon(stream, data)
 
-    monkeypatch.setattr(EventStream, "write_now", note)
+    monkeypatch.setattr(EventStream, "write_soon", note)
     fields = {"stream": True, "stream_options": {"continuous_usage_stats": is_continuous}}
     async with stage(make_config(folder)) as (played, client):
         asked = asyncio.ensure_future(client.post(**fields))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from tiny_folder import byte_level, sentencepiece_like
 
 from muxrt.core import FinishReason, Output, TokenLogprobs
 from muxrt.server.answers import NUL, ChatDialect, CompletionDialect, Writer, split_event
-from muxrt.server.event_stream import MAX_UNSENT_BYTES, EventStream
+from muxrt.server.event_stream import MAX_UNSENT_BYTES, EventStream, Outbox
 from muxrt.server.generation import Choice, Delta
 from muxrt.server.tokenizer import Tokenizer
 
@@ -137,23 +138,40 @@ async def connection(handler: Handler, version: str = "1.1") -> AsyncIterator[as
     """A client that has asked a server whose answer `handler` writes."""
 
     async def answer(http: web.Request) -> web.StreamResponse:
-        stream = EventStream(http)
+        stream = EventStream(http, Outbox())
         await handler(stream)
-        await stream.response.write_eof()
-        return stream.response
+        return await stream.end()
 
+    async with served(answer) as address:
+        reader, writer = await ask(address, version)
+        yield reader
+        writer.close()
+
+
+@asynccontextmanager
+async def served(
+    answer: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[tuple[str, int]]:
+    """Where a server listens that gives `answer`."""
     app = web.Application()
     app.router.add_get("/", answer)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    reader, writer = await asyncio.open_connection(*runner.addresses[0][:2], limit=1 << 12)
     try:
-        writer.write(f"GET / HTTP/{version}\r\nHost: here\r\n\r\n".encode())
-        yield reader
+        yield runner.addresses[0][:2]
     finally:
-        writer.close()
         await runner.cleanup()
+
+
+async def ask(
+    address: tuple[str, int], version: str = "1.1"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*address, limit=1 << 12)
+    connection = "close" if version == "1.0" else "keep-alive"
+    head = f"GET / HTTP/{version}\r\nHost: here\r\nConnection: {connection}\r\n\r\n"
+    writer.write(head.encode())
+    return reader, writer
 
 
 async def body(reader: asyncio.StreamReader) -> bytes:
@@ -173,9 +191,9 @@ async def test_both_ways_keep_their_order() -> None:
         await stream.write(b"a")
         for part in (b"b", b"c" * 300):
             assert stream.has_room
-            stream.write_now(part)
+            stream.write_soon(part)
         await stream.write(b"d")
-        stream.write_now(b"e")
+        stream.write_soon(b"e")
 
     async with connection(handler) as reader:
         assert await body(reader) == b"ab" + b"c" * 300 + b"de"
@@ -201,10 +219,10 @@ async def test_a_slow_client_runs_out_of_room_and_misses_nothing() -> None:
         nonlocal sent
         await stream.write(b"a")
         while stream.has_room:
-            stream.write_now(part)
+            stream.write_soon(part)
             sent += 1
             await asyncio.sleep(0)  # the loop hands it to the kernel, while that takes it
-        assert stream.response.prepared
+        assert stream.has_begun
         full.set()
         await stream.write(b"z")
 
@@ -232,3 +250,44 @@ async def test_there_is_no_room_once_the_client_left() -> None:
         reader._transport.close()  # type: ignore[attr-defined]
         left.set()
         await asyncio.wait_for(over.wait(), WAIT_S)
+
+
+@on_loop
+async def test_what_comes_in_one_go_leaves_in_one_chunk() -> None:
+    async def handler(stream: EventStream) -> None:
+        await stream.write(b"a")
+        for part in (b"b", b"c", b"d"):
+            stream.write_soon(part)
+        await asyncio.sleep(0.01)
+        stream.write_soon(b"e")
+
+    async with connection(handler) as reader:
+        answer = await reader.readuntil(b"\r\n0\r\n\r\n")
+    assert answer.endswith(b"\r\n\r\n1\r\na\r\n3\r\nbcd\r\n1\r\ne\r\n0\r\n\r\n")
+
+
+def test_a_client_that_leaves_takes_nobody_else_along() -> None:
+    """uvloop raises where a closed transport is written to."""
+    outbox, streams, gone = Outbox(), [], asyncio.Event()
+
+    async def answer(http: web.Request) -> web.StreamResponse:
+        stream = EventStream(http, outbox)
+        streams.append((stream, http.transport))
+        await stream.write(b"a")
+        await gone.wait()
+        return await stream.end()
+
+    async def scenario() -> None:
+        async with served(answer) as address:
+            _, (other, writer) = [await ask(address), await ask(address)]
+            async with asyncio.timeout(WAIT_S):
+                while len(streams) < 2 or not all(stream.has_room for stream, _ in streams):
+                    await asyncio.sleep(0)
+            for stream, _ in streams:
+                stream.write_soon(b"b")
+            streams[0][1].abort()
+            await asyncio.wait_for(other.readuntil(b"1\r\nb\r\n"), WAIT_S)
+            gone.set()
+            writer.close()
+
+    uvloop.run(scenario())

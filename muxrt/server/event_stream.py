@@ -13,31 +13,55 @@ HEADERS = {
 MAX_UNSENT_BYTES = 1 << 16
 
 
+class Outbox:
+    """Streams whose events go out when the event loop has handled what it is at.
+
+    After a step that is one event of each; when steps pile up, one write carries several of them.
+    """
+
+    def __init__(self) -> None:
+        self._streams: list[EventStream] = []
+
+    def add(self, stream: "EventStream") -> None:
+        """`stream` has something to send. Must run on the event loop."""
+        if not self._streams:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._streams.append(stream)
+
+    def _send(self) -> None:
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.flush()
+
+
 class EventStream:
     """Headers go out with the first event, so that errors before it have a status of their own."""
 
-    def __init__(self, http: web.Request) -> None:
-        self.response = web.StreamResponse(headers=HEADERS)
+    def __init__(self, http: web.Request, outbox: Outbox) -> None:
+        self._response = web.StreamResponse(headers=HEADERS)
         self._http = http
-        self._transport: asyncio.Transport | None = None  # once events may be written at once
+        self._outbox = outbox
+        self._transport: asyncio.Transport | None = None  # once events need not wait
+        self._unsent: list[bytes] = []
 
     @property
     def has_begun(self) -> bool:
         """The status is out."""
-        return self.response.prepared
+        return self._response.prepared
 
     async def write(self, data: bytes) -> None:
         """Send `data`; waits while the client is slow."""
-        if not self.response.prepared:
-            await self.response.prepare(self._http)
+        if not self._response.prepared:
+            await self._response.prepare(self._http)
             # Below we frame chunks ourselves; HTTP/1.0 has none.
-            if self.response.headers.get("Transfer-Encoding") == "chunked":
+            if self._response.headers.get("Transfer-Encoding") == "chunked":
                 self._transport = self._http.transport
-        await self.response.write(data)
+        self.flush()
+        await self._response.write(data)
 
     @property
     def has_room(self) -> bool:
-        """`write_now` may be called: the client keeps up, as far as we know."""
+        """`write_soon` may be called: the client keeps up, as far as we know."""
         transport = self._transport
         return (
             transport is not None
@@ -45,7 +69,21 @@ class EventStream:
             and not transport.is_closing()
         )
 
-    def write_now(self, data: bytes) -> None:
+    def write_soon(self, data: bytes) -> None:
         """Send `data` after everything written before, without waiting. Needs room."""
-        assert self._transport is not None
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        if not self._unsent:
+            self._outbox.add(self)
+        self._unsent.append(data)
+
+    def flush(self) -> None:
+        """Hand what `write_soon` got to the transport, as one chunk; nothing if the client left."""
+        if self._unsent and self._transport is not None and not self._transport.is_closing():
+            data = b"".join(self._unsent)
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._unsent.clear()
+
+    async def end(self) -> web.StreamResponse:
+        """Nothing comes after what was written."""
+        self.flush()
+        await self._response.write_eof()
+        return self._response

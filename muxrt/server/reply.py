@@ -49,14 +49,14 @@ class Reply:
     async def stream(self, events: EventStream) -> None:
         """Send each token as it comes, and the usage; without [DONE]. Raises MuxrtError."""
         if not self._ask.options.continuous_usage_stats:
-            self._call.quick = partial(self._write_now, events)
+            self._call.quick = partial(self._write_soon, events)
         async for deltas in self._deltas():
             await events.write(b"".join([self._event(index, delta) for index, delta in deltas]))
         if self._ask.options.include_usage:
             await events.write(self._writer.usage_event(self._usage()))
 
-    def _write_now(self, events: EventStream, index: int, output: Output) -> bool:
-        """Send what `output` adds, the road of most tokens; False if it must take the other one.
+    def _write_soon(self, events: EventStream, index: int, output: Output) -> bool:
+        """Write what `output` adds, the road of most tokens; False if it must take the other one.
 
         Everything of an event but its text is the same for all events of a choice.
         """
@@ -68,7 +68,7 @@ class Reply:
         frame = self._frames.get(index)
         if frame is None:
             frame = self._frames[index] = split_event(self._event(index, NUL))
-        events.write_now(frame.before + text + frame.after)
+        events.write_soon(frame.before + text + frame.after)
         return True
 
     def _event(self, index: int, delta: Delta) -> bytes:

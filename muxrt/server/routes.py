@@ -16,7 +16,7 @@ from muxrt.errors import BadRequest, BodyTooLarge, MuxrtError, Unavailable, Unkn
 from muxrt.server.answers import DONE, ChatDialect, CompletionDialect, Dialect, Writer
 from muxrt.server.auth import KeyRing
 from muxrt.server.dispatch import Call, Dispatcher
-from muxrt.server.event_stream import EventStream
+from muxrt.server.event_stream import EventStream, Outbox
 from muxrt.server.openai import Ask, parse_chat, parse_completion
 from muxrt.server.prometheus import CONTENT_TYPE, Metrics
 from muxrt.server.readiness import readiness
@@ -62,6 +62,7 @@ class Routes:
         self._metrics = metrics
         self._keys = keys
         self._salt_prefixes = salt_prefixes
+        self._outbox = Outbox()
         self._created_s = int(time())
 
     def application(self, max_body_bytes: int) -> web.Application:
@@ -149,7 +150,7 @@ class Routes:
             self._start(call, model, ask, prompts, arrived_s)
             reply = Reply(ask, model, prompts, call, writer, arrived_s, self._metrics)
             if ask.stream:
-                return await _stream(exchange, reply)
+                return await _stream(exchange, reply, self._outbox)
             return _json(await reply.whole())
 
     def _start(
@@ -233,9 +234,9 @@ async def _encode(
     return await asyncio.get_running_loop().run_in_executor(None, encode)
 
 
-async def _stream(exchange: Exchange, reply: Reply) -> web.StreamResponse:
+async def _stream(exchange: Exchange, reply: Reply, outbox: Outbox) -> web.StreamResponse:
     """Server-sent events, up to [DONE] or to what went wrong."""
-    stream = EventStream(exchange.http)
+    stream = EventStream(exchange.http, outbox)
     try:
         await reply.stream(stream)
         await stream.write(DONE)
@@ -245,8 +246,7 @@ async def _stream(exchange: Exchange, reply: Reply) -> web.StreamResponse:
         # The status is out; the stream says what happened and ends without [DONE].
         exchange.status = error.status
         await stream.write(b"data: " + error_body(error) + b"\n\n")
-    await stream.response.write_eof()
-    return stream.response
+    return await stream.end()
 
 
 # -- errors ----------------------------------------------------------------------------------
