@@ -31,7 +31,7 @@ from muxrt.sched.admission import Admission, Allowance, Need
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
 
-LATENESS_MARGIN = 1.25  # of a predicted prefill: it may share its batch
+LATENESS_MARGIN = 2.0  # of a predicted prefill: others share its batch, it may wait for the lane
 AnyWork = TypeVar("AnyWork", Batch, Copy)
 
 
