@@ -6,7 +6,7 @@ vectors run along rows whatever the head size, and K and V enter as scalars stra
 blocks. Softmax is online, over chunks of keys.
 
 Results of a row depend neither on the batch nor on the number of threads, but on the number of new
-tokens of its sequence (in last bits): with fewer than `FEW` query heads per kv head a single token
+tokens of its sequence (in last bits): with at most `FEW` query heads per kv head a single token
 takes the shorter way of `_decode`.
 """
 
@@ -19,15 +19,23 @@ from numba.core import types
 from muxrt.kernels.atomics import floats_at, int32_at, int64_at
 from muxrt.kernels.cpu_math import exp
 from muxrt.kernels.cpu_rows import norm
-from muxrt.kernels.jit import EVERYWHERE, as_arena, as_float, inlined, kernel, prefetch, stage
-from muxrt.kernels.panel import LINE_BYTES, NARROW, ROWS, WIDE, make_panel
+from muxrt.kernels.jit import EVERYWHERE, as_arena, inlined, kernel, prefetch, stage
+from muxrt.kernels.panel import (
+    LINE_BYTES,
+    NARROW,
+    ROWS,
+    WIDE,
+    dots,
+    make_panel,
+    make_product,
+)
 
 Array = Any  # numba's view: a numpy array
 Pointer = Any
 Record = Any  # numba's view: a record of ATTENTION
 Geometry = Any  # (heads, kv_heads, head_dim, block_tokens, blocks_per_group, planes_per_block)
 
-FEW = 8  # query heads of a kv head from which on a decode step is a tile (measured)
+FEW = 6  # query heads of a kv head up to which a decode step is rows of products, not a tile
 CHUNK = 64  # keys per step of the online softmax
 MASKED = np.float32(-1e30)  # finite: a difference of two infinities would be NaN
 
@@ -302,6 +310,57 @@ def _make_tile(width: int) -> Any:
 _narrow_tile, _wide_tile = _make_tile(NARROW), _make_tile(WIDE)
 
 
+_w1, _w2, _w3, _w4, _w5, _w6 = (make_product(rows) for rows in range(1, FEW + 1))
+_n1, _n2, _n3, _n4, _n5, _n6 = (make_product(rows, NARROW) for rows in range(1, FEW + 1))
+
+
+@inlined
+def _add_values(
+    out: Array, d: int, head_dim: int, groups: int, weights: Array, first: int, stride: int,
+    arena: Array, at: int, num: int, ahead: int,
+) -> None:  # fmt: skip
+    """out[:, d : d + 64 or 16] += weights x values, for each query head of a kv head."""
+    if d + WIDE <= head_dim:
+        if groups == 1:
+            _w1(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+        elif groups == 2:
+            _w2(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+        elif groups == 3:
+            _w3(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+        elif groups == 4:
+            _w4(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+        elif groups == 5:
+            _w5(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+        else:
+            _w6(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    elif groups == 1:
+        _n1(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    elif groups == 2:
+        _n2(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    elif groups == 3:
+        _n3(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    elif groups == 4:
+        _n4(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    elif groups == 5:
+        _n5(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    else:
+        _n6(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+
+
+@inlined
+def _softmax(line: Array) -> None:
+    top = MASKED
+    for i in range(len(line)):
+        top = max(top, line[i])
+    total = np.float32(0)
+    for i in range(len(line)):
+        line[i] = exp(line[i] - top)
+        total += line[i]
+    factor = np.float32(1) / total
+    for i in range(len(line)):
+        line[i] *= factor
+
+
 @inlined
 def _decode(
     q: Array,
@@ -314,68 +373,47 @@ def _decode(
     scale: Any,
     out: Array,
 ) -> None:
-    """One new token with few query heads: dot products along the head, no transposition."""
+    """One new token with few query heads: keys and values are rows of products, never moved."""
     heads, kv_heads, head_dim, block_tokens, _, _ = geometry
     to_values, per_line = block_tokens * head_dim, LINE_BYTES // arena.itemsize
     groups = heads // kv_heads
     context = position + 1
+    stride = context + NARROW  # `dots` writes whole vectors
     ids, where = table[slot], _locate(geometry, plane)
-    scores = np.empty(groups * context, np.float32)
+    weights = np.empty(groups * stride, np.float32)
     queries = np.empty(groups * head_dim, np.float32)
     for i in range(groups * head_dim):
         queries[i] = q[i] * scale
     for first in range(0, context, block_tokens):
         run = min(block_tokens, context - first)
         at = _offset(ids, first // block_tokens, geometry, where)
+        # Blocks lie anywhere: the processor cannot guess the next one.
         ahead = _offset(ids, min(first + block_tokens, position) // block_tokens, geometry, where)
-        for key in range(run):
-            for i in range(key * head_dim, (key + 1) * head_dim, per_line):
+        for key in range(0, run, NARROW):
+            num = min(NARROW, run - key)
+            for i in range(key * head_dim, (key + num) * head_dim, per_line):
                 prefetch(arena, ahead + i)
-            keys = arena[at + key * head_dim : at + (key + 1) * head_dim]
             for group in range(groups):
-                query = queries[group * head_dim : (group + 1) * head_dim]
-                score = np.float32(0)
-                for d in range(head_dim):
-                    score += query[d] * as_float(keys[d])
-                scores[group * context + first + key] = score
+                dots(
+                    weights, group * stride + first + key, arena, at + key * head_dim, head_dim,
+                    num, queries, group * head_dim, head_dim,
+                )  # fmt: skip
     for group in range(groups):
-        line = scores[group * context : (group + 1) * context]
-        top = MASKED
-        for i in range(context):
-            top = max(top, line[i])
-        total = np.float32(0)
-        for i in range(context):
-            line[i] = exp(line[i] - top)
-            total += line[i]
-        for i in range(context):
-            line[i] /= total
+        _softmax(weights[group * stride : group * stride + context])
     out[: groups * head_dim] = np.float32(0)
     for first in range(0, context, block_tokens):
         run = min(block_tokens, context - first)
         at = _offset(ids, first // block_tokens, geometry, where) + to_values
         ahead = _offset(ids, min(first + block_tokens, position) // block_tokens, geometry, where)
-        for group in range(groups):
-            result = out[group * head_dim : (group + 1) * head_dim]
-            weights = scores[group * context + first : group * context + first + run]
-            for key in range(0, run - 3, 4):
-                w0, w1, w2, w3 = weights[key], weights[key + 1], weights[key + 2], weights[key + 3]
-                if group == 0:
-                    for i in range(key * head_dim, (key + 4) * head_dim, per_line):
-                        prefetch(arena, ahead + to_values + i)
-                here = at + key * head_dim
-                v0 = arena[here : here + head_dim]
-                v1 = arena[here + head_dim : here + 2 * head_dim]
-                v2 = arena[here + 2 * head_dim : here + 3 * head_dim]
-                v3 = arena[here + 3 * head_dim : here + 4 * head_dim]
-                for d in range(head_dim):
-                    result[d] += (
-                        w0 * as_float(v0[d]) + w1 * as_float(v1[d])
-                        + w2 * as_float(v2[d]) + w3 * as_float(v3[d])
-                    )  # fmt: skip
-            for key in range(run // 4 * 4, run):
-                values = arena[at + key * head_dim : at + (key + 1) * head_dim]
-                for d in range(head_dim):
-                    result[d] += weights[key] * as_float(values[d])
+        ahead += to_values
+        d = 0
+        while d < head_dim:
+            _add_values(
+                out, d, head_dim, groups, weights, first, stride, arena, at + d, run, ahead
+            )  # fmt: skip
+            columns = WIDE if d + WIDE <= head_dim else NARROW
+            d += columns
+            ahead += run * max(columns, per_line)
 
 
 @stage(ATTENTION, (types.float32, types.uint16))
@@ -409,7 +447,7 @@ def attend(begin: int, end: int, args: Pointer, data: Pointer) -> None:
         slot, plane = slots[sequence], a.layer * a.kv_heads + head
         queries = q[token * stride + head * groups * a.head_dim :]
         result = out[(token * a.heads + head * groups) * a.head_dim :]
-        if num == 1 and groups < FEW:
+        if num == 1 and groups <= FEW and a.head_dim % NARROW == 0:
             _decode(queries, arena, table, slot, plane, position, geometry, scale, result)
         elif num * groups <= NARROW:
             _narrow_tile(

@@ -61,17 +61,17 @@ def _stream(
     """All of a panel for at most FEW rows."""
     ahead = panel + AHEAD
     if rows == 1:
-        _s1(sums, 0, x, at, depth, weights, panel, depth, weights, ahead)
+        _s1(sums, 0, PANEL, x, at, depth, weights, panel, PANEL, depth, weights, ahead)
     elif rows == 2:
-        _s2(sums, 0, x, at, depth, weights, panel, depth, weights, ahead)
+        _s2(sums, 0, PANEL, x, at, depth, weights, panel, PANEL, depth, weights, ahead)
     elif rows == 3:
-        _s3(sums, 0, x, at, depth, weights, panel, depth, weights, ahead)
+        _s3(sums, 0, PANEL, x, at, depth, weights, panel, PANEL, depth, weights, ahead)
     elif rows == 4:
-        _s4(sums, 0, x, at, depth, weights, panel, depth, weights, ahead)
+        _s4(sums, 0, PANEL, x, at, depth, weights, panel, PANEL, depth, weights, ahead)
     elif rows == 5:
-        _s5(sums, 0, x, at, depth, weights, panel, depth, weights, ahead)
+        _s5(sums, 0, PANEL, x, at, depth, weights, panel, PANEL, depth, weights, ahead)
     else:
-        _s6(sums, 0, x, at, depth, weights, panel, depth, weights, ahead)
+        _s6(sums, 0, PANEL, x, at, depth, weights, panel, PANEL, depth, weights, ahead)
 
 
 @inlined
@@ -84,19 +84,19 @@ def _pass(
     first *= PANEL
     if hurry:
         if rows == 3:
-            _d3(sums, first, x, at, depth, block, begin, num, weights, following)
+            _d3(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
         elif rows == 4:
-            _d4(sums, first, x, at, depth, block, begin, num, weights, following)
+            _d4(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
         elif rows == 5:
-            _d5(sums, first, x, at, depth, block, begin, num, weights, following)
+            _d5(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
         else:
-            _d6(sums, first, x, at, depth, block, begin, num, weights, following)
+            _d6(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
     elif rows == 4:
-        _t4(sums, first, x, at, depth, block, begin, num, weights, following)
+        _t4(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
     elif rows == 5:
-        _t5(sums, first, x, at, depth, block, begin, num, weights, following)
+        _t5(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
     else:
-        _t6(sums, first, x, at, depth, block, begin, num, weights, following)
+        _t6(sums, first, PANEL, x, at, depth, block, begin, PANEL, num, weights, following)
 
 
 @inlined

@@ -64,16 +64,18 @@ def make_panel(width: int, fresh: bool) -> Any:
     return panel
 
 
-def make_product(rows: int, lines: int | None = None) -> Any:
-    """A function of kernels that multiplies into `rows` rows of `WIDE` columns.
+def make_product(rows: int, columns: int = WIDE, lines: int | None = None) -> Any:
+    """A function of kernels that multiplies into `rows` rows of `columns` columns.
 
-    It takes (out, at, a, from_a, row_stride, b, from_b, num, next, from_next) and computes, for k
-    in [0, num):
-        out[at + i * WIDE + c] += sum of a[from_a + i * row_stride + k] * b[from_b + k * WIDE + c]
+    It takes (out, at, out_stride, a, from_a, a_stride, b, from_b, b_stride, num, next, from_next)
+    and computes, for k in [0, num), where strides lead from row to row:
+        out[at + i * out_stride + c] +=
+            sum over k of a[from_a + i * a_stride + k] * b[from_b + k * b_stride + c]
     and on the way asks for `lines` cache lines per k of the array `next`, from `from_next` on (None
-    = as many as WIDE of its elements take): what is needed soon comes while this is computed. `a`
-    is float32; `b` and `next` are float32, bfloat16 as uint16, or int8. Sums run along k in order,
-    so a row comes out the same whatever `rows` is. `num` is at least 1; indices are not checked.
+    = as many as `columns` of its elements take): what is needed soon comes while this is computed.
+    `a` is float32; `b` and `next` are float32, bfloat16 as uint16, or int8. Sums run along k in
+    order, so a row comes out the same whatever `rows` is. `num` is at least 1; indices are not
+    checked.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -81,31 +83,113 @@ def make_product(rows: int, lines: int | None = None) -> Any:
         _typing: Any,
         out: Any,
         at: Any,
+        out_stride: Any,
         a: Any,
         from_a: Any,
-        row_stride: Any,
+        a_stride: Any,
         b: Any,
         from_b: Any,
+        b_stride: Any,
         num: Any,
         following: Any,
         from_following: Any,
     ) -> Any:
+        integers = [types.int64] * 2
         signature = types.void(
-            out, at, a, from_a, row_stride, b, from_b, num, following, from_following
+            out, *integers, a, *integers, b, *integers, types.int64, following, types.int64
         )
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            places = (0, 2, 5, 8)
+            places = (0, 3, 6, 10)
             out, a, b, ahead = (_Elements.of(context, builder, signature, args, i) for i in places)
-            starts = [builder.add(args[3], builder.mul(args[4], _I64(row))) for row in range(rows)]
-            product = _Product(builder, out, a, b, WIDE)
-            product.ask(ahead, args[9], lines)
-            product.emit(args[1], starts, _I64(1), args[6], args[7])
+            starts = [builder.add(args[4], builder.mul(args[5], _I64(row))) for row in range(rows)]
+            product = _Product(builder, out, a, b, columns)
+            product.strides(args[2], args[8])
+            product.ask(ahead, args[11], lines)
+            product.emit(args[1], starts, _I64(1), args[7], args[9])
             return context.get_dummy_value()
 
         return signature, generate
 
     return product
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dots(
+    _typing: Any,
+    out: Any,
+    at: Any,
+    rows: Any,
+    from_rows: Any,
+    stride: Any,
+    num: Any,
+    x: Any,
+    from_x: Any,
+    width: Any,
+) -> Any:
+    """In kernels: the products of up to LANES rows with one vector, side by side.
+
+    out[at + i] = sum over d < width of rows[from_rows + i * stride + d] * x[from_x + d] for i in
+    [0, num); out[at + num] to out[at + LANES - 1] are overwritten with anything. `width` is a
+    multiple of LANES.
+    """
+    integers = [types.int64] * 2
+    signature = types.void(out, types.int64, rows, *integers, types.int64, x, *integers)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        places = (0, 2, 6)
+        out, rows, x = (_Elements.of(context, builder, signature, args, i) for i in places)
+        last = builder.sub(args[5], _I64(1))  # the rows that are not there repeat the last one
+        starts = []
+        for i in range(LANES):
+            row = _I64(i)
+            row = builder.select(builder.icmp_signed("<", row, last), row, last)
+            starts.append(builder.add(args[3], builder.mul(row, args[4])))
+        sums = _multiply_rows(builder, rows, starts, x, args[7], args[8])
+        builder.store(_sum_each(builder, sums), out.vector_at(args[1]), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _multiply_rows(
+    builder: Any, rows: "_Elements", starts: list[Any], x: "_Elements", from_x: Any, width: Any
+) -> list[Any]:
+    """A vector per row, whose sum is the row's product with x."""
+    zero = ir.Constant(_VECTOR, [0.0] * LANES)
+    entry = builder.block
+    loop, end = builder.append_basic_block("dots"), builder.append_basic_block("dots.end")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    d = builder.phi(_I64)
+    sums = [builder.phi(_VECTOR) for _ in starts]
+    part = x.vector(builder.add(from_x, d))
+    after = []
+    for total, start in zip(sums, starts, strict=True):
+        product = builder.fmul(rows.vector(builder.add(start, d)), part, flags=_FUSE)
+        after.append(builder.fadd(total, product, flags=_FUSE))
+    following = builder.add(d, _I64(LANES))
+    for value, last in zip(sums, after, strict=True):
+        value.add_incoming(zero, entry)
+        value.add_incoming(last, loop)
+    d.add_incoming(_I64(0), entry)
+    d.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, width), loop, end)
+    builder.position_at_end(end)
+    return after
+
+
+def _sum_each(builder: Any, vectors: list[Any]) -> Any:
+    """One vector with the sum of each of LANES vectors: neighbours are added until one is left."""
+    even = ir.Constant(_INTS, [*range(0, 2 * LANES, 2)])
+    odd = ir.Constant(_INTS, [*range(1, 2 * LANES, 2)])
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [
+            builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+            for a, b in pairs
+        ]
+    return vectors[0]
 
 
 @dataclass(frozen=True)
@@ -178,11 +262,16 @@ class _Product:
     ) -> None:
         self._builder, self._out, self._a, self._b = builder, out, a, b
         self._width, self._fresh = width, fresh
+        self._out_stride = self._b_stride = _I64(width)
         self._ahead: tuple[_Elements, Any, int] | None = None
+
+    def strides(self, out: Any, b: Any) -> None:
+        """From a row to the next one; `width` elements where this is not called."""
+        self._out_stride, self._b_stride = out, b
 
     def ask(self, ahead: _Elements, start: Any, lines: int | None) -> None:
         """Prefetch `lines` cache lines of `ahead` at every k, one after the other."""
-        self._ahead = (ahead, start, lines or WIDE // ahead.per_line)
+        self._ahead = (ahead, start, lines or max(1, self._width // ahead.per_line))
 
     def emit(self, at: Any, rows: Sequence[Any], stride: Any, start: Any, num: Any) -> None:
         """`rows`: where the rows of a begin; `stride` from one of their elements to the next."""
@@ -196,7 +285,7 @@ class _Product:
     ) -> None:
         builder, out = self._builder, self._out
         places = [
-            builder.add(at, _I64(row * self._width + column))
+            builder.add(builder.add(at, builder.mul(self._out_stride, _I64(row))), _I64(column))
             for row in range(len(rows))
             for column in columns
         ]
@@ -209,7 +298,7 @@ class _Product:
         k = builder.phi(_I64)
         sums = [builder.phi(_VECTOR) for _ in places]
         along = builder.mul(k, stride)
-        line = builder.add(start, builder.mul(k, _I64(self._width)))
+        line = builder.add(start, builder.mul(k, self._b_stride))
         after = self._add_products(sums, [builder.add(row, along) for row in rows], line, columns)
         if self._ahead is not None:
             self._prefetch(k, *self._ahead)
