@@ -1,13 +1,13 @@
 """Goodput against offered rate: runs at rising rates, and what they add up to."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench_serving import shares_of
 
-from muxrt.bench.job import Progress, Status, Target
+from muxrt.bench.job import Status, Target
 from muxrt.bench.report import make_report
 from muxrt.bench.run import Run, run_all
 from muxrt.config.placement import Slo
@@ -124,12 +124,14 @@ def measure(
     rate_rps: float,
     duration_s: float,
     seed: int,
-    changed: Callable[[Progress], None] = lambda _: None,
 ) -> Point:
     """Send `load` at one rate, and wait for what comes of it."""
     targets = [Target(url, timeout_s=GIVE_UP_S) for url in urls]
     workload = load.workload(rate_rps, duration_s, seed)
-    return make_point(setting, rate_rps, asyncio.run(run_all(targets, workload, changed)))
+    run = asyncio.run(run_all(targets, workload, lambda _: None))
+    if len(run.outcomes) < run.num_planned:  # the client takes Ctrl-C as "show me what you have"
+        raise KeyboardInterrupt
+    return make_point(setting, rate_rps, run)
 
 
 def rising(rates: Sequence[float], points: Sequence[Point]) -> Iterator[float]:

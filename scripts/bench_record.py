@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 CORES = sorted(os.sched_getaffinity(0))
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends this process as Ctrl-C does: whatever it started is ended first."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def provenance() -> dict[str, Any]:

@@ -24,7 +24,7 @@ import typer
 from bench_models import FOLDER as MODELS_FOLDER
 from bench_models import preset_folders, random_folder
 from bench_rates import WANTED, Load, Point, measure, sustained
-from bench_record import CORES, FOLDER, Record, draw
+from bench_record import CORES, FOLDER, Record, draw, stop_on_sigterm
 from bench_serving import Serving, muxrt_serving, one_unit
 from rich.console import Console
 from rich.progress import Progress
@@ -50,7 +50,7 @@ PROMPT = Lengths(mean_tokens=100, cv=0.5, max_tokens=PROMPT_MOST)
 OUTPUT = Lengths(mean_tokens=80, cv=0.5, max_tokens=OUTPUT_MOST)
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 ARENA_SHARE = 0.6  # of the peak demand
-LADDER = 1.5  # from one rate to the next while the sustained one is looked for
+LADDER = 1.6  # from one rate to the next while the sustained one is looked for
 # KV heads of 64 everywhere, so that all models take blocks of one size. Eight that are small
 # enough for two cores to step each of them within a TPOT of 100 ms; the popular ones are small.
 TINY = ("--hidden", "256", "--layers", "6", "--heads", "4")
@@ -256,8 +256,8 @@ def main(
     alphas: Annotated[str, typer.Option(help="Of the power law of popularity.")] = "0.9,2.1",
     loads: Annotated[
         str, typer.Option(help="Offered, times the rate that memory for all sustains.")
-    ] = "0.8,1,1.2",
-    first_rate: Annotated[float, typer.Option(help="Where the search for it begins.")] = 3.0,
+    ] = "0.9,1.1",
+    first_rate: Annotated[float, typer.Option(help="Where the search for it begins.")] = 4.0,
     seconds: Annotated[float, typer.Option(help="Of load per run.")] = 15.0,
     rounds: Annotated[int, typer.Option(help="Runs of each kind; the median counts.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the JSON and the plot.")] = FOLDER,
@@ -279,4 +279,5 @@ def main(
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     typer.run(main)

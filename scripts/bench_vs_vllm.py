@@ -12,7 +12,7 @@ from typing import Annotated
 import bench_offline
 import bench_trio
 import typer
-from bench_record import FOLDER, draw
+from bench_record import FOLDER, draw, stop_on_sigterm
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of the JSON and the plots.")]
@@ -24,7 +24,9 @@ def offline(
     batches: Annotated[str, typer.Option(help="Prompts at a time.")] = "1,8,32,64",
     prompt: Annotated[int, typer.Option(help="Prompt tokens of the decode cases.")] = 100,
     output: Annotated[int, typer.Option(help="Output tokens of the decode cases.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Runs of each case; the median counts.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(help="Runs of each case; the median counts. Columns run once.")
+    ] = 2,
     columns: Annotated[str, typer.Option(help="What only muxrt is measured with.")] = ",".join(
         bench_offline.COLUMNS
     ),
@@ -110,4 +112,5 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     app()

@@ -28,6 +28,7 @@ from bench_rates import (  # noqa: E402
     Point,
     best_per_rate,
     make_point,
+    measure,
     rising,
     sustained,
 )
@@ -114,6 +115,19 @@ def test_goodput_counts_over_the_time_of_arrivals() -> None:
     assert (found.failed, found.served_rps) == (1, pytest.approx(3 / 30))
 
 
+def test_a_run_that_was_cut_short_is_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C makes the client return what it has; a benchmark must not go on with the next rate."""
+
+    async def cut_short(targets: object, workload: Workload, changed: object) -> Run:
+        return Run(workload, [], Blocks(), 5)
+
+    monkeypatch.setattr("bench_rates.run_all", cut_short)
+    lengths = Lengths(mean_tokens=10)
+    load = Load(("a",), (1.0,), lengths, lengths, Slo(1.0, 0.1))
+    with pytest.raises(KeyboardInterrupt):
+        measure("s", ["http://nowhere"], load, 1.0, 1.0, 0)
+
+
 def test_the_load_is_dealt_by_weight() -> None:
     lengths = Lengths(mean_tokens=10)
     load = Load(("a", "b"), (3.0, 1.0), lengths, lengths, Slo(1.0, 0.1))
@@ -180,6 +194,42 @@ def test_an_engine_stands_still_between_its_cases(tmp_path: Path) -> None:
     assert process._process.returncode is not None
 
 
+OWNER = """
+import os, sys, time
+from pathlib import Path
+sys.path.append(sys.argv[1])
+from bench_record import stop_on_sigterm
+from engine_process import EngineProcess
+stop_on_sigterm()
+command = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+with EngineProcess(command, Path(sys.argv[2]), os.environ) as engine:
+    print(engine._process.stdout.readline(), flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_what_an_engine_started_ends_with_the_benchmark(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(ROOT / "scripts"), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        child = Path("/proc", owner.stdout.readline().decode().strip())
+        assert child.exists()
+        owner.terminate()
+        owner.wait(10)
+    until_s = time.monotonic() + 10
+    while is_alive(child) and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert not is_alive(child)
+
+
+def is_alive(process: Path) -> bool:
+    """There and no zombie: nobody may have asked for its exit code yet."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_an_engine_that_ends_says_why(tmp_path: Path) -> None:
     process = engine(tmp_path, "raise SystemExit('no weights')")
     with process, pytest.raises(EngineDied, match="no weights"):
@@ -199,7 +249,7 @@ def test_offline_measures_muxrt_for_real(tmp_path: Path) -> None:
     bench_offline.offline(plan, tmp_path / "offline.json", [DEMO / "pydoc-s"])
     data = read(tmp_path / "offline.json")
     decoding = [run for run in data["runs"] if run["case"] == "decode, batch 2"]
-    assert len(decoding) == 4  # two rounds of two columns
+    assert [run["column"] for run in decoding] == ["muxrt", "muxrt kv bf16", "muxrt"]
     assert all(2 < run["decode_tokens"] <= 2 * 5 for run in decoding)  # not the first of either
     assert {row["case"] for row in data["summary"]} == {kind.name for kind in plan.kinds}
     assert all(min(row["tokens_per_s"].values()) > 0 for row in data["summary"])
