@@ -41,6 +41,15 @@ def test_more_work_is_never_predicted_faster() -> None:
     assert times == sorted(times, key=lambda time: time or 0.0)
 
 
+def test_hundreds_of_decode_steps_do_not_wipe_out_what_a_prefill_takes() -> None:
+    latency = OnlineLatency()
+    for tokens in (100, 300, 500) * 4:
+        latency.observe("m", BatchShape(tokens, 0), 0.01 + 0.001 * tokens)
+    for step in range(300):  # from these alone a token seems to cost nothing, or ten times as much
+        latency.observe("m", BatchShape(1 + step % 3, 0), (0.01 + 0.001) * (0.9 + step % 4 / 15))
+    assert latency.predict("m", BatchShape(400, 0)) == pytest.approx(0.41, rel=0.1)
+
+
 def test_nothing_is_claimed_before_it_was_seen() -> None:
     latency = OnlineLatency()
     for _ in range(MIN_OBSERVATIONS - 1):

@@ -95,6 +95,22 @@ def test_without_a_deadline_nobody_is_refused_and_tpot_still_holds() -> None:
     assert run.slow <= 0.05 * run.served
 
 
+def test_a_unit_that_became_faster_finds_out() -> None:
+    # It would refuse every request, and so never see how long one takes now.
+    seconds = [1.0]
+    world = World("a", cost=lambda work: seconds[0])
+    for _ in range(3):
+        world.submit("a", output=5)
+        world.run()
+    seconds[0] = 0.01
+    late, busy = world.submit("a", output=50, deadline_s=world.loop.now_s + 0.5), 0
+    while world.answers[late].first_token_s is None:
+        busy = world.submit("a", deadline_s=world.loop.now_s + 0.5)
+        assert world.step()
+    world.run()
+    assert (world.answers[late].status, world.answers[busy].status) == (200, 429)
+
+
 def test_a_refusal_says_to_come_back_after_as_long_as_it_waited() -> None:
     world = World("a", max_sequences=1, cost=ConstantCost(batch_s=0.1))
     world.submit("a", output=60)
