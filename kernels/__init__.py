@@ -5,7 +5,7 @@ Activations are float32; the arena is float32 or bfloat16; weights are float32, 
 
 from muxrt.kernels.cpu import CpuProgram as Program
 from muxrt.kernels.cpu import copy_blocks, warm_up
-from muxrt.kernels.packing import Packed, Pages, pack_into, packed_elems, unpack
+from muxrt.kernels.packing import Packed, Pages, map_pages, pack_into, packed_elems, unpack
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, KvCache
 
@@ -17,6 +17,7 @@ __all__ = [
     "Program",
     "Team",
     "copy_blocks",
+    "map_pages",
     "pack_into",
     "packed_elems",
     "unpack",

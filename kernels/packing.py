@@ -69,20 +69,21 @@ def unpack(packed: Packed) -> Tensor:
     return weight if packed.scales is None else weight * packed.scales[:, None]
 
 
-class Pages:
-    """A range of zeroed memory in huge pages where the system has them; tensors are carved from it.
+def map_pages(num_bytes: int) -> mmap.mmap:
+    """Zeroed memory of this process, in huge pages where the system has them."""
+    pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
-    A product reads all its weights once: with pages of 4 KiB the processor would spend a tenth of
-    that time on finding them.
-    """
+
+class Pages:
+    """A range of zeroed memory that tensors are carved from."""
 
     ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
     def __init__(self, num_bytes: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._map = mmap.mmap(-1, max(num_bytes, 1), flags=flags)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._map = map_pages(num_bytes)
         self._used = 0
 
     @classmethod

@@ -205,10 +205,11 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_segment_takes_pages_when_touched_and_gives_them_back_at_close() -> None:
+@pytest.mark.parametrize("is_private", [True, False])
+def test_a_segment_takes_pages_when_touched_and_gives_them_back_at_close(is_private: bool) -> None:
     size = 64 << 20
     before = resident_bytes()
-    segment = Segment(size)
+    segment = Segment(size, is_private=is_private)
     tensor = segment.tensor()
     assert resident_bytes() - before < size // 4
     tensor.fill_(7)

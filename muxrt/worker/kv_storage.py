@@ -1,7 +1,9 @@
 """The memory of a unit: arena, host blocks, slot tables, weights; other processes can map it.
 
-Every piece is a memfd: pages without a name, inherited by descriptor, that vanish with their last
-holder, however that ends. Sizes come from the plan; nothing is probed.
+What lane processes share is a memfd: pages without a name, inherited by descriptor, that vanish
+with their last holder, however that ends. An arena that one process keeps to itself lies in huge
+pages where the system has them: blocks are read in any order, and finding small pages takes a
+seventh of the time. Sizes come from the plan; nothing is probed.
 """
 
 import mmap
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from muxrt.engine.build import UnitPlan
-from muxrt.kernels import KvCache
+from muxrt.kernels import KvCache, map_pages
 from muxrt.kvcache.layout import ModelLayout
 from muxrt.sched.queues import ServedModel
 
@@ -28,21 +30,29 @@ ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 class Segment:
     """A range of zeroed memory that processes can share; pages are taken when touched."""
 
-    def __init__(self, num_bytes: int, fd: int | None = None) -> None:
-        """Reserve `num_bytes`, or map what another process's `fd` holds (and close `fd`)."""
+    def __init__(self, num_bytes: int, fd: int | None = None, is_private: bool = False) -> None:
+        """Reserve `num_bytes`, or map what another process's `fd` holds (and close `fd`).
+
+        A private segment has no descriptor; its pages are huge where the system has such.
+        """
         self.num_bytes = num_bytes
         self._is_owner = fd is None
+        self._fd = -1
+        self._map: mmap.mmap | None
+        if is_private:
+            self._map = map_pages(num_bytes)
+            return
         self._fd = os.memfd_create("muxrt") if fd is None else fd
         if self._is_owner:
             os.ftruncate(self._fd, max(num_bytes, 1))
-        self._map: mmap.mmap | None = mmap.mmap(self._fd, max(num_bytes, 1))
+        self._map = mmap.mmap(self._fd, max(num_bytes, 1))
         if not self._is_owner:
             os.close(self._fd)
 
     @property
     def fd(self) -> int:
-        """To hand to a child process; of the owner only."""
-        assert self._is_owner and self._map is not None
+        """To hand to a child process; of the owner only, and not of a private segment."""
+        assert self._is_owner and self._map is not None and self._fd >= 0
         return self._fd
 
     def tensor(self, dtype: torch.dtype = torch.uint8, offset: int = 0, count: int = -1) -> Tensor:
@@ -58,8 +68,10 @@ class Segment:
         """Give all pages back now; tensors that still look at them read zeros."""
         if self._map is None:
             return
-        if self._is_owner:
-            # Unmapping must wait for the last tensor, but the pages need not.
+        # Unmapping must wait for the last tensor, but the pages need not.
+        if self._fd < 0:
+            self._map.madvise(mmap.MADV_DONTNEED)
+        elif self._is_owner:
             self._map.madvise(mmap.MADV_REMOVE)
             os.close(self._fd)
         self._map = None
@@ -119,7 +131,9 @@ class Storage:
         """Reserve what `plan` says; with `fds`, map what another process reserved."""
         self._plan = plan
         block_bytes = plan.arena.block_bytes
-        self.arena = Segment(plan.num_blocks * block_bytes, fds.arena if fds else None)
+        is_private = plan.spec.lanes.kind == "cores"
+        arena_fd = fds.arena if fds else None
+        self.arena = Segment(plan.num_blocks * block_bytes, arena_fd, is_private)
         # Only the owner copies between the two.
         self.host = Segment(0 if fds else plan.num_host_blocks * block_bytes)
         self._tables = {
