@@ -15,7 +15,12 @@ from tiny_folder import byte_level, sentencepiece_like
 
 from muxrt.core import FinishReason, Output, TokenLogprobs
 from muxrt.server.answers import NUL, ChatDialect, CompletionDialect, Writer, split_event
-from muxrt.server.event_stream import MAX_UNSENT_BYTES, EventStream, Outbox
+from muxrt.server.event_stream import (
+    MAX_UNSENT_BYTES,
+    MAX_UNSENT_EVENTS,
+    EventStream,
+    Outbox,
+)
 from muxrt.server.generation import Choice, Delta
 from muxrt.server.tokenizer import Tokenizer
 
@@ -234,6 +239,21 @@ async def test_a_slow_client_runs_out_of_room_and_misses_nothing() -> None:
 
 
 @on_loop
+async def test_one_turn_of_the_loop_holds_a_bounded_number_of_events() -> None:
+    async def handler(stream: EventStream) -> None:
+        await stream.write(b"a")
+        for _ in range(MAX_UNSENT_EVENTS + 1):
+            if stream.has_room:
+                stream.write_soon(b"b")
+        assert not stream.has_room
+        await stream.write(b"c")
+        assert stream.has_room
+
+    async with connection(handler) as reader:
+        assert await body(reader) == b"a" + b"b" * MAX_UNSENT_EVENTS + b"c"
+
+
+@on_loop
 async def test_there_is_no_room_once_the_client_left() -> None:
     left, over = asyncio.Event(), asyncio.Event()
 
@@ -283,9 +303,10 @@ def test_a_client_that_leaves_takes_nobody_else_along() -> None:
             async with asyncio.timeout(WAIT_S):
                 while len(streams) < 2 or not all(stream.has_room for stream, _ in streams):
                     await asyncio.sleep(0)
+            streams[0][1].abort()
+            await asyncio.sleep(0.01)
             for stream, _ in streams:
                 stream.write_soon(b"b")
-            streams[0][1].abort()
             await asyncio.wait_for(other.readuntil(b"1\r\nb\r\n"), WAIT_S)
             gone.set()
             writer.close()

@@ -11,6 +11,8 @@ HEADERS = {
 }
 # What a slow client may leave unsent before its events wait: as much as aiohttp's own writer.
 MAX_UNSENT_BYTES = 1 << 16
+# As many events at most wait for the end of the loop's turn: some 64 KiB, too.
+MAX_UNSENT_EVENTS = 256
 
 
 class Outbox:
@@ -65,6 +67,7 @@ class EventStream:
         transport = self._transport
         return (
             transport is not None
+            and len(self._unsent) < MAX_UNSENT_EVENTS
             and transport.get_write_buffer_size() <= MAX_UNSENT_BYTES
             and not transport.is_closing()
         )
