@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from muxrt.kernels import cpu_attention, cpu_linear, cpu_rows
+from muxrt.kernels import cpu_attention, cpu_linear, cpu_rows, cpu_sampling
 from muxrt.kernels.jit import STAGES, compile_for
 from muxrt.kernels.packing import Packed
 from muxrt.kernels.panel import ROWS, WIDE
@@ -25,6 +25,10 @@ _NOTHING = np.zeros(1, dtype=np.uint8)  # the data of stages that have none
 _SIGNATURES: dict[Callable[..., Any], list[str]] = {
     run_stages: ["(int64, int64, int64[:, ::1], int64[::1], int64[::1], int64)"],
     cpu_attention.num_tiles: ["(int32[::1], int64, int64)"],
+    cpu_sampling.draw: [
+        "(int64, int64, float32[:, ::1], float64[::1], int64[::1], float64[::1], float64[::1],"
+        " float64[::1], int64[::1])"
+    ],
     cpu_rows.copy_blocks: ["(int64, int64, uint8[::1], uint8[::1], int32[::1], int32[::1], int64)"],
 }
 
@@ -187,6 +191,29 @@ def copy_blocks(
     arenas = (src.view(torch.uint8).numpy(), dst.view(torch.uint8).numpy())
     ids = (src_ids.numpy(), dst_ids.numpy())
     cpu_rows.copy_blocks(0, len(src_ids), *arenas, *ids, block_bytes)
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    numbers: Array,
+    team: Team,
+) -> Array:
+    """A token per row: the best at temperature 0, else drawn by the row's number in [0, 1).
+
+    logits [N, vocab] float32; the others [N]: temperature, top-k (0 = off), top-p, min-p. Filters
+    apply in that order, ties with the last token that stays stay too, and the token is the first
+    whose cumulated probability IN ORDER OF TOKEN ID exceeds number x mass. -> [N] int64, -1 where
+    the logits are not finite.
+    """
+    tokens = np.empty(len(logits), dtype=np.int64)
+    params = (temperatures, top_k, top_p, min_p, numbers)
+    columns = [np.ascontiguousarray(column) for column in params]
+    team.run(cpu_sampling.draw, len(logits), logits.numpy(), *columns, tokens)
+    return tokens
 
 
 def _array(tensor: Tensor) -> Array:

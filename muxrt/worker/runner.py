@@ -85,6 +85,7 @@ class Runner:
 
     def __init__(self, models: Mapping[str, Resident], team: Team) -> None:
         self._models = models
+        self._team = team
         self._sessions = {
             name: Session(model.llama, model.kv, team) for name, model in models.items()
         }
@@ -102,7 +103,7 @@ class Runner:
                 model.slots.append(entry.slot, entry.first_group, unpack_ids(entry.blocks))
         layout, session = Layout.of(batch.entries), self._sessions[batch.model]
         hidden = session.forward(_tokens(model, layout), layout.meta())
-        drawn = _sample(model, session, layout, batch.entries, hidden)
+        drawn = self._sample(model, session, layout, batch.entries, hidden)
         scored = _score_prompts(model, session, layout, hidden)
         return _result(batch.entries, drawn, scored, perf_counter() - begun_s)
 
@@ -112,6 +113,30 @@ class Runner:
             prompt = _PROMPTS.decode(slot_open.payload)
             num_tokens = len(prompt.tokens) // 4
             self._models[model].sampling.open(slot_open.slot, num_tokens, prompt.sampling)
+
+    def _sample(
+        self,
+        model: Resident,
+        session: Session,
+        layout: Layout,
+        entries: tuple[BatchEntry, ...],
+        hidden: Tensor,
+    ) -> Drawn | None:
+        """Draw a token after the last one of every entry that asks; None if none does.
+
+        It goes into the slot's buffer, where the next batch finds it without waiting for us.
+        """
+        asking = np.flatnonzero([entry.samples for entry in entries])
+        if not len(asking):
+            return None
+        rows = layout.bounds[asking + 1] - 1
+        slots, positions = layout.slots[asking], layout.positions[rows] + 1
+        if len(rows) < len(hidden):
+            hidden = hidden[torch.from_numpy(rows)]
+        tokens = model.slots.tokens
+        drawn = model.sampling.draw(session.logits(hidden), slots, positions, tokens, self._team)
+        tokens[slots, positions] = drawn.tokens
+        return drawn
 
 
 class Copier:
@@ -151,29 +176,6 @@ def _open(model: Resident, opened: SlotOpen) -> None:
     tokens = prompt.token_ids()
     model.slots.open(opened.slot, tokens)
     model.sampling.open(opened.slot, len(tokens), prompt.sampling)
-
-
-def _sample(
-    model: Resident,
-    session: Session,
-    layout: Layout,
-    entries: tuple[BatchEntry, ...],
-    hidden: Tensor,
-) -> Drawn | None:
-    """Draw a token after the last one of every entry that asks; None if none does.
-
-    The token goes into the slot's buffer, where the next batch finds it without waiting for us.
-    """
-    asking = np.flatnonzero([entry.samples for entry in entries])
-    if not len(asking):
-        return None
-    rows = layout.bounds[asking + 1] - 1
-    slots, positions = layout.slots[asking], layout.positions[rows] + 1
-    if len(rows) < len(hidden):
-        hidden = hidden[torch.from_numpy(rows)]
-    drawn = model.sampling.draw(session.logits(hidden), slots, positions, model.slots.tokens)
-    model.slots.tokens[slots, positions] = drawn.tokens
-    return drawn
 
 
 def _score_prompts(

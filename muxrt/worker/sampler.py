@@ -15,14 +15,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from muxrt import kernels
 from muxrt.core import SamplingParams, TokenLogprobs
 from muxrt.errors import MuxrtError
+from muxrt.kernels import Team
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 # What a slot needs beyond the most probable token.
-RANDOM, EDITS, LOGPROBS = 1, 2, 4
+EDITS, LOGPROBS = 1, 2
 
 _FIELDS = [
     ("needs", np.int64),  # all fields have 8 bytes: torch takes no other strides
@@ -35,8 +37,8 @@ _FIELDS = [
     ("logprobs", np.int64),  # -1 = not asked for
     ("prompt_logprobs", np.int64),  # -1 = not asked for
 ]
+_FILTERS = ("temperature", "top_k", "top_p", "min_p")
 SLICE_ELEMS = 1 << 22  # logits handled at a time: bounds scratch memory to tens of MiB
-FIRST_WIDTH = 64  # most probable tokens looked at before a filter looks at more
 
 
 class BadLogits(MuxrtError):
@@ -80,7 +82,7 @@ class Sampling:
         stops = frozenset(params.stop_token_ids)
         self._stops[slot] = stops if params.ignore_eos else stops | self._eos_ids
         self._edits.pop(slot, None)
-        needs = RANDOM if params.temperature > 0 else 0
+        needs = 0
         if _has_edits(params):
             self._edits[slot] = self._make_edits(params, self._stops[slot])
             needs |= EDITS
@@ -99,7 +101,12 @@ class Sampling:
         )
 
     def draw(
-        self, logits: Tensor, slots: Ints, positions: Ints, history: npt.NDArray[np.int32]
+        self,
+        logits: Tensor,
+        slots: Ints,
+        positions: Ints,
+        history: npt.NDArray[np.int32],
+        team: Team,
     ) -> Drawn:
         """The token at `positions[i]` of slot `slots[i]` from row i. Overwrites `logits`.
 
@@ -111,7 +118,7 @@ class Sampling:
         logprobs: list[TokenLogprobs | None] = []
         for begin in range(0, len(slots), step):
             part = slice(begin, begin + step)
-            drawn, scored = self._draw(logits[part], slots[part], positions[part], history)
+            drawn, scored = self._draw(logits[part], slots[part], positions[part], history, team)
             tokens += drawn
             logprobs += scored or [None] * len(drawn)
         pairs = zip(tokens, slots.tolist(), strict=True)
@@ -119,23 +126,25 @@ class Sampling:
         return Drawn(tokens, stopped, logprobs if any(logprobs) else None)
 
     def _draw(
-        self, logits: Tensor, slots: Ints, positions: Ints, history: npt.NDArray[np.int32]
+        self,
+        logits: Tensor,
+        slots: Ints,
+        positions: Ints,
+        history: npt.NDArray[np.int32],
+        team: Team,
     ) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         params = self.params[slots]
         needs = int(np.bitwise_or.reduce(params["needs"]))
-        best, tokens = logits.max(dim=-1)
-        if not bool(best.isfinite().all()):
-            raise BadLogits("the model's logits are not finite")
-        if not needs:
-            return tokens.tolist(), None
         wanted = np.flatnonzero(params["needs"] & LOGPROBS)
         scores = logits[torch.from_numpy(wanted)].log_softmax(dim=-1) if len(wanted) else None
         if needs & EDITS:
             self._edit(logits, params, slots, positions, history)
-            tokens = logits.argmax(dim=-1)
-        if needs & RANDOM:
-            _draw_random(logits, tokens, params, positions)
-        chosen: list[int] = tokens.tolist()
+        numbers = uniforms(params["seed"], positions)
+        heat, top_k, top_p, min_p = (params[name] for name in _FILTERS)
+        drawn = kernels.sample(logits, heat, top_k, top_p, min_p, numbers, team)
+        chosen: list[int] = drawn.tolist()
+        if min(chosen) < 0:
+            raise BadLogits("the model's logits are not finite")
         if scores is None:
             return chosen, None
         counts = params["logprobs"][wanted]
@@ -208,68 +217,6 @@ def describe(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
         TokenLogprobs(token, chosen[row], tuple(ids[row][:count]), tuple(values[row][:count]))
         for row, (token, count) in enumerate(zip(tokens, counts, strict=True))
     ]
-
-
-def _draw_random(
-    logits: Tensor, tokens: Tensor, params: npt.NDArray[np.void], positions: Ints
-) -> None:
-    """Overwrite the entries of `tokens` [N] whose rows are drawn by chance."""
-    rows = np.flatnonzero(params["needs"] & RANDOM)
-    index = torch.from_numpy(rows)
-    params = params[rows]
-    probs = _heated(logits[index] if len(rows) < len(tokens) else logits, params["temperature"])
-    floor = probs.amax(dim=-1) * torch.from_numpy(params["min_p"]).float()
-    filtered = np.flatnonzero((params["top_k"] > 0) | (params["top_p"] < 1))
-    if len(filtered):
-        where = torch.from_numpy(filtered)
-        cuts = _cuts(probs[where], params["top_k"][filtered], params["top_p"][filtered])
-        floor[where] = torch.maximum(floor[where], cuts)
-    if len(filtered) or params["min_p"].any():
-        probs = probs.masked_fill_(probs < floor[:, None], 0.0)
-    tokens[index] = _invert(probs, uniforms(params["seed"], positions[rows]))
-
-
-def _heated(logits: Tensor, temperature: Floats) -> Tensor:
-    """Probabilities at a temperature per row. [N, vocab] float32; a new tensor."""
-    # The best token first becomes 0: a tiny temperature then gives -inf for others, never +inf.
-    scaled = logits - logits.amax(dim=-1, keepdim=True)
-    scaled /= torch.from_numpy(temperature).float().clamp_min(1e-30)[:, None]
-    return scaled.softmax(dim=-1)
-
-
-def _cuts(probs: Tensor, top_k: Ints, top_p: Floats) -> Tensor:
-    """The least probability that stays, per row. probs [N, vocab] -> [N] float32.
-
-    Top-p counts the mass of what top-k left.
-    """
-    vocab = probs.shape[1]
-    limits = torch.from_numpy(np.where(top_k > 0, np.minimum(top_k, vocab), vocab))
-    shares = torch.from_numpy(top_p)
-    # Often a few tokens hold the mass: sorting whole vocabularies would dominate the step.
-    width = min(vocab, max(FIRST_WIDTH, int(top_k.max())))
-    totals = probs.sum(dim=-1, dtype=torch.float64)
-    while True:
-        values = probs.topk(width, dim=-1).values
-        kept = torch.arange(width)[None, :] < limits[:, None]
-        mass = (values.double() * kept).cumsum(dim=-1)
-        goal = shares * torch.where(limits <= width, mass[:, -1], totals)
-        if width == vocab or bool(((limits <= width) | (mass[:, -1] >= goal)).all()):
-            break
-        width = min(vocab, width * 8)
-    # The first token is always in; the others while those before them fall short of the goal.
-    needed = 1 + ((mass < goal[:, None]) & kept)[:, : width - 1].sum(dim=-1)
-    count = torch.where(shares < 1, torch.minimum(needed, limits), limits)
-    return values.gather(1, (count - 1).clamp_max(width - 1)[:, None])[:, 0]
-
-
-def _invert(probs: Tensor, numbers: Floats) -> Tensor:
-    """The first token whose cumulated probability exceeds number x mass. [N, vocab] -> [N]."""
-    mass = probs.cumsum(dim=-1, dtype=torch.float64)
-    goal = torch.from_numpy(numbers)[:, None] * mass[:, -1:]
-    tokens = torch.searchsorted(mass, goal, right=True)
-    # A number so near to 1 that the product rounds to the whole mass means the last token.
-    last = torch.searchsorted(mass, mass[:, -1:].contiguous())
-    return torch.minimum(tokens, last)[:, 0]
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
