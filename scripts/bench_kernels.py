@@ -1,4 +1,4 @@
-"""How fast attention reads and multiplies here, and what handing work to a team costs.
+"""How fast the kernels read and multiply here, beside torch's, and what a program costs.
 
 Writes docs/benchmarks/kernels.json and prints one line per case. Every figure is the best of many
 runs: other load on the machine only ever adds time.
@@ -7,9 +7,6 @@ runs: other load on the machine only ever adds time.
 """
 
 import argparse
-import json
-import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,19 +15,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_record import CORES, FOLDER, Record
 
-from muxrt import kernels
-from muxrt.kernels import AttentionMeta, KvCache, Team
+from muxrt.kernels import (
+    AttentionMeta,
+    KvCache,
+    Packed,
+    Pages,
+    Program,
+    Team,
+    pack_into,
+    packed_elems,
+    warm_up,
+)
 
-OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "kernels.json"
 BLOCK_TOKENS, PLANES_PER_BLOCK = 16, 8
-ARENA_BYTES = 256 * 2**20  # far more than any cache
+LARGE_BYTES = 256 * 2**20  # more than a model of the benchmarks
 REPEATS = 15
 GIGA = 1e9
 
 
 @dataclass(frozen=True)
-class Case:
+class Attention:
     """A batch of equal sequences: `start` cached tokens and `new` ones each."""
 
     heads: int
@@ -55,22 +61,42 @@ class Case:
         return 4 * pairs * self.heads * self.head_dim
 
 
+@dataclass(frozen=True)
+class Linear:
+    """Layers of one shape, so many that their weights are large, over `rows` tokens."""
+
+    rows: int
+    features: int
+    depth: int
+    dtype: str = "float32"
+
+    @property
+    def num_layers(self) -> int:
+        itemsize = getattr(torch, self.dtype).itemsize
+        return max(1, LARGE_BYTES // 2 // (self.features * self.depth * itemsize))
+
+
 DECODE = [
     case
     for dtype in ("float32", "bfloat16")
     for case in (
-        Case(8, 8, 64, 1, 999, 1, dtype),
-        Case(8, 8, 64, 32, 199, 1, dtype),
-        Case(32, 32, 128, 8, 999, 1, dtype),
-        Case(32, 8, 128, 32, 999, 1, dtype),
-        Case(32, 4, 64, 32, 999, 1, dtype),
+        Attention(8, 8, 64, 1, 999, 1, dtype),
+        Attention(8, 8, 64, 32, 199, 1, dtype),
+        Attention(32, 32, 128, 8, 999, 1, dtype),
+        Attention(32, 8, 128, 32, 999, 1, dtype),
+        Attention(32, 4, 64, 32, 999, 1, dtype),
     )
 ]
 PREFILL = [
-    Case(8, 8, 64, 1, 0, 128),
-    Case(8, 8, 64, 1, 0, 512),
-    Case(32, 8, 128, 1, 0, 512),
-    Case(8, 8, 64, 1, 1024, 128),
+    Attention(8, 8, 64, 1, 0, 128),
+    Attention(8, 8, 64, 1, 0, 512),
+    Attention(32, 8, 128, 1, 0, 512),
+    Attention(8, 8, 64, 1, 1024, 128),
+]
+LINEAR = [
+    Linear(rows, 1536, 512, dtype)
+    for dtype in ("float32", "bfloat16", "int8")
+    for rows in (1, 4, 8, 16, 32, 64, 512)
 ]
 
 
@@ -85,16 +111,17 @@ def best_s(run: Callable[[], Any], repeats: int = REPEATS) -> float:
     return min(times)
 
 
-def arena(case: Case) -> tuple[KvCache, AttentionMeta]:
-    """Blocks in random order, with so many layers that no cache holds them all."""
-    num_layers = max(1, ARENA_BYTES // case.kv_bytes)
+def arena(case: Attention) -> tuple[KvCache, AttentionMeta]:
+    """Blocks in random order, with so many layers that no cache of a core holds them all."""
+    num_layers = max(1, LARGE_BYTES // case.kv_bytes)
     num_layers += -num_layers * case.kv_heads % PLANES_PER_BLOCK
     blocks_per_group = num_layers * case.kv_heads // PLANES_PER_BLOCK or 1
     columns = -(-(case.start + case.new) // BLOCK_TOKENS) * blocks_per_group
     table = torch.randperm(case.sequences * columns).to(torch.int32).view(case.sequences, columns)
     elems = table.numel() * PLANES_PER_BLOCK * 2 * BLOCK_TOKENS * case.head_dim
+    dtype = getattr(torch, case.dtype)
     kv = KvCache(
-        torch.ones(elems, dtype=getattr(torch, case.dtype)),
+        Pages(elems * dtype.itemsize).tensor((elems,), dtype).fill_(1),
         table,
         num_layers,
         case.kv_heads,
@@ -110,21 +137,22 @@ def arena(case: Case) -> tuple[KvCache, AttentionMeta]:
     return kv, AttentionMeta(counts[:-1], starts, counts * case.new, positions, owners)
 
 
-def attention_s(case: Case, team: Team) -> float:
-    """Seconds per layer, each run on the layer whose blocks were touched longest ago."""
+def attention_s(case: Attention, team: Team) -> float:
+    """Seconds per layer, of a program that goes through all layers."""
     kv, meta = arena(case)
-    qkv = torch.randn(len(meta.positions), case.heads + 2 * case.kv_heads, case.head_dim)
-    q, k, v = qkv.split((case.heads, case.kv_heads, case.kv_heads), dim=1)
-    layers = iter(range(10**9))
+    program = Program(team, len(meta.positions))
+    qkv = program.floats((case.heads + 2 * case.kv_heads) * case.head_dim)
+    out = program.floats(case.heads * case.head_dim)
+    qkv[:] = 0.1
+    positions = case.start + case.new
+    rope = (torch.ones(positions, case.head_dim // 2), torch.zeros(positions, case.head_dim // 2))
+    for layer in range(kv.num_layers):
+        program.attention(qkv, kv, layer, out, rope=rope, scale=case.head_dim**-0.5)
+    tokens = torch.zeros(len(meta.positions), dtype=torch.int64).numpy()
+    return best_s(lambda: program.run_batch(tokens, meta)) / kv.num_layers
 
-    def run() -> None:
-        layer = next(layers) % kv.num_layers
-        kernels.attention(q, k, v, meta, kv, layer, case.head_dim**-0.5, team)
 
-    return best_s(run, max(REPEATS, 2 * min(kv.num_layers, 40)))
-
-
-def torch_s(case: Case) -> float:
+def sdpa_s(case: Attention) -> float:
     """Seconds of torch's attention over K and V that lie gathered already."""
     total = case.start + case.new
     q = torch.randn(1, case.heads, case.new, case.head_dim)
@@ -138,83 +166,107 @@ def torch_s(case: Case) -> float:
     )
 
 
+def linear_s(case: Linear, team: Team) -> float:
+    """Seconds per layer, of a program that goes through all layers."""
+    dtype = getattr(torch, case.dtype)
+    elems, weight = packed_elems(case.features, case.depth), torch.randn(case.features, case.depth)
+    pages = Pages(case.num_layers * Pages.rounded(elems * dtype.itemsize))
+    program = Program(team, case.rows)
+    x, out = program.floats(case.depth), program.floats(case.features)
+    x[:] = 0.1
+    for _ in range(case.num_layers):
+        data = pages.tensor((elems,), dtype)
+        scales = pack_into(data, weight)
+        program.linear(x, Packed(data, scales, None, case.features, case.depth), out)
+    return best_s(lambda: program.run_rows(case.rows)) / case.num_layers
+
+
+def torch_linear_s(case: Linear) -> dict[str, float]:
+    """Seconds per layer of torch's two ways, in float32."""
+    x = torch.full((case.rows, case.depth), 0.1)
+    plain = [torch.randn(case.features, case.depth) for _ in range(case.num_layers)]
+    mkldnn = torch.ops.mkldnn
+    packed = [mkldnn._reorder_linear_weight(w, case.rows) for w in plain]
+
+    def run_packed() -> None:
+        for weight in packed:
+            mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    return {
+        "F.linear": best_s(lambda: [F.linear(x, w) for w in plain]) / case.num_layers,
+        "oneDNN packed": best_s(run_packed) / case.num_layers,
+    }
+
+
 def measure() -> Iterator[dict[str, Any]]:
     """All figures, one dict per case."""
-    for threads in (1, 2):
+    for threads in range(1, min(2, len(CORES)) + 1):
         torch.set_num_threads(threads)
         with Team(size=threads) as team:
-            for case in DECODE:
-                seconds = attention_s(case, team)
-                gb_per_s = case.kv_bytes / seconds / GIGA
-                yield _row("decode", threads, case, seconds, gb_per_s=gb_per_s)
-            for case in PREFILL:
-                seconds, theirs_s = attention_s(case, team), torch_s(case)
-                yield _row(
-                    "prefill",
-                    threads,
-                    case,
-                    seconds,
-                    gflop_per_s=case.flops / seconds / GIGA,
-                    sdpa_gflop_per_s=case.flops / theirs_s / GIGA,
-                )
-            yield from _costs_of_a_call(threads, team)
+            for attention in (*DECODE, *PREFILL):
+                yield _attention_row(attention, team)
+            for linear in LINEAR:
+                yield _linear_row(linear, team)
+            yield _cost_of_a_program(team)
 
 
-def _row(kind: str, threads: int, case: Case, seconds: float, **rates: float) -> dict[str, Any]:
-    rounded = {name: round(rate, 2) for name, rate in rates.items()}
-    return {"kind": kind, "threads": threads, **asdict(case), "ms": seconds * 1e3, **rounded}
+def _attention_row(case: Attention, team: Team) -> dict[str, Any]:
+    seconds = attention_s(case, team)
+    if case.new == 1:
+        figures = {"kind": "decode", "gb_per_s": case.kv_bytes / seconds / GIGA}
+    else:
+        theirs = case.flops / sdpa_s(case) / GIGA
+        figures = {"kind": "prefill", "gflop_per_s": case.flops / seconds / GIGA, "sdpa": theirs}
+    return _row(figures, team, case, seconds)
 
 
-def _costs_of_a_call(threads: int, team: Team) -> Iterator[dict[str, Any]]:
-    """What is paid before any work is done."""
-    x, weight = torch.randn(1, 512), torch.ones(512)
-    nothing = Case(8, 8, 64, 1, 0, 1)
-    calls: dict[str, Callable[[], Any]] = {
-        "team hand-off": lambda: team.run(_nothing, threads),
-        "rms_norm of 512": lambda: kernels.rms_norm(x, weight, 1e-5, team, x),
+def _linear_row(case: Linear, team: Team) -> dict[str, Any]:
+    seconds = linear_s(case, team)
+    num_bytes = case.features * case.depth * getattr(torch, case.dtype).itemsize
+    flops = 2 * case.rows * case.features * case.depth
+    figures: dict[str, Any] = {"kind": "linear", "gb_per_s": num_bytes / seconds / GIGA}
+    figures["gflop_per_s"] = flops / seconds / GIGA
+    if case.dtype == "float32":
+        figures |= {name: flops / s / GIGA for name, s in torch_linear_s(case).items()}
+    return _row(figures, team, case, seconds)
+
+
+def _row(
+    figures: dict[str, Any], team: Team, case: Attention | Linear, seconds: float
+) -> dict[str, Any]:
+    rounded = {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items()}
+    return {**rounded, "threads": team.size, **asdict(case), "ms": round(seconds * 1e3, 4)}
+
+
+def _cost_of_a_program(team: Team) -> dict[str, Any]:
+    """What is paid besides the work: handing a program to the team, and each stage of it."""
+    times = []
+    for stages in (1, 101):
+        program = Program(team, 1)
+        x, weight = program.floats(16), torch.ones(16)
+        x[:] = 1
+        for _ in range(stages):
+            program.rms_norm(x, weight, 1e-5, x)
+        times.append(best_s(lambda program=program: program.run_rows(1), 2000))  # type: ignore[misc]
+    per_stage_us = (times[1] - times[0]) / 100 * 1e6
+    return {
+        "kind": "program",
+        "threads": team.size,
+        "us": round(times[0] * 1e6, 2),
+        "us_per_stage": round(per_stage_us, 3),
     }
-    for name, call in calls.items():
-        yield {"kind": name, "threads": threads, "us": best_s(call, 2000) * 1e6}
-    yield {
-        "kind": "attention to one token",
-        "threads": threads,
-        "us": attention_s(nothing, team) * 1e6,
-    }
-
-
-def _nothing(begin: int, end: int) -> None:
-    pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=FOLDER / "kernels.json")
     out = parser.parse_args().out
-    kernels.warm_up()
-    rows = []
+    warm_up()
+    record = Record(out, {"torch": torch.__version__, "repeats": REPEATS})
     for row in measure():
-        rows.append(row)
-        print(
-            "  ".join(f"{k}={round(v, 3) if isinstance(v, float) else v}" for k, v in row.items())
-        )
-    machine = {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n")
+        record.add("results", row)
+        print("  ".join(f"{name}={value}" for name, value in row.items()), flush=True)
     print(f"written to {out}")
-
-
-def _processor() -> str:
-    """The name Linux has for it; empty elsewhere."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else ""
 
 
 if __name__ == "__main__":
