@@ -82,7 +82,7 @@ def _threshold(weights: Array, top_k: int, top_p: float, total: Any) -> Any:
 @inlined
 def _invert(weights: Array, floor: Any, number: float) -> int:
     """The first token whose cumulated weight exceeds number x mass, of those not below `floor`."""
-    mass = 0.0
+    mass: Any = 0.0
     for i in range(len(weights)):
         mass += weights[i] if weights[i] >= floor else np.float32(0)
     goal, mass, token = number * mass, 0.0, 0

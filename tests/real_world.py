@@ -19,7 +19,7 @@ from muxrt.core import Copy, Output, Prompt, Request, SamplingParams, TokenLogpr
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
 from muxrt.kernels import Team
-from muxrt.models.llama import Llama
+from muxrt.models.llama import LinearDType, Llama
 from muxrt.sim.executor import ConstantCost, SimExecutor, SimPrompt
 from muxrt.sim.loop import FINISH, EventLoop
 from muxrt.worker.kv_storage import Storage
@@ -34,20 +34,21 @@ torch.set_num_threads(1)
 
 
 @cache
-def demo_llama(model: str) -> Llama:
-    """A demo model in float32, loaded once per test run."""
-    return Llama.load(DEMO / model, "float32")
+def demo_llama(model: str, weights: LinearDType = "float32") -> Llama:
+    """A demo model in float32 but for its linear layers, loaded once per test run."""
+    return Llama.load(DEMO / model, "float32", weights=weights)
 
 
 class RunnerExecutor:
     """Computes works when they are launched, and reports them when the virtual lane is done."""
 
-    def __init__(self, loop: EventLoop, plan: UnitPlan, threads: int = 1) -> None:
+    def __init__(self, loop: EventLoop, plan: UnitPlan, weights: LinearDType) -> None:
         self._loop = loop
         self._cost = ConstantCost()
         self._storage = Storage(plan)
-        residents = {m: Resident.of(demo_llama(m), m, self._storage) for m in plan.models}
-        self._runner = Runner(residents, Team(size=threads))
+        llamas = {m: demo_llama(m, weights) for m in plan.models}
+        residents = {m: Resident.of(llama, m, self._storage) for m, llama in llamas.items()}
+        self._runner = Runner(residents, Team())
         self._copier = Copier(self._storage, plan.arena.block_bytes)
         self._lane_free_s: dict[int, float] = {}
 
@@ -96,6 +97,7 @@ class RealWorld:
         planes_per_block: int = 1,
         simulate: dict[int, int] | None = None,
         kv_dtype: str = "float32",
+        weights: LinearDType = "float32",
         lanes: int = 1,
         depth: int = 1,
         **scheduling: object,
@@ -128,7 +130,7 @@ class RealWorld:
         self.loop = EventLoop()
         self.simulate = simulate
         inner: Executor = (
-            RunnerExecutor(self.loop, self.plan)
+            RunnerExecutor(self.loop, self.plan, weights)
             if simulate is None
             else SimExecutor(self.loop, ConstantCost())
         )

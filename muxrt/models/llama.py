@@ -97,13 +97,14 @@ class Session:
         tokens [T] int64 -> [T, hidden] float32. A row depends on the tokens of its sequence alone,
         whatever else is in the batch. Raises ValueError for a token outside the vocabulary.
         """
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+        ids = tokens.numpy()
+        if not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"found token ids outside the vocabulary of {self.vocab_size}")
         highest = int(meta.arrays.positions.max())
         if len(tokens) > self._body.max_tokens or highest >= self._max_positions:
             self._max_positions = max(self._max_positions, _power_of_two(highest + 1))
             self._record(max(self._body.max_tokens, _power_of_two(len(tokens))))
-        self._body.run_batch(tokens.numpy(), meta)
+        self._body.run_batch(ids, meta)
         return torch.from_numpy(self._hidden[: len(tokens)])
 
     def logits(self, hidden: Tensor) -> Tensor:
