@@ -21,6 +21,8 @@ STEP = 1.25  # of the rate, beyond the list
 MOST_STEPS = 8
 FALLEN = 0.7  # of the best goodput: beyond the peak, nothing more to see
 HOPELESS = 0.25  # attainment: no higher rate brings more requests within their SLO
+WARM_UP_S = 5.0  # of load before the first figure, on either side
+WARM_UP_SEED = 1_000  # other requests than those that are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,11 @@ def measure(
     return make_point(setting, rate_rps, run)
 
 
+def warm_up(urls: Sequence[str], load: Load, rate_rps: float) -> None:
+    """Some seconds of load that nobody counts."""
+    measure("warm-up", urls, load, rate_rps, WARM_UP_S, WARM_UP_SEED)
+
+
 def rising(rates: Sequence[float], points: Sequence[Point]) -> Iterator[float]:
     """`rates`, and on in steps of a quarter, until `points` (which grows) has passed the peak."""
     further = (rates[-1] * STEP**number for number in range(1, 1 + MOST_STEPS))
@@ -144,11 +151,18 @@ def rising(rates: Sequence[float], points: Sequence[Point]) -> Iterator[float]:
 
 
 def has_passed_peak(points: Sequence[Point]) -> bool:
-    """Too many requests miss their SLO, and fewer keep it than at a lower rate."""
-    if not points or points[-1].attainment >= WANTED:
+    """Twice in a row too many requests missed their SLO, and fewer kept it than at a lower rate.
+
+    Once may be the machine's fault.
+    """
+    best_rps = max((point.goodput_rps for point in points), default=0.0)
+    return len(points) > 1 and all(_is_beyond_peak(point, best_rps) for point in points[-2:])
+
+
+def _is_beyond_peak(point: Point, best_rps: float) -> bool:
+    if point.attainment >= WANTED:
         return False
-    has_fallen = points[-1].goodput_rps < FALLEN * max(point.goodput_rps for point in points)
-    return has_fallen or points[-1].attainment < HOPELESS
+    return point.goodput_rps < FALLEN * best_rps or point.attainment < HOPELESS
 
 
 def best_per_rate(points: Iterable[Point]) -> list[Point]:

@@ -23,7 +23,7 @@ import msgspec
 import typer
 from bench_models import FOLDER as MODELS_FOLDER
 from bench_models import preset_folders, random_folder
-from bench_rates import WANTED, Load, Point, measure, sustained
+from bench_rates import WANTED, Load, Point, measure, sustained, warm_up
 from bench_record import CORES, FOLDER, Record, draw, stop_on_sigterm
 from bench_serving import Serving, muxrt_serving, one_unit
 from rich.console import Console
@@ -121,6 +121,8 @@ class Runner:
                 mode: stack.enter_context(muxrt_serving(self._config(cell, kv_bytes, mode)))
                 for mode in MODES
             }
+            for serving in endpoints.values():
+                warm_up(serving.urls, self._load(cell), self._plan.first_rps)
             for seed in range(self._plan.rounds):
                 for times in self._plan.loads:
                     rate_rps = times * demand["sustained_rps"]
@@ -138,6 +140,7 @@ class Runner:
         plan = plan_unit(unit, {spec.name: spec for spec in config.models}, shapes)
         points: list[Point] = []
         with muxrt_serving(config) as serving:
+            warm_up(serving.urls, self._load(cell), self._plan.first_rps)
             for step in range(self._plan.most_steps):
                 rate_rps = self._plan.first_rps * LADDER**step
                 points.append(self._measure(cell, "demand", serving, rate_rps, seed=0))
@@ -174,13 +177,16 @@ class Runner:
             slo=self._plan.slo,
         )
 
+    def _load(self, cell: Cell) -> Load:
+        plan = self._plan
+        names = tuple(folder.name for folder in cell.folders)
+        return Load(names, cell.weights, plan.prompt, plan.output, plan.slo)
+
     def _measure(
         self, cell: Cell, setting: str, serving: Serving, rate_rps: float, seed: int
     ) -> Point:
-        plan = self._plan
-        names = tuple(folder.name for folder in cell.folders)
-        load = Load(names, cell.weights, plan.prompt, plan.output, plan.slo)
-        point = measure(setting, serving.urls, load, rate_rps, plan.seconds, seed)
+        load = self._load(cell)
+        point = measure(setting, serving.urls, load, rate_rps, self._plan.seconds, seed)
         self._progress.console.print(
             f"{cell.name}, {setting}: {point.offered_rps:.1f}/s offered, {point.attainment:.0%} in"
             f" SLO, {point.blocks_used} blocks, {point.preempted} preempted"

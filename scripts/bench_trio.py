@@ -18,6 +18,7 @@ from bench_rates import (
     most_goodput,
     rising,
     sustained,
+    warm_up,
 )
 from bench_record import CORES, Record
 from bench_serving import Serving, muxrt_serving, one_unit
@@ -132,6 +133,7 @@ class Runner:
         """Start a server, offer more and more, note its memory, end it."""
         plan, points = self._plan, list[Point]()
         with self._served(side, setting, serve) as (serving, task):
+            warm_up(serving.urls, plan.load(), min(plan.rates[side]))
             for number, rate_rps in enumerate(rising(plan.rates[side], points)):
                 point = self._measure(side, setting, serving, task, rate_rps, seed=number)
                 points.append(point)
@@ -143,6 +145,7 @@ class Runner:
         peak = most_goodput(self._points[MUXRT])
         refusing = config(self._plan, folders, peak.setting, queue_timeout_s=SLO.ttft_s)
         with self._served(MUXRT, "overload", partial(muxrt_serving, refusing)) as (serving, task):
+            warm_up(serving.urls, self._plan.load(), min(self._plan.rates[MUXRT]))
             rate_rps = OVERLOAD * peak.rate_rps
             point = self._measure(MUXRT, peak.setting, serving, task, rate_rps, seed=0)
         self._record.put("overload", {"side": MUXRT, **asdict(point)})
