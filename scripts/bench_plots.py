@@ -17,7 +17,7 @@ COLOURS = {MUXRT: "#1f6feb", VLLM: "#d1732a"}
 NAMES = {MUXRT: "muxrt, one endpoint", VLLM: "vLLM, a server per model"}
 MODE_COLOURS = {"adbs": "#1f6feb", "spatial": "#8fa3b8", "temporal": "#d9b44a"}
 BAR_COLOURS = ("#1f6feb", "#7fb2f5", "#8fa3b8", "#d9b44a")
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
