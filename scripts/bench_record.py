@@ -20,7 +20,8 @@ def stop_on_sigterm() -> None:
 
 def provenance() -> dict[str, Any]:
     """Machine, date, commit, and how busy the machine already is."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True)
     info = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     cpu = names[0] if names else platform.processor()
