@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, UnitModel, UnitSpec
 from muxrt.core import Batch, Output, Request, Result, Work
+from muxrt.cost.latency import BatchShape
 from muxrt.engine.build import build_unit, plan_unit
 from muxrt.engine.executor import Done
 from muxrt.engine.messages import FromUnit, Step
@@ -106,22 +107,26 @@ class HeldLanes:
 def result_of(work: Work) -> Result:
     assert isinstance(work, Batch)
     tokens = tuple(7 if entry.samples else None for entry in work.entries)
-    return Result(tokens, (False,) * len(tokens), elapsed_s=0.01)
+    return Result(tokens, (False,) * len(tokens), elapsed_s=1e-4 * work.num_tokens)
 
 
 class Crowd:
     """A unit with every sequence decoding."""
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, slo: Slo | None = None) -> None:
         names = [f"model-{index}" for index in range(NUM_MODELS)]
         spec = UnitSpec(
             name="bench",
             models=tuple(UnitModel(name=name) for name in names),
             memory=Memory(kv_bytes=KV_BYTES),
             lanes=Lanes(split=(1,) * lanes),
-            scheduling=Scheduling(quota_period_s=0.0, prefill_tokens=4_096),
+            scheduling=Scheduling(
+                quota_period_s=0.0,
+                prefill_tokens=PROMPT_TOKENS * NUM_SEQUENCES,
+                max_sequences=NUM_SEQUENCES + 1,
+            ),
         )
-        specs = {name: ModelSpec(name=name, path=name) for name in names}
+        specs = {name: ModelSpec(name=name, path=name, slo=slo) for name in names}
         plan = plan_unit(spec, specs, dict.fromkeys(names, SHAPE))
         self.lanes = HeldLanes()
         self.unit = build_unit(plan, self.lanes, perf_counter, ignore)
@@ -211,8 +216,35 @@ def bench_nothing_runnable(rounds: int) -> list[Timing]:
     crowd = Crowd(lanes=NUM_MODELS + 1)
     assert crowd.scheduler.num_in_flight == NUM_MODELS
     timing = Timing("scheduling decision, nothing runnable", 100)
-    timing.repeat(lambda: crowd.scheduler.schedule(perf_counter()), rounds=rounds)
+    decide_after_changes(crowd, timing, rounds)
     return [timing]
+
+
+def bench_held_back(rounds: int) -> list[Timing]:
+    """The same, and prompts of every model wait, which would cost the others their TPOT."""
+    crowd = Crowd(lanes=NUM_MODELS + 1, slo=Slo(1.0, 0.02))
+    for name in crowd.scheduler.queues:  # a decode step takes 26 ms: more than the target
+        for num_tokens in (1, 16, 256) * 100:
+            shape = BatchShape(num_tokens, num_tokens * PROMPT_TOKENS)
+            crowd.scheduler.latency.observe(name, shape, num_tokens * 1e-4)
+    crowd.step()
+    for number, name in enumerate(crowd.scheduler.queues):
+        request = Request(-1 - number, name, PROMPT_TOKENS, MAX_TOKENS, b"")
+        crowd.scheduler.add(request)
+    timing = Timing("scheduling decision, prompts held back", 100)
+    decide_after_changes(crowd, timing, rounds)
+    return [timing]
+
+
+def decide_after_changes(crowd: Crowd, timing: Timing, rounds: int) -> None:
+    """Before each decision one model changes, as it does when a batch of it ends."""
+    queues = list(crowd.scheduler.queues.values())
+    crowd.scheduler.schedule(perf_counter())
+    for number in range(rounds):
+        queues[number % NUM_MODELS].changed()
+        with timing.call():
+            work = crowd.scheduler.schedule(perf_counter())
+        assert work is None
 
 
 def bench_messages() -> list[Timing]:
@@ -242,6 +274,7 @@ def main(
 ) -> None:
     """Time the control path."""
     timings = [*bench_pool(), *bench_decisions(rounds), *bench_nothing_runnable(rounds)]
+    timings += bench_held_back(rounds)
     rows = [timing.row() for timing in [*timings, *bench_messages()]]
     table = Table("operation", "best us", "median us", "target us")
     for row in rows:

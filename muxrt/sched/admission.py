@@ -21,6 +21,7 @@ from muxrt.sched.queues import ModelQueue
 
 ROUND_SHARE = 0.9  # of the tightest TPOT target that the decode steps of all models may take
 STEPS = 8  # in which a prefill's token budget is lowered until it fits the time
+NEVER = -1  # a version that no queue has
 HOPELESS_TOKENS = 10  # who is further behind its pace than this is not waited for
 
 
@@ -51,6 +52,21 @@ class _Load:
     behind_at_s: float = inf  # when the first of them falls behind its pace
 
 
+@dataclass(frozen=True, slots=True)
+class _UnitLoad:
+    """The loads of all models that run, together."""
+
+    version: int
+    step_s: float = 0.0  # a decode step of every model
+    longest_s: float = 0.0  # the longest of them
+    target_s: float = inf
+    behind_at_s: float = inf
+
+    def round_s(self, num_lanes: int) -> float:
+        """Seconds until every model had a decode step, on that many lanes."""
+        return max(self.step_s / num_lanes, self.longest_s)
+
+
 class Admission:
     """Asked before a prefill starts. Keeps no state of its own but what it has computed."""
 
@@ -66,34 +82,32 @@ class Admission:
         self._num_lanes = num_lanes
         self._full = Allowance(prefill_tokens, sum(q.model.max_sequences for q in queues.values()))
         self._has_targets = any(queue.model.slo for queue in queues.values())
-        self._loads: dict[str, _Load] = {}
+        self._loads = {name: _Load(NEVER) for name in queues}
+        self._unit = _UnitLoad(NEVER)
 
     def allowance(self, model: str, need: Need, now: float) -> Allowance:
         """What a prefill of `model` may have now; no tokens if it could not have what it needs."""
         if not self._has_targets:
             return self._full
-        queue = self._queues[model]
-        loads = [self._load(q, now) for q in self._queues.values() if q.running]
-        joining = self._load(queue, now)
-        target_s = min([joining.target_s, *(load.target_s for load in loads)])
-        if not loads or target_s == inf:
+        unit, joining = self._unit_load(now), self._load(self._queues[model], now)
+        target_s = min(unit.target_s, joining.target_s)
+        if not unit.step_s or target_s == inf:
             return self._full
-        round_s = _round_s(loads, self._num_lanes)
-        spare_s = max(0.0, ROUND_SHARE * target_s - round_s) * self._num_lanes
+        spare_s = max(0.0, ROUND_SHARE * target_s - unit.round_s(self._num_lanes))
         sequences = self._full.sequences
-        if spare_s < sequences * joining.joining_s:
-            sequences = int(spare_s / joining.joining_s)
-        seconds = self._seconds(loads, target_s, now)
+        if spare_s * self._num_lanes < sequences * joining.joining_s:
+            sequences = int(spare_s * self._num_lanes / joining.joining_s)
+        seconds = self._seconds(unit, target_s, now)
         return Allowance(self._tokens(model, need, seconds, now), sequences)
 
-    def _seconds(self, loads: list[_Load], target_s: float, now: float) -> float:
+    def _seconds(self, unit: _UnitLoad, target_s: float, now: float) -> float:
         """How long a prefill may take before somebody falls behind."""
         others = self._num_lanes - 1
-        round_s = _round_s(loads, max(1, others))
+        round_s = unit.round_s(max(1, others))
         if others and round_s <= target_s:
             return inf  # the other lanes keep the pace meanwhile
         loss = 1 - target_s / round_s if others else 1.0
-        return (min(load.behind_at_s for load in loads) - now - round_s) / loss
+        return (unit.behind_at_s - now - round_s) / loss
 
     def _tokens(self, model: str, need: Need, seconds: float, now: float) -> int:
         """The largest prefill that takes at most `seconds`; 0 if not even the next prompt does.
@@ -115,9 +129,22 @@ class Admission:
         shape = BatchShape(tokens, attention_work(0, tokens))
         return self._latency.predict(model, shape) or 0.0
 
+    def _unit_load(self, now: float) -> _UnitLoad:
+        version = sum([queue.version for queue in self._queues.values()])
+        if self._unit.version != version:
+            loads = [self._load(queue, now) for queue in self._queues.values() if queue.running]
+            self._unit = _UnitLoad(
+                version,
+                sum(load.step_s for load in loads),
+                max((load.step_s for load in loads), default=0.0),
+                min((load.target_s for load in loads), default=inf),
+                min((load.behind_at_s for load in loads), default=inf),
+            )
+        return self._unit
+
     def _load(self, queue: ModelQueue, now: float) -> _Load:
-        load = self._loads.get(queue.name)
-        if load is None or load.version != queue.version:
+        load = self._loads[queue.name]
+        if load.version != queue.version:
             load = self._loads[queue.name] = self._find_load(queue, now)
         return load
 
@@ -152,9 +179,3 @@ def _behind_at_s(queue: ModelQueue, tpot_s: float, now: float) -> float:
         ),
         default=inf,
     )
-
-
-def _round_s(loads: list[_Load], num_lanes: int) -> float:
-    """Seconds until every model had a decode step, on that many lanes."""
-    steps = [load.step_s for load in loads]
-    return max(sum(steps) / num_lanes, *steps)

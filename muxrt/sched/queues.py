@@ -74,6 +74,13 @@ class ModelQueue:
         return self.waiting[0] if self.waiting else None
 
     @property
+    def may_start(self) -> bool:
+        """The head, if there is one, has or could have a slot and is where it can be started."""
+        if self.preempted:  # it is not while it is on its way out to host memory
+            return self.preempted[0].state in (SequenceState.WAITING, SequenceState.SWAPPED)
+        return bool(self.waiting and self.free_slots)
+
+    @property
     def oldest_order(self) -> int:
         """The admission order of the oldest sequence; not to be asked of an empty queue."""
         return min(part[0].order for part in (self.running, self.preempted, self.waiting) if part)

@@ -233,9 +233,7 @@ class Scheduler:
         return chunks
 
     def _start(self, queue: ModelQueue, head: Sequence) -> bool:
-        if head.state not in (SequenceState.WAITING, SequenceState.SWAPPED):
-            return False  # on its way out to host memory
-        if head.slot is None and not queue.free_slots:
+        if not queue.may_start:
             return False
         is_new = head.slot is None
         if not self.memory.start(head):
@@ -278,9 +276,9 @@ class Scheduler:
         return bool(ready.with_room or ready.without_room)
 
     def wants_prefill(self, model: str, lane: int) -> bool:
-        """`model` has prompts under way or sequences that wait to start or resume."""
+        """`model` has prompts under way, or sequences that wait for no more than blocks."""
         queue = self.queues[model]
-        return queue.head() is not None or self._is_prefilling(queue, lane)
+        return queue.may_start or self._is_prefilling(queue, lane)
 
     def may_prefill(self, model: str, lane: int, now: float) -> bool:
         """A prefill of `model` would cost no running sequence its TPOT."""
