@@ -1,7 +1,7 @@
 """ADBS, adaptive batch scheduling (MuxServe section 3.3, Algorithm 3).
 
-Prefill first, one at a time, models in round robin; then fill the other lanes with decode steps
-of as many models as there are lanes. What does not fit yet gets a reservation, so that decodes
+Prefill first, one at a time, models in turn; then fill the other lanes with decode steps of as
+many models as there are lanes. What does not fit yet gets a reservation, so that decodes
 do not eat its blocks for ever.
 """
 
@@ -14,7 +14,7 @@ class Adbs:
     """The paper's policy. On a unit of one lane, prefills alternate with rounds of decodes:
 
     there "beside the prefill" can only mean "before the next one", and without it a queue of
-    prompts would stop every stream (docs/decisions.md).
+    prompts would stop every stream. Prefill turns go by time, not by batches (docs/decisions.md).
     """
 
     def __init__(self, quota_period_s: float) -> None:
