@@ -1,9 +1,9 @@
-"""Attention over the arena for numba: blocks are read in place, each once per tile of queries.
+"""Attention over the arena for numba: each block is read once per tile of queries.
 
 A tile is up to 64 rows, a row being one query head of one new token; all heads that share a kv
 head lie in the same tile. Everything of a tile is stored transposed ([head_dim, rows]), so that
-vectors run along rows whatever the head size, and K and V enter as scalars straight from their
-blocks. Softmax is online, over chunks of keys.
+vectors run along rows whatever the head size, and K and V enter as scalars, a chunk of keys at a
+time. Softmax is online, over these chunks.
 
 Results of a row depend neither on the batch nor on the number of threads, but on the number of new
 tokens of its sequence (in last bits): with at most `FEW` query heads per kv head a single token
@@ -19,7 +19,7 @@ from numba.core import types
 from muxrt.kernels.atomics import floats_at, int32_at, int64_at
 from muxrt.kernels.cpu_math import exp
 from muxrt.kernels.cpu_rows import norm
-from muxrt.kernels.jit import EVERYWHERE, as_arena, inlined, kernel, prefetch, stage
+from muxrt.kernels.jit import EVERYWHERE, as_arena, as_float, inlined, kernel, prefetch, stage
 from muxrt.kernels.panel import (
     LINE_BYTES,
     NARROW,
@@ -35,7 +35,8 @@ Pointer = Any
 Record = Any  # numba's view: a record of ATTENTION
 Geometry = Any  # (heads, kv_heads, head_dim, block_tokens, blocks_per_group, planes_per_block)
 
-FEW = 6  # query heads of a kv head up to which a decode step is rows of products, not a tile
+FEW = 8  # query heads of a kv head up to which a decode step is rows of products, not a tile
+AT_ONCE = 4  # of them whose sums over the values fit into registers
 CHUNK = 64  # keys per step of the online softmax
 MASKED = np.float32(-1e30)  # finite: a difference of two infinities would be NaN
 
@@ -163,6 +164,39 @@ def rotate_and_store(begin: int, end: int, args: Pointer, data: Pointer) -> None
             _store(v[head * a.head_dim :], arena, at + to_values, a.head_dim)
 
 
+@inlined
+def _gather(
+    arena: Array, ids: Array, geometry: Geometry, where: Any, first: int, num: int, context: int,
+    keys: Array, values: Array,
+) -> None:  # fmt: skip
+    """K and V of `num` tokens from `first` on as floats, [num, head_dim] each, from their blocks.
+
+    Asks for what the next chunk needs: blocks lie anywhere, the processor cannot guess them.
+    """
+    _, _, head_dim, block_tokens, _, _ = geometry
+    to_values, per_line = block_tokens * head_dim, LINE_BYTES // arena.itemsize
+    key = 0
+    while key < num:
+        group = (first + key) // block_tokens
+        skip = first + key - group * block_tokens
+        run = min(num - key, block_tokens - skip)
+        at = _offset(ids, group, geometry, where) + skip * head_dim
+        following = min(first + key + CHUNK, context - 1) // block_tokens
+        ahead = _offset(ids, following, geometry, where)
+        begin, size = key * head_dim, run * head_dim
+        for i in range(0, size, per_line):
+            prefetch(arena, ahead + i)
+            prefetch(arena, ahead + to_values + i)
+        source, target = arena[at : at + size], keys[begin : begin + size]
+        for i in range(size):
+            target[i] = as_float(source[i])
+        at += to_values
+        source, target = arena[at : at + size], values[begin : begin + size]
+        for i in range(size):
+            target[i] = as_float(source[i])
+        key += run
+
+
 def _make_tile(width: int) -> Any:
     """Attention of a tile of at most `width` rows; row r is query r // groups, head r % groups."""
     multiply, multiply_more = make_panel(width, fresh=True), make_panel(width, fresh=False)
@@ -235,17 +269,19 @@ def _make_tile(width: int) -> Any:
         out: Array,
     ) -> None:
         """Queries at positions [position, position + num) of one slot, one kv head's plane."""
-        heads, kv_heads, head_dim, block_tokens, _, _ = geometry
-        to_values, per_line = block_tokens * head_dim, LINE_BYTES // arena.itemsize
+        heads, kv_heads, head_dim, _, _, _ = geometry
         groups = heads // kv_heads
         rows = num * groups
         ids, where = table[slot], _locate(geometry, plane)
-        queries = scratch[: head_dim * width]
-        sums = scratch[head_dim * width : 2 * head_dim * width]
+        size = head_dim * width
+        queries, sums = scratch[:size], scratch[size : 2 * size]
         # Panels work on whole sets of ROWS keys: the last one may spill over the chunk.
-        scores = scratch[2 * head_dim * width : (2 * head_dim + CHUNK + ROWS) * width]
-        state = scratch[(2 * head_dim + CHUNK + ROWS) * width :]
+        scores = scratch[2 * size : 2 * size + (CHUNK + ROWS) * width]
+        state = scratch[2 * size + (CHUNK + ROWS) * width :]
         top, total, shrink = state[:WIDE], state[WIDE : 2 * WIDE], state[2 * WIDE : 3 * WIDE]
+        chunk = (CHUNK + ROWS) * head_dim
+        keys = state[3 * WIDE : 3 * WIDE + chunk]
+        values = state[3 * WIDE + chunk : 3 * WIDE + 2 * chunk]
         load_queries(q, q_stride, groups, head_dim, scale, num, queries)
         sums[:] = np.float32(0)
         top[:] = MASKED
@@ -253,50 +289,24 @@ def _make_tile(width: int) -> Any:
         context = position + num
         for first in range(0, context, CHUNK):
             num_keys = min(CHUNK, context - first)
-            key = 0
-            while key < num_keys:
-                group = (first + key) // block_tokens
-                skip = first + key - group * block_tokens
-                run = min(num_keys - key, block_tokens - skip)
-                at = _offset(ids, group, geometry, where) + skip * head_dim
-                following = min(first + key + run, context - 1) // block_tokens
-                ahead = _offset(ids, following, geometry, where)
-                for some in range(0, run, ROWS):
-                    # Blocks lie anywhere: the processor cannot guess the next one.
-                    for i in range(some * head_dim, (some + ROWS) * head_dim, per_line):
-                        prefetch(arena, ahead + i)
-                    # Rows past the end may never have been written: repeat the last one instead.
-                    last = run - 1 - some
-                    a0 = at + some * head_dim
-                    a1, a2 = a0 + min(1, last) * head_dim, a0 + min(2, last) * head_dim
-                    a3 = a0 + min(3, last) * head_dim
-                    multiply(
-                        scores, (key + some) * width, arena, a0, a1, a2, a3, 1, queries, 0, head_dim
-                    )
-                key += run
+            _gather(arena, ids, geometry, where, first, num_keys, context, keys, values)
+            for key in range(0, num_keys, ROWS):
+                at = key * head_dim
+                multiply(
+                    scores, key * width, keys, at, at + head_dim, at + 2 * head_dim,
+                    at + 3 * head_dim, 1, queries, 0, head_dim,
+                )  # fmt: skip
             if first + num_keys > position + 1:
                 mask(scores, first, num_keys, position, groups, rows)
             if soften(scores, num_keys, top, total, shrink):
-                for line_at in range(0, head_dim * width, WIDE):
+                for line_at in range(0, size, WIDE):
                     line = sums[line_at : line_at + WIDE]
                     for i in range(WIDE):
                         line[i] *= shrink[i]
-            key = 0
-            while key < num_keys:
-                group = (first + key) // block_tokens
-                skip = first + key - group * block_tokens
-                run = min(num_keys - key, block_tokens - skip)
-                at = _offset(ids, group, geometry, where) + to_values + skip * head_dim
-                following = min(first + key + run, context - 1) // block_tokens
-                ahead = _offset(ids, following, geometry, where) + to_values
-                for d in range(0, head_dim, ROWS):
-                    for i in range(d * block_tokens, (d + ROWS) * block_tokens, per_line):
-                        prefetch(arena, ahead + i)
-                    multiply_more(
-                        sums, d * width, arena, at + d, at + d + 1, at + d + 2, at + d + 3,
-                        head_dim, scores, key * width, run,
-                    )  # fmt: skip
-                key += run
+            for d in range(0, head_dim, ROWS):
+                multiply_more(
+                    sums, d * width, values, d, d + 1, d + 2, d + 3, head_dim, scores, 0, num_keys
+                )
         for row in range(rows):
             for i in range(row + width, WIDE, width):
                 total[row] += total[i]
@@ -310,41 +320,33 @@ def _make_tile(width: int) -> Any:
 _narrow_tile, _wide_tile = _make_tile(NARROW), _make_tile(WIDE)
 
 
-_w1, _w2, _w3, _w4, _w5, _w6 = (make_product(rows) for rows in range(1, FEW + 1))
-_n1, _n2, _n3, _n4, _n5, _n6 = (make_product(rows, NARROW) for rows in range(1, FEW + 1))
+_w1, _w2, _w3, _w4 = (make_product(rows) for rows in range(1, AT_ONCE + 1))
+_n1, _n2, _n3, _n4 = (make_product(rows, NARROW) for rows in range(1, AT_ONCE + 1))
 
 
 @inlined
 def _add_values(
-    out: Array, d: int, head_dim: int, groups: int, weights: Array, first: int, stride: int,
+    out: Array, d: int, width: int, heads: int, weights: Array, first: int, stride: int,
     arena: Array, at: int, num: int, ahead: int,
 ) -> None:  # fmt: skip
-    """out[:, d : d + 64 or 16] += weights x values, for each query head of a kv head."""
-    if d + WIDE <= head_dim:
-        if groups == 1:
-            _w1(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-        elif groups == 2:
-            _w2(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-        elif groups == 3:
-            _w3(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-        elif groups == 4:
-            _w4(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-        elif groups == 5:
-            _w5(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+    """out[:, d : d + 64 or 16] += weights x values, for up to AT_ONCE query heads."""
+    if d % width + WIDE <= width:
+        if heads == 1:
+            _w1(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
+        elif heads == 2:
+            _w2(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
+        elif heads == 3:
+            _w3(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
         else:
-            _w6(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-    elif groups == 1:
-        _n1(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-    elif groups == 2:
-        _n2(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-    elif groups == 3:
-        _n3(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-    elif groups == 4:
-        _n4(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
-    elif groups == 5:
-        _n5(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+            _w4(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
+    elif heads == 1:
+        _n1(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
+    elif heads == 2:
+        _n2(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
+    elif heads == 3:
+        _n3(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
     else:
-        _n6(out, d, head_dim, weights, first, stride, arena, at, head_dim, num, arena, ahead)
+        _n4(out, d, width, weights, first, stride, arena, at, width, num, arena, ahead)
 
 
 @inlined
@@ -408,9 +410,11 @@ def _decode(
         ahead += to_values
         d = 0
         while d < head_dim:
-            _add_values(
-                out, d, head_dim, groups, weights, first, stride, arena, at + d, run, ahead
-            )  # fmt: skip
+            for group in range(0, groups, AT_ONCE):
+                _add_values(
+                    out, group * head_dim + d, head_dim, min(AT_ONCE, groups - group), weights,
+                    group * stride + first, stride, arena, at + d, run, ahead,
+                )  # fmt: skip
             columns = WIDE if d + WIDE <= head_dim else NARROW
             d += columns
             ahead += run * max(columns, per_line)
@@ -428,7 +432,8 @@ def attend(begin: int, end: int, args: Pointer, data: Pointer) -> None:
     stride = (a.heads + 2 * a.kv_heads) * a.head_dim
     tiles, groups = carray(int64_at(a.tiles), 1)[0], a.heads // a.kv_heads
     scale = np.float32(a.scale)
-    scratch = np.empty((2 * a.head_dim + CHUNK + ROWS + 3) * WIDE, np.float32)
+    num_floats = (2 * a.head_dim + CHUNK + ROWS + 3) * WIDE + 2 * (CHUNK + ROWS) * a.head_dim
+    scratch = np.empty(num_floats, np.float32)
     sequence, first = 0, 0  # a sequence and its first tile
     for item in range(begin, end):
         head, tile = item // tiles, item % tiles

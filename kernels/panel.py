@@ -32,8 +32,8 @@ def make_panel(width: int, fresh: bool) -> Any:
 
     It takes (out, at, a, a0, a1, a2, a3, stride, b, from, num) and computes, for k in [0, num):
         out[at + i * width + c] (+)= sum over k of a[a_i + k * stride] * b[from + k * width + c]
-    `fresh` overwrites `out` instead of adding to it. `a` is float32, or bfloat16 as uint16; `num`
-    is at least 1. Indices are not checked, and are elements in 64 bits.
+    `fresh` overwrites `out` instead of adding to it. `num` is at least 1. Indices are not checked,
+    and are elements in 64 bits.
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
