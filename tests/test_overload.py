@@ -111,6 +111,15 @@ def test_a_unit_that_became_faster_finds_out() -> None:
     assert (world.answers[late].status, world.answers[busy].status) == (200, 429)
 
 
+def test_who_keeps_its_turn_does_not_hold_up_prompts_under_way() -> None:
+    # Found by fuzzing: a prompt in chunks waited for a model that waited for it to end.
+    world = World("abc", prefill_tokens=16, slo=Slo(1.0, 0.03))
+    for _ in range(20):
+        for model in "abc":
+            world.submit(model, prompt=60, output=10)
+    world.run()
+
+
 def test_a_refusal_says_to_come_back_after_as_long_as_it_waited() -> None:
     world = World("a", max_sequences=1, cost=ConstantCost(batch_s=0.1))
     world.submit("a", output=60)

@@ -277,15 +277,14 @@ class Scheduler:
 
     def wants_prefill(self, model: str, lane: int) -> bool:
         """`model` has prompts under way, or sequences that wait for no more than blocks."""
-        queue = self.queues[model]
-        return queue.may_start or self._is_prefilling(queue, lane)
+        return self.queues[model].may_start or self.is_prefilling(model, lane)
 
     def may_prefill(self, model: str, lane: int, now: float) -> bool:
         """A prefill of `model` would cost no running sequence its TPOT."""
         allowed = self._allowance(model, now)
         if not allowed.tokens:
             return False
-        return allowed.sequences > 0 or self._is_prefilling(self.queues[model], lane)
+        return allowed.sequences > 0 or self.is_prefilling(model, lane)
 
     def _allowance(self, model: str, now: float) -> Allowance:
         queue = self.queues[model]
@@ -301,8 +300,9 @@ class Scheduler:
         """How long `batch` should take; 0 while nothing is known of its model."""
         return self.latency.predict(batch.model, BatchShape.of(batch.entries)) or 0.0
 
-    def _is_prefilling(self, queue: ModelQueue, lane: int) -> bool:
-        return any(_can_run(sequence, lane) for sequence in queue.prefilling)
+    def is_prefilling(self, model: str, lane: int) -> bool:
+        """Prompts of `model` are under way and may go on on `lane`."""
+        return any(_can_run(sequence, lane) for sequence in self.queues[model].prefilling)
 
     def _next_copy(self) -> Copy | None:
         sequence, kind = self.memory.copies.popleft()

@@ -40,11 +40,17 @@ class Adbs:
         return not self._round
 
     def _prefill(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
+        is_held = False
         for model in self._prefills.order(scheduler.queues):
             if not scheduler.wants_prefill(model, lane):
                 continue
+            # Who is held back keeps its turn: who started before it would use up the time it
+            # needs. Prompts under way go on, or nobody might.
+            if is_held and not scheduler.is_prefilling(model, lane):
+                continue
             if not scheduler.may_prefill(model, lane, now):
-                return None  # it keeps its turn: whoever went first would use up the time it needs
+                is_held = True
+                continue
             batch = scheduler.prefill(model, lane, now)
             if batch is not None:
                 self._prefills.served(model, scheduler.predicted_s(batch))
