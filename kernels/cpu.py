@@ -15,10 +15,13 @@ from muxrt.kernels.packing import Packed
 from muxrt.kernels.panel import ROWS, WIDE
 from muxrt.kernels.program import SEQUENCES, TILES, TOKENS, Program, run_stages
 from muxrt.kernels.team import Team
-from muxrt.kernels.types import AttentionMeta, KvCache
+from muxrt.kernels.types import KvCache, MetaArrays
 
 Array = npt.NDArray[Any]
 
+# Below this a second thread costs more than it saves: a hand-off takes as long as going over these
+# many floats (scripts/bench_kernels.py).
+SHARED_FLOATS = 64 * 1024
 FEW_ROWS = 4  # rows that a thread takes at least: a row of a norm takes as long as asking for it
 _NOTHING = np.zeros(1, dtype=np.uint8)  # the data of stages that have none
 
@@ -164,9 +167,9 @@ class CpuProgram(Program):
         self.counts[TOKENS] = num_rows
         self.run()
 
-    def run_batch(self, tokens: Array, meta: AttentionMeta) -> None:
+    def run_batch(self, tokens: Array, meta: MetaArrays) -> None:
         """Run a batch: tokens [T] of the sequences that `meta` describes, T <= max_tokens."""
-        slots, starts, query_starts, positions, owners = meta.arrays
+        slots, starts, query_starts, positions, owners = meta
         num_tokens, num_sequences = len(tokens), len(slots)
         self._ids[:num_tokens] = tokens
         self._positions[:num_tokens] = positions
@@ -212,7 +215,11 @@ def sample(
     tokens = np.empty(len(logits), dtype=np.int64)
     params = (temperatures, top_k, top_p, min_p, numbers)
     columns = [np.ascontiguousarray(column) for column in params]
-    team.run(cpu_sampling.draw, len(logits), logits.numpy(), *columns, tokens)
+    draw: Callable[..., Any] = cpu_sampling.draw
+    if logits.numel() < SHARED_FLOATS:
+        draw(0, len(logits), logits.numpy(), *columns, tokens)
+    else:
+        team.run(draw, len(logits), logits.numpy(), *columns, tokens)
     return tokens
 
 

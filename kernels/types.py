@@ -22,13 +22,13 @@ class KvArrays(NamedTuple):
 
 
 class MetaArrays(NamedTuple):
-    """An `AttentionMeta` in main memory as numba takes it."""
+    """An `AttentionMeta` in main memory, its integers of any width."""
 
-    slots: Ints
-    starts: Ints
-    query_starts: Ints
-    positions: npt.NDArray[np.int64]
-    token_sequence: Ints
+    slots: npt.NDArray[Any]
+    starts: npt.NDArray[Any]
+    query_starts: npt.NDArray[Any]
+    positions: npt.NDArray[Any]
+    token_sequence: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ def attention_s(case: Attention, team: Team) -> float:
     for layer in range(kv.num_layers):
         program.attention(qkv, kv, layer, out, rope=rope, scale=case.head_dim**-0.5)
     tokens = torch.zeros(len(meta.positions), dtype=torch.int64).numpy()
-    return best_s(lambda: program.run_batch(tokens, meta)) / kv.num_layers
+    return best_s(lambda: program.run_batch(tokens, meta.arrays)) / kv.num_layers
 
 
 def sdpa_s(case: Attention) -> float:

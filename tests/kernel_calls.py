@@ -48,7 +48,7 @@ def attention(
     out = program.floats(heads * head_dim)
     program.attention(qkv, kv, layer, out, rope=rope, norms=norms, eps=1e-6, scale=scale)
     qkv[:] = torch.cat((q, k, v), dim=1).flatten(1).numpy()
-    program.run_batch(torch.zeros(num_tokens, dtype=torch.int64).numpy(), meta)
+    program.run_batch(torch.zeros(num_tokens, dtype=torch.int64).numpy(), meta.arrays)
     return torch.from_numpy(out).view(q.shape)
 
 

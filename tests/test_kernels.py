@@ -317,7 +317,7 @@ def test_embedding(team: Team, dtype: torch.dtype, is_packed: bool) -> None:
     program = kernels.Program(team, 40)
     out = program.floats(72)
     program.embed(kernel_calls.pack(table, dtype) if is_packed else table, out)
-    program.run_batch(ids.numpy(), make_meta([0], [0], [33]))
+    program.run_batch(ids.numpy(), make_meta([0], [0], [33]).arrays)
     assert torch.equal(torch.from_numpy(out[:33]), table.float()[ids])
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,8 +101,8 @@ class PagedRunner:
         counts = [len(tokens) for _, tokens in chunks]
         starts = [self.lengths.get(slot, 0) for slot, _ in chunks]
         meta = make_meta([slot for slot, _ in chunks], starts, counts)
-        tokens = torch.tensor([token for _, new in chunks for token in new])
-        hidden = self.session.forward(tokens, meta)
+        tokens = np.array([token for _, new in chunks for token in new], dtype=np.int32)
+        hidden = self.session.forward(tokens, meta.arrays)
         for slot, new in chunks:
             self.lengths[slot] = self.lengths.get(slot, 0) + len(new)
         return list(self.session.logits(hidden).clone().split(counts))

@@ -52,7 +52,7 @@ class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     kind: Literal["cores", "processes"] = "cores"
     split: tuple[Count, ...] | None = None  # cores per lane; None = two equal lanes
-    depth: Count = 1  # works a lane may have in flight (2 hides the control path behind the device)
+    depth: Count = 2  # works a lane may have in flight (2 hides the control path behind the device)
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

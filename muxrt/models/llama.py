@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from muxrt import kernels
 from muxrt.config.model import ModelShape, load_shape
-from muxrt.kernels import AttentionMeta, KvCache, Packed, Program, Team
+from muxrt.kernels import KvCache, MetaArrays, Packed, Program, Team
 from muxrt.models.layers import Layer, Rope, packed
 from muxrt.models.weights import DTypes, Progress, State, load_weights
+
+Tokens = npt.NDArray[np.int32]
 
 DType = Literal["auto", "float32", "bfloat16"]
 LinearDType = Literal["auto", "float32", "bfloat16", "int8"]
@@ -91,20 +95,19 @@ class Session:
     def vocab_size(self) -> int:
         return self._llama.shape.vocab_size
 
-    def forward(self, tokens: Tensor, meta: AttentionMeta) -> Tensor:
+    def forward(self, tokens: Tokens, meta: MetaArrays) -> Tensor:
         """Final normed hidden states of new tokens; their K and V are written into the arena.
 
-        tokens [T] int64 -> [T, hidden] float32. A row depends on the tokens of its sequence alone,
+        tokens [T] -> [T, hidden] float32. A row depends on the tokens of its sequence alone,
         whatever else is in the batch. Raises ValueError for a token outside the vocabulary.
         """
-        ids = tokens.numpy()
-        if not 0 <= ids.min() <= ids.max() < self.vocab_size:
+        if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"found token ids outside the vocabulary of {self.vocab_size}")
-        highest = int(meta.arrays.positions.max())
+        highest = int(meta.positions.max())
         if len(tokens) > self._body.max_tokens or highest >= self._max_positions:
             self._max_positions = max(self._max_positions, _power_of_two(highest + 1))
             self._record(max(self._body.max_tokens, _power_of_two(len(tokens))))
-        self._body.run_batch(ids, meta)
+        self._body.run_batch(tokens, meta)
         return torch.from_numpy(self._hidden[: len(tokens)])
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from muxrt.core import (
     Work,
     unpack_ids,
 )
-from muxrt.kernels import AttentionMeta, KvCache, Team
+from muxrt.kernels import KvCache, MetaArrays, Team
 from muxrt.models.llama import Llama, Session
 from muxrt.worker.kv_storage import SlotTable, Storage
 from muxrt.worker.sampler import SLICE_ELEMS, Drawn, Sampling, describe
@@ -64,20 +64,17 @@ class Layout:
     def of(cls, entries: tuple[BatchEntry, ...]) -> "Layout":
         numbers = [(entry.slot, entry.start, entry.num_tokens) for entry in entries]
         slots, starts, counts = np.array(numbers, dtype=np.int64).T.copy()
-        bounds = np.concatenate(([0], np.cumsum(counts)))
+        bounds = np.zeros(len(entries) + 1, dtype=np.int64)
+        np.cumsum(counts, out=bounds[1:])
+        if bounds[-1] == len(entries):  # one token each, as in every decode step
+            return cls(slots, starts, bounds, np.arange(len(entries)), starts)
         owners = np.repeat(np.arange(len(entries)), counts)
         positions = np.arange(bounds[-1]) + (starts - bounds[:-1])[owners]
         return cls(slots, starts, bounds, owners, positions)
 
-    def meta(self) -> AttentionMeta:
+    def meta(self) -> MetaArrays:
         """What the kernels read."""
-        return AttentionMeta(
-            slots=_int32(self.slots),
-            starts=_int32(self.starts),
-            query_starts=_int32(self.bounds),
-            positions=torch.from_numpy(self.positions),
-            token_sequence=_int32(self.owners),
-        )
+        return MetaArrays(self.slots, self.starts, self.bounds, self.positions, self.owners)
 
 
 class Runner:
@@ -102,7 +99,8 @@ class Runner:
             if entry.blocks:
                 model.slots.append(entry.slot, entry.first_group, unpack_ids(entry.blocks))
         layout, session = Layout.of(batch.entries), self._sessions[batch.model]
-        hidden = session.forward(_tokens(model, layout), layout.meta())
+        tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
+        hidden = session.forward(tokens, layout.meta())
         drawn = self._sample(model, session, layout, batch.entries, hidden)
         scored = _score_prompts(model, session, layout, hidden)
         return _result(batch.entries, drawn, scored, perf_counter() - begun_s)
@@ -126,7 +124,7 @@ class Runner:
 
         It goes into the slot's buffer, where the next batch finds it without waiting for us.
         """
-        asking = np.flatnonzero([entry.samples for entry in entries])
+        asking = np.array([entry.samples for entry in entries]).nonzero()[0]
         if not len(asking):
             return None
         rows = layout.bounds[asking + 1] - 1
@@ -163,12 +161,6 @@ class Copier:
         if not is_out:
             self._slots[copy.model].append(copy.slot, 0, ids)
         return Result(elapsed_s=perf_counter() - begun_s)
-
-
-def _tokens(model: Resident, layout: Layout) -> Tensor:
-    """The batch's new tokens, [T] int64."""
-    tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
-    return torch.from_numpy(tokens.astype(np.int64))
 
 
 def _open(model: Resident, opened: SlotOpen) -> None:
@@ -237,7 +229,3 @@ def _result(
         prompt_logprobs=prompts,
         elapsed_s=elapsed_s,
     )
-
-
-def _int32(values: Ints) -> Tensor:
-    return torch.from_numpy(values.astype(np.int32))

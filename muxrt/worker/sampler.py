@@ -139,8 +139,8 @@ class Sampling:
         scores = logits[torch.from_numpy(wanted)].log_softmax(dim=-1) if len(wanted) else None
         if needs & EDITS:
             self._edit(logits, params, slots, positions, history)
-        numbers = uniforms(params["seed"], positions)
         heat, top_k, top_p, min_p = (params[name] for name in _FILTERS)
+        numbers = uniforms(params["seed"], positions) if heat.any() else np.zeros(len(slots))
         drawn = kernels.sample(logits, heat, top_k, top_p, min_p, numbers, team)
         chosen: list[int] = drawn.tolist()
         if min(chosen) < 0:
