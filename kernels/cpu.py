@@ -140,7 +140,6 @@ class CpuProgram(Program):
             "k_norm": k_norm,
             "eps": eps,
             "tile_queries": self._tile_queries,
-            "tiles": self.counts[TILES:],
         }
         self.add(cpu_attention.rotate_and_store, args, arena, 1, TOKENS, FEW_ROWS)
         self.add(cpu_attention.attend, args, arena, kv.num_kv_heads, TILES)

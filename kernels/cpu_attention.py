@@ -26,6 +26,8 @@ from muxrt.kernels.panel import (
     ROWS,
     WIDE,
     dots,
+    exp_and_sum,
+    largest,
     make_panel,
     make_product,
 )
@@ -58,7 +60,6 @@ ATTENTION = np.dtype(
         ("k_norm", np.int64),
         ("eps", np.float64),
         ("tile_queries", np.int64),
-        ("tiles", np.int64),  # address of the number of tiles per kv head
     ]
 )
 
@@ -350,79 +351,93 @@ def _add_values(
 
 
 @inlined
-def _softmax(line: Array) -> None:
-    top = MASKED
-    for i in range(len(line)):
-        top = max(top, line[i])
-    total = np.float32(0)
-    for i in range(len(line)):
-        line[i] = exp(line[i] - top)
-        total += line[i]
-    factor = np.float32(1) / total
-    for i in range(len(line)):
-        line[i] *= factor
-
-
-@inlined
 def _decode(
     q: Array,
     arena: Array,
-    table: Array,
-    slot: int,
+    ids: Array,
     plane: int,
+    num_planes: int,
     position: int,
     geometry: Geometry,
     scale: Any,
     out: Array,
 ) -> None:
-    """One new token with few query heads: keys and values are rows of products, never moved."""
-    heads, kv_heads, head_dim, block_tokens, _, _ = geometry
-    to_values, per_line = block_tokens * head_dim, LINE_BYTES // arena.itemsize
-    groups = heads // kv_heads
-    context = position + 1
-    stride = context + NARROW  # `dots` writes whole vectors
-    ids, where = table[slot], _locate(geometry, plane)
-    weights = np.empty(groups * stride, np.float32)
-    queries = np.empty(groups * head_dim, np.float32)
-    for i in range(groups * head_dim):
+    """One new token, the query heads of consecutive kv heads: planes are read as they lie.
+
+    Keys and values are rows of products, never moved; softmax is online, over 16 keys at a time,
+    so that one pass reads the K and V of all heads of a block from front to back.
+    """
+    heads, kv_heads, head_dim, block_tokens, _, planes_per_block = geometry
+    to_values, groups = block_tokens * head_dim, heads // kv_heads
+    plane_elems = 2 * to_values
+    rows, context = num_planes * groups, position + 1
+    weights = np.empty(groups * NARROW, np.float32)
+    queries = np.empty(rows * head_dim, np.float32)
+    tops, totals = np.full(rows, MASKED), np.zeros(rows, np.float32)
+    for i in range(rows * head_dim):
         queries[i] = q[i] * scale
+        out[i] = np.float32(0)
+    per_line = LINE_BYTES // arena.itemsize
+    first_plane = _locate(geometry, plane)
+    column, _, inner = first_plane
     for first in range(0, context, block_tokens):
+        group = first // block_tokens
         run = min(block_tokens, context - first)
-        at = _offset(ids, first // block_tokens, geometry, where)
-        # Blocks lie anywhere: the processor cannot guess the next one.
-        ahead = _offset(ids, min(first + block_tokens, position) // block_tokens, geometry, where)
-        for key in range(0, run, NARROW):
-            num = min(NARROW, run - key)
-            for i in range(key * head_dim, (key + num) * head_dim, per_line):
-                prefetch(arena, ahead + i)
-            for group in range(groups):
-                dots(
-                    weights, group * stride + first + key, arena, at + key * head_dim, head_dim,
-                    num, queries, group * head_dim, head_dim,
-                )  # fmt: skip
-    for group in range(groups):
-        _softmax(weights[group * stride : group * stride + context])
-    out[: groups * head_dim] = np.float32(0)
-    for first in range(0, context, block_tokens):
-        run = min(block_tokens, context - first)
-        at = _offset(ids, first // block_tokens, geometry, where) + to_values
-        ahead = _offset(ids, min(first + block_tokens, position) // block_tokens, geometry, where)
-        ahead += to_values
-        d = 0
-        while d < head_dim:
-            for group in range(0, groups, AT_ONCE):
-                _add_values(
-                    out, group * head_dim + d, head_dim, min(AT_ONCE, groups - group), weights,
-                    group * stride + first, stride, arena, at + d, run, ahead,
-                )  # fmt: skip
-            columns = WIDE if d + WIDE <= head_dim else NARROW
-            d += columns
-            ahead += run * max(columns, per_line)
+        for head in range(num_planes):
+            # Without a division: planes follow each other, within a block and from block to block.
+            here = inner // plane_elems + head
+            block = here // planes_per_block
+            where = (
+                column + block,
+                planes_per_block * plane_elems,
+                (here - block * planes_per_block) * plane_elems,
+            )
+            at = _offset(ids, group, geometry, where)
+            # Within a block planes follow each other; where the next block lies nobody can guess.
+            ahead = at + plane_elems
+            if head + 1 == num_planes:
+                later = min(first + block_tokens, position) // block_tokens
+                ahead = _offset(ids, later, geometry, first_plane)
+            for key in range(0, run, NARROW):
+                num = min(NARROW, run - key)
+                place = at + key * head_dim
+                for i in range(key * head_dim, (key + num) * head_dim, per_line):
+                    prefetch(arena, ahead + i)
+                for g in range(groups):
+                    row = head * groups + g
+                    dots(
+                        weights, g * NARROW, arena, place, head_dim, num, queries, row * head_dim,
+                        head_dim,
+                    )  # fmt: skip
+                    top = largest(weights, g * NARROW, num, MASKED)
+                    if top > tops[row]:
+                        shrink = exp(tops[row] - top)
+                        tops[row] = top
+                        totals[row] *= shrink
+                        result = out[row * head_dim : (row + 1) * head_dim]
+                        for d in range(head_dim):
+                            result[d] *= shrink
+                    totals[row] += exp_and_sum(weights, g * NARROW, tops[row])
+                place += to_values
+                d = 0
+                while d < head_dim:
+                    for g in range(0, groups, AT_ONCE):
+                        _add_values(
+                            out, (head * groups + g) * head_dim + d, head_dim,
+                            min(AT_ONCE, groups - g), weights, g * NARROW, NARROW, arena,
+                            place + d, num, ahead + to_values + key * head_dim,
+                        )  # fmt: skip
+                    d += WIDE if d + WIDE <= head_dim else NARROW
+    for row in range(rows):
+        factor = np.float32(1) / totals[row]
+        result = out[row * head_dim : (row + 1) * head_dim]
+        for d in range(head_dim):
+            result[d] *= factor
 
 
 @stage(ATTENTION, (types.float32, types.uint16))
 def attend(begin: int, end: int, args: Pointer, data: Pointer) -> None:
-    """Items [begin, end) of kv heads x tiles, heads outermost: that balances threads."""
+    """Items [begin, end) of tiles x kv heads, heads innermost: their planes lie side by side."""
     a = carray(args, 1)[0]
     arena, geometry = carray(data, EVERYWHERE), _geometry(a)
     table = carray(int32_at(a.table), (EVERYWHERE, a.columns))
@@ -430,15 +445,15 @@ def attend(begin: int, end: int, args: Pointer, data: Pointer) -> None:
     query_starts = carray(int32_at(a.query_starts), EVERYWHERE)
     q, out = carray(floats_at(a.qkv), EVERYWHERE), carray(floats_at(a.out), EVERYWHERE)
     stride = (a.heads + 2 * a.kv_heads) * a.head_dim
-    tiles, groups = carray(int64_at(a.tiles), 1)[0], a.heads // a.kv_heads
+    groups = a.heads // a.kv_heads
     scale = np.float32(a.scale)
     num_floats = (2 * a.head_dim + CHUNK + ROWS + 3) * WIDE + 2 * (CHUNK + ROWS) * a.head_dim
     scratch = np.empty(num_floats, np.float32)
     sequence, first = 0, 0  # a sequence and its first tile
-    for item in range(begin, end):
-        head, tile = item // tiles, item % tiles
-        if tile < first:
-            sequence, first = 0, 0
+    item = begin
+    while item < end:
+        tile, head = item // a.kv_heads, item % a.kv_heads
+        item += 1
         while True:
             num = np.int64(query_starts[sequence + 1]) - query_starts[sequence]
             count = (num + a.tile_queries - 1) // a.tile_queries
@@ -453,7 +468,9 @@ def attend(begin: int, end: int, args: Pointer, data: Pointer) -> None:
         queries = q[token * stride + head * groups * a.head_dim :]
         result = out[(token * a.heads + head * groups) * a.head_dim :]
         if num == 1 and groups <= FEW and a.head_dim % NARROW == 0:
-            _decode(queries, arena, table, slot, plane, position, geometry, scale, result)
+            planes = min(a.kv_heads - head, end - item + 1)
+            item += planes - 1
+            _decode(queries, arena, table[slot], plane, planes, position, geometry, scale, result)
         elif num * groups <= NARROW:
             _narrow_tile(
                 queries, stride, arena, table, slot, plane, position, num, geometry, scale,

@@ -169,7 +169,7 @@ def prefetch(_typing: Any, array: Any, index: Any) -> Any:
             ir.FunctionType(ir.VoidType(), [_BYTES, *[_I32] * 3]),
             "llvm.prefetch.p0",
         )
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])  # to read, near, as data
+        builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])  # to read, into L2
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate

@@ -152,6 +152,80 @@ def dots(
     return signature, generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def largest(_typing: Any, x: Any, at: Any, num: Any, least: Any) -> Any:
+    """In kernels: the largest of x[at : at + num]; the rest of LANES becomes `least`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        elements = _Elements.of(context, builder, signature, args, 0)
+        lanes = ir.Constant(_INTS, [*range(LANES)])
+        num = _splat(builder, builder.trunc(args[2], _I32), _INTS)
+        is_there = builder.icmp_signed("<", lanes, num)
+        least = _splat(builder, args[3], _VECTOR)
+        values = builder.select(is_there, elements.vector(args[1]), least)
+        builder.store(values, elements.vector_at(args[1]), align=4)
+        return _reduce(builder, "fmax", values)
+
+    return types.float32(x, types.int64, types.int64, types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def exp_and_sum(_typing: Any, x: Any, at: Any, top: Any) -> Any:
+    """In kernels: x[at : at + LANES] = e**(x - top), none of them above `top`; their sum.
+
+    The polynomial of `cpu_math.exp`, a vector at a time: loops this short become scalar code.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        elements = _Elements.of(context, builder, signature, args, 0)
+        top = _splat(builder, args[2], _VECTOR)
+        values = _exp(builder, builder.fsub(elements.vector(args[1]), top))
+        builder.store(values, elements.vector_at(args[1]), align=4)
+        return _reduce(builder, "fadd", values)
+
+    return types.float32(x, types.int64, types.float32), generate
+
+
+def _splat(builder: Any, value: Any, kind: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, value, _I32(0))
+    return builder.shuffle_vector(first, undefined, _SPLAT)
+
+
+def _floats(value: float) -> Any:
+    return ir.Constant(_VECTOR, [value] * LANES)
+
+
+def _reduce(builder: Any, kind: str, values: Any) -> Any:
+    """The lanes' sum or largest, in any order."""
+    name = f"llvm.vector.reduce.{kind}.v{LANES}f32"
+    if kind == "fadd":
+        function = ir.FunctionType(_F32, [_F32, _VECTOR])
+        callee = cgutils.get_or_insert_function(builder.module, function, name)
+        return builder.call(callee, [_F32(0.0), values], fastmath=("reassoc",))
+    callee = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_VECTOR]), name)
+    return builder.call(callee, [values])
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    low = _floats(-87.0)
+    x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
+    scaled = builder.fadd(builder.fmul(x, _floats(1.44269504)), _floats(0.5))
+    name = f"llvm.floor.v{LANES}f32"
+    callee = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR]), name
+    )
+    n = builder.call(callee, [scaled])
+    r = builder.fsub(x, builder.fmul(n, _floats(0.693359375), flags=_FUSE), flags=_FUSE)
+    r = builder.fadd(r, builder.fmul(n, _floats(2.12194440e-4), flags=_FUSE), flags=_FUSE)
+    p = _floats(1.0 / 720)
+    for factor in (1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0):
+        p = builder.fadd(builder.fmul(p, r, flags=_FUSE), _floats(factor), flags=_FUSE)
+    exponent = builder.add(builder.fptosi(n, _INTS), ir.Constant(_INTS, [127] * LANES))
+    power = builder.shl(exponent, ir.Constant(_INTS, [23] * LANES))
+    return builder.fmul(p, builder.bitcast(power, _VECTOR))
+
+
 def _multiply_rows(
     builder: Any, rows: "_Elements", starts: list[Any], x: "_Elements", from_x: Any, width: Any
 ) -> list[Any]:
