@@ -19,7 +19,7 @@ Array = Any  # numba's view: a numpy array
 ONE, TOKENS, SEQUENCES, TILES = range(4)  # what the number of items of a stage may grow with
 FUNCTION, ARGS, DATA, ITEMS, COUNT, CHUNK, FIELDS = range(7)  # of a stage in the list
 SPACING = 8  # counters per cache line: threads must not fight for the same one
-SHARES = 4  # pieces of work per thread and stage, where items are many
+SHARES = 2  # pieces of work per thread and stage, where items are many (measured)
 PATIENCE = 2000  # looks at a counter before the core is offered to others
 
 
