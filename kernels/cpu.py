@@ -13,7 +13,7 @@ from muxrt.kernels import cpu_attention, cpu_linear, cpu_rows, cpu_sampling
 from muxrt.kernels.jit import STAGES, compile_for
 from muxrt.kernels.packing import Packed
 from muxrt.kernels.panel import ROWS, WIDE
-from muxrt.kernels.program import SEQUENCES, TILES, TOKENS, Program, run_stages
+from muxrt.kernels.program import ROW_BLOCKS, TILES, TOKENS, Program, run_stages
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import KvCache, MetaArrays
 
@@ -157,13 +157,13 @@ class CpuProgram(Program):
             "panels": layer.panels,
         }
         assert x.shape[1] == layer.depth and out.shape[1] == args["width"], "shapes do not fit"
-        self.add(cpu_linear.linear, args, _array(layer.data), layer.panels)
+        self.add(cpu_linear.linear, args, _array(layer.data), layer.panels, ROW_BLOCKS)
 
     # -- running -----------------------------------------------------------------------------
 
     def run_rows(self, num_rows: int) -> None:
         """Run over the first rows of the buffers: no tokens, no cache."""
-        self.counts[TOKENS] = num_rows
+        self._count_rows(num_rows)
         self.run()
 
     def run_batch(self, tokens: Array, meta: MetaArrays) -> None:
@@ -176,11 +176,15 @@ class CpuProgram(Program):
         self._slots[:num_sequences] = slots
         self._starts[:num_sequences] = starts
         self._query_starts[: num_sequences + 1] = query_starts
-        self.counts[TOKENS], self.counts[SEQUENCES] = num_tokens, num_sequences
+        self._count_rows(num_tokens)
         self.counts[TILES] = cpu_attention.num_tiles(
             self._query_starts, num_sequences, self._tile_queries
         )
         self.run()
+
+    def _count_rows(self, num_rows: int) -> None:
+        self.counts[TOKENS] = num_rows
+        self.counts[ROW_BLOCKS] = -(-num_rows // cpu_linear.ROWS)
 
 
 def copy_blocks(

@@ -29,7 +29,7 @@ Pointer = Any
 
 BLOCK = 128  # depth of a block: 32 KiB of floats
 FEW = 6  # rows whose sums fit into registers
-ROWS = 96  # of activations per tile: what a thread sums up in its second cache
+ROWS = 96  # of activations per item: they and their sums stay in a thread's second cache
 AHEAD = 1024  # weights between what is used and what is asked for, where panels are streamed
 
 STORE, ADD, SILU_MUL = 0, 1, 2  # what happens to the sums
@@ -44,7 +44,7 @@ LINEAR = np.dtype(
         ("scales", np.int64),  # address of a factor per output feature, or 0
         ("bias", np.int64),  # address of a summand per output feature, or 0
         ("mode", np.int64),
-        ("panels", np.int64),  # work items; SILU_MUL has as many again for `up`
+        ("panels", np.int64),  # SILU_MUL has as many again for `up`
     ],
     align=True,
 )
@@ -196,8 +196,10 @@ def _silu_mul(gate: Array, up: Array, num: int) -> None:
 
 @stage(LINEAR, (types.float32, types.uint16, types.int8))
 def linear(begin: int, end: int, args: Pointer, weights: Pointer) -> None:
-    """Panels [begin, end) of out = x W + bias; `mode` says what becomes of them.
+    """Items [begin, end) of out = x W + bias; `mode` says what becomes of them.
 
+    An item is a panel for a block of ROWS rows; all panels of a block follow each other, so that
+    its rows are read from a near cache.
     STORE overwrites out, ADD adds to it; SILU_MUL takes the panels of `gate` and `up` together and
     stores silu(gate) * up.
     """
@@ -210,15 +212,15 @@ def linear(begin: int, end: int, args: Pointer, weights: Pointer) -> None:
     scratch = np.empty(BLOCK * PANEL, np.float32)
     panel_size = a.depth * PANEL
     for item in range(begin, end):
-        num = min(PANEL, a.width - item * PANEL)
-        for first in range(0, num_rows, ROWS):
-            rows = min(ROWS, num_rows - first)
-            at = first * a.depth
-            _multiply(sums, rows, x, at, a.depth, data, item * panel_size, scratch)
-            _finish(sums, rows, item * PANEL, num, a)
-            if a.mode == SILU_MUL:
-                other = (item + a.panels) * panel_size
-                _multiply(up, rows, x, at, a.depth, data, other, scratch)
-                _finish(up, rows, a.width + item * PANEL, num, a)
-                _silu_mul(sums, up, rows * PANEL)
-            _put(sums, rows, first * a.width + item * PANEL, num, a.width, out, a.mode)
+        block, panel = item // a.panels, item % a.panels
+        column, first = panel * PANEL, block * ROWS
+        num, rows = min(PANEL, a.width - column), min(ROWS, num_rows - first)
+        at = first * a.depth
+        _multiply(sums, rows, x, at, a.depth, data, panel * panel_size, scratch)
+        _finish(sums, rows, column, num, a)
+        if a.mode == SILU_MUL:
+            other = (panel + a.panels) * panel_size
+            _multiply(up, rows, x, at, a.depth, data, other, scratch)
+            _finish(up, rows, a.width + column, num, a)
+            _silu_mul(sums, up, rows * PANEL)
+        _put(sums, rows, first * a.width + column, num, a.width, out, a.mode)

@@ -16,10 +16,10 @@ from muxrt.kernels.team import Team
 
 Array = Any  # numba's view: a numpy array
 
-ONE, TOKENS, SEQUENCES, TILES = range(4)  # what the number of items of a stage may grow with
+ONE, TOKENS, ROW_BLOCKS, TILES = range(4)  # what the number of items of a stage may grow with
 FUNCTION, ARGS, DATA, ITEMS, COUNT, CHUNK, FIELDS = range(7)  # of a stage in the list
 SPACING = 8  # counters per cache line: threads must not fight for the same one
-SHARES = 2  # pieces of work per thread and stage, where items are many (measured)
+SHARES = 2  # a thread draws this part of its share of what is left: large pieces first
 PATIENCE = 2000  # looks at a counter before the core is offered to others
 
 
@@ -31,12 +31,13 @@ def run_stages(
     for index in range(len(stages)):
         stage = stages[index]
         items = stage[ITEMS] * counts[stage[COUNT]]
-        chunk = max(stage[CHUNK], items // (team_size * SHARES))
         if team_size == 1:
             call_stage(stage[FUNCTION], 0, items, stage[ARGS], stage[DATA])
             continue
         drawn, done = 2 * index * SPACING, (2 * index + 1) * SPACING
         while True:
+            left = items - load(counters, drawn)
+            chunk = max(stage[CHUNK], left // (team_size * SHARES))
             first = fetch_add(counters, drawn, chunk)
             if first >= items:
                 break

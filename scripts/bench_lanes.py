@@ -30,10 +30,10 @@ KV_BYTES = 1 << 30
 MAX_MODEL_LEN = 512
 MEAN_PROMPT, MEAN_OUTPUT = 100, 60
 SPLITS = {
-    "1 lane, all cores, thread": Lanes(kind="cores"),
+    "1 lane, all cores, thread": Lanes(kind="cores", split=(len(CORES),)),
     "1 lane per core, threads": Lanes(kind="cores", split=(1,) * len(CORES)),
     "1 lane per core, processes": Lanes(kind="processes", split=(1,) * len(CORES)),
-    "1 lane, all cores, process": Lanes(kind="processes"),
+    "1 lane, all cores, process": Lanes(kind="processes", split=(len(CORES),)),
 }
 
 
