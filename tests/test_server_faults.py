@@ -118,7 +118,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(
     async def scenario() -> int:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(endpoint.url, connector=connector) as http:
-            leavers = [leave(http, rng.uniform(0, 2), i % 2 == 0) for i in range(NUM_LEAVERS)]
+            leavers = [leave(http, rng.uniform(0, 1), i % 2 == 0) for i in range(NUM_LEAVERS)]
             num_left = sum(await asyncio.gather(*leavers))
             # The report on these is younger than every abort.
             for model in "ab":
@@ -127,7 +127,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(
 
     num_left = asyncio.run(scenario())
     print(f"{num_left} of {NUM_LEAVERS} left early")
-    assert num_left > NUM_LEAVERS / 2
+    assert num_left > NUM_LEAVERS / 4
     endpoint.check_nothing_leaked()
     assert endpoint.blocks_used() == 0
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
