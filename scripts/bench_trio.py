@@ -173,13 +173,14 @@ class Runner:
             at_ready = tree_memory(serving.pids)
             yield serving, task
             at_end = tree_memory(serving.pids)
-        # vLLM writes zeros to all of its KV memory when it starts; muxrt's pages come with use.
-        kv = self._plan.kv_bytes if side == VLLM else at_end.memfd_bytes
+        # Weights and arena apart, when ready: vLLM writes zeros to all of its KV memory when it
+        # starts; muxrt's pages come with use (what its warm-up touched counts against it).
+        kv = self._plan.kv_bytes if side == VLLM else 0
         row = {"side": side, "setting": setting, "ready_s": serving.ready_s}
         row |= {"at_ready": asdict(at_ready), "at_end": asdict(at_end)}
         row |= {"weight_bytes": self._weight_bytes, "kv_resident_bytes": kv}
         self._record.add(
-            "servers", row | {"rest_bytes": at_end.pss_bytes - self._weight_bytes - kv}
+            "servers", row | {"rest_bytes": at_ready.pss_bytes - self._weight_bytes - kv}
         )
         self._progress.remove_task(task)
 

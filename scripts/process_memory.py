@@ -16,32 +16,24 @@ class TreeMemory:
     processes: int
     rss_bytes: int
     pss_bytes: int  # a page that n processes share counts as 1/n for each
-    memfd_bytes: int  # what of it is muxrt's arena, as far as it was ever written
 
 
 def tree_memory(roots: Iterable[int]) -> TreeMemory:
     """What the processes `roots` and their descendants hold now."""
     pids = _descendants(set(roots))
-    totals = {"Rss": 0, "Pss": 0, "memfd": 0}
+    totals = {"Rss": 0, "Pss": 0}
     for pid in pids:
         try:
             for kind, num_bytes in _mappings((PROC / str(pid) / "smaps").read_text()):
                 totals[kind] += num_bytes
         except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
             continue
-    return TreeMemory(len(pids), totals["Rss"], totals["Pss"], totals["memfd"])
+    return TreeMemory(len(pids), totals["Rss"], totals["Pss"])
 
 
 def _mappings(smaps: str) -> Iterable[tuple[str, int]]:
-    is_memfd = False
-    for line in smaps.splitlines():
-        if match := re.match(r"(Rss|Pss): +(\d+) kB", line):
-            kind, num_bytes = match[1], int(match[2]) * KIB
-            yield kind, num_bytes
-            if kind == "Pss" and is_memfd:
-                yield "memfd", num_bytes
-        elif re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            is_memfd = "/memfd:muxrt" in line
+    for match in re.finditer(r"^(Rss|Pss): +(\d+) kB", smaps, re.MULTILINE):
+        yield match[1], int(match[2]) * KIB
 
 
 def _descendants(pids: set[int]) -> set[int]:

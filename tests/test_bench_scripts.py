@@ -347,9 +347,8 @@ def test_a_killed_run_keeps_what_it_has(tmp_path: Path) -> None:
 
 
 CHILD = """
-import mmap, os, sys
-fd = os.memfd_create("muxrt"); os.truncate(fd, 32 << 20)
-arena = mmap.mmap(fd, 32 << 20); arena[: 8 << 20] = b"x" * (8 << 20)
+import mmap, sys
+arena = mmap.mmap(-1, 64 << 20); arena[: 32 << 20] = b"x" * (32 << 20)
 print("ready", flush=True); sys.stdin.read()
 """
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
@@ -363,8 +362,7 @@ def test_memory_is_that_of_all_processes() -> None:
         found = tree_memory([parent.pid])
         parent.stdin.close()
     assert found.processes == 2
-    assert found.memfd_bytes == 8 * MIB  # what was written, not what was reserved
-    assert found.memfd_bytes < found.pss_bytes <= found.rss_bytes
+    assert 32 * MIB < found.pss_bytes <= found.rss_bytes < 64 * MIB  # written, not reserved
 
 
 def test_vllm_gets_its_threads_and_libraries(
