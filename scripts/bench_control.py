@@ -119,7 +119,7 @@ class Crowd:
             name="bench",
             models=tuple(UnitModel(name=name) for name in names),
             memory=Memory(kv_bytes=KV_BYTES),
-            lanes=Lanes(split=(1,) * lanes),
+            lanes=Lanes(split=(1,) * lanes, depth=1),
             scheduling=Scheduling(
                 quota_period_s=0.0,
                 prefill_tokens=PROMPT_TOKENS * NUM_SEQUENCES,
