@@ -294,7 +294,7 @@ def test_trio_measures_muxrt_for_real(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data["overload"]["rate_rps"] == 18.0
     server = data["servers"][0]
     assert server["at_end"]["processes"] >= 2  # the API and its unit
-    assert 0 < server["kv_resident_bytes"] < server["at_end"]["pss_bytes"]
+    assert 0 < server["rest_bytes"] < server["at_ready"]["pss_bytes"]
     assert read(tmp_path / "trio.json")["summary"]["muxrt"]["ready_s"] > 0
 
 
