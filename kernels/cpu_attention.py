@@ -351,6 +351,24 @@ def _add_values(
 
 
 @inlined
+def _weigh(
+    keys: Array, at: int, num: int, head_dim: int, queries: Array, row: int, top: Array,
+    total: Array, out: Array, weights: Array, into: int,
+) -> None:  # fmt: skip
+    """weights[into :] = softmax, so far unscaled, of one query head over up to 16 keys."""
+    dots(weights, into, keys, at, head_dim, num, queries, row * head_dim, head_dim)
+    highest = largest(weights, into, num, MASKED)
+    if highest > top[row]:
+        shrink = exp(top[row] - highest)
+        top[row] = highest
+        total[row] *= shrink
+        result = out[row * head_dim : (row + 1) * head_dim]
+        for d in range(head_dim):
+            result[d] *= shrink
+    total[row] += exp_and_sum(weights, into, top[row])
+
+
+@inlined
 def _decode(
     q: Array,
     arena: Array,
@@ -367,69 +385,44 @@ def _decode(
     Keys and values are rows of products, never moved; softmax is online, over 16 keys at a time,
     so that one pass reads the K and V of all heads of a block from front to back.
     """
-    heads, kv_heads, head_dim, block_tokens, _, planes_per_block = geometry
+    heads, kv_heads, head_dim, block_tokens, _, _ = geometry
     to_values, groups = block_tokens * head_dim, heads // kv_heads
-    plane_elems = 2 * to_values
-    rows, context = num_planes * groups, position + 1
+    rows, per_line = num_planes * groups, LINE_BYTES // arena.itemsize
     weights = np.empty(groups * NARROW, np.float32)
     queries = np.empty(rows * head_dim, np.float32)
-    tops, totals = np.full(rows, MASKED), np.zeros(rows, np.float32)
+    top, total = np.full(rows, MASKED), np.zeros(rows, np.float32)
     for i in range(rows * head_dim):
         queries[i] = q[i] * scale
         out[i] = np.float32(0)
-    per_line = LINE_BYTES // arena.itemsize
-    first_plane = _locate(geometry, plane)
-    column, _, inner = first_plane
-    for first in range(0, context, block_tokens):
-        group = first // block_tokens
-        run = min(block_tokens, context - first)
+    for first in range(0, position + 1, block_tokens):
+        run = min(block_tokens, position + 1 - first)
         for head in range(num_planes):
-            # Without a division: planes follow each other, within a block and from block to block.
-            here = inner // plane_elems + head
-            block = here // planes_per_block
-            where = (
-                column + block,
-                planes_per_block * plane_elems,
-                (here - block * planes_per_block) * plane_elems,
-            )
-            at = _offset(ids, group, geometry, where)
+            at = _offset(ids, first // block_tokens, geometry, _locate(geometry, plane + head))
             # Within a block planes follow each other; where the next block lies nobody can guess.
-            ahead = at + plane_elems
+            ahead = at + 2 * to_values
             if head + 1 == num_planes:
                 later = min(first + block_tokens, position) // block_tokens
-                ahead = _offset(ids, later, geometry, first_plane)
+                ahead = _offset(ids, later, geometry, _locate(geometry, plane))
             for key in range(0, run, NARROW):
-                num = min(NARROW, run - key)
-                place = at + key * head_dim
-                for i in range(key * head_dim, (key + num) * head_dim, per_line):
+                num, skip = min(NARROW, run - key), key * head_dim
+                for i in range(skip, skip + num * head_dim, per_line):
                     prefetch(arena, ahead + i)
                 for g in range(groups):
-                    row = head * groups + g
-                    dots(
-                        weights, g * NARROW, arena, place, head_dim, num, queries, row * head_dim,
-                        head_dim,
+                    _weigh(
+                        arena, at + skip, num, head_dim, queries, head * groups + g, top, total,
+                        out, weights, g * NARROW,
                     )  # fmt: skip
-                    top = largest(weights, g * NARROW, num, MASKED)
-                    if top > tops[row]:
-                        shrink = exp(tops[row] - top)
-                        tops[row] = top
-                        totals[row] *= shrink
-                        result = out[row * head_dim : (row + 1) * head_dim]
-                        for d in range(head_dim):
-                            result[d] *= shrink
-                    totals[row] += exp_and_sum(weights, g * NARROW, tops[row])
-                place += to_values
                 d = 0
                 while d < head_dim:
                     for g in range(0, groups, AT_ONCE):
                         _add_values(
                             out, (head * groups + g) * head_dim + d, head_dim,
                             min(AT_ONCE, groups - g), weights, g * NARROW, NARROW, arena,
-                            place + d, num, ahead + to_values + key * head_dim,
+                            at + to_values + skip + d, num, ahead + to_values + skip,
                         )  # fmt: skip
                     d += WIDE if d + WIDE <= head_dim else NARROW
     for row in range(rows):
-        factor = np.float32(1) / totals[row]
+        factor = np.float32(1) / total[row]
         result = out[row * head_dim : (row + 1) * head_dim]
         for d in range(head_dim):
             result[d] *= factor
