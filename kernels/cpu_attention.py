@@ -19,7 +19,7 @@ from numba.core import types
 from muxrt.kernels.atomics import floats_at, int32_at, int64_at
 from muxrt.kernels.cpu_math import exp
 from muxrt.kernels.cpu_rows import norm
-from muxrt.kernels.jit import EVERYWHERE, as_arena, as_float, inlined, kernel, prefetch, stage
+from muxrt.kernels.jit import EVERYWHERE, as_arena, as_float, inlined, kernel, stage
 from muxrt.kernels.panel import (
     LINE_BYTES,
     NARROW,
@@ -30,6 +30,7 @@ from muxrt.kernels.panel import (
     largest,
     make_panel,
     make_product,
+    prefetch,
 )
 
 Array = Any  # numba's view: a numpy array

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic, overload
 
 from muxrt.kernels.atomics import pointer_to
@@ -155,24 +155,6 @@ def bits_of_float(_typing: Any, value: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(_typing: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of an element; any index will do, nothing is read."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        pointer = builder.bitcast(builder.gep(data, [args[1]]), _BYTES)
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [_BYTES, *[_I32] * 3]),
-            "llvm.prefetch.p0",
-        )
-        builder.call(function, [pointer, _I32(0), _I32(2), _I32(1)])  # to read, into L2
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), generate
 
 
 @inlined

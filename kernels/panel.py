@@ -5,7 +5,7 @@ loops, which load and store them at every step, ran at a sixth of the speed
 (docs/benchmarks/kernels.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,17 @@ def make_product(rows: int, columns: int = WIDE, lines: int | None = None) -> An
         return signature, generate
 
     return product
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_typing: Any, array: Any, index: Any) -> Any:
+    """In kernels: ask for the cache line of an element; any index will do, nothing is read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _Elements.of(context, builder, signature, args, 0).prefetch(args[1])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -226,31 +237,49 @@ def _exp(builder: Any, x: Any) -> Any:
     return builder.fmul(p, builder.bitcast(power, _VECTOR))
 
 
+def _loop(
+    builder: Any,
+    end: Any,
+    step: int,
+    before: list[Any],
+    body: Callable[[Any, list[Any]], list[Any]],
+) -> list[Any]:
+    """Vectors that stay in registers while `body(i, vectors)` makes new ones of them.
+
+    i = 0, step, ... below `end`, at least once; what the last time made.
+    """
+    entry = builder.block
+    inside, after = builder.append_basic_block("loop"), builder.append_basic_block("loop.end")
+    builder.branch(inside)
+    builder.position_at_end(inside)
+    i, held = builder.phi(_I64), [builder.phi(_VECTOR) for _ in before]
+    made = body(i, held)
+    following = builder.add(i, _I64(step))
+    for value, first, last in zip(held, before, made, strict=True):
+        value.add_incoming(first, entry)
+        value.add_incoming(last, inside)
+    i.add_incoming(_I64(0), entry)
+    i.add_incoming(following, inside)
+    builder.cbranch(builder.icmp_signed("<", following, end), inside, after)
+    builder.position_at_end(after)
+    return made
+
+
 def _multiply_rows(
     builder: Any, rows: "_Elements", starts: list[Any], x: "_Elements", from_x: Any, width: Any
 ) -> list[Any]:
     """A vector per row, whose sum is the row's product with x."""
-    zero = ir.Constant(_VECTOR, [0.0] * LANES)
-    entry = builder.block
-    loop, end = builder.append_basic_block("dots"), builder.append_basic_block("dots.end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    d = builder.phi(_I64)
-    sums = [builder.phi(_VECTOR) for _ in starts]
-    part = x.vector(builder.add(from_x, d))
-    after = []
-    for total, start in zip(sums, starts, strict=True):
-        product = builder.fmul(rows.vector(builder.add(start, d)), part, flags=_FUSE)
-        after.append(builder.fadd(total, product, flags=_FUSE))
-    following = builder.add(d, _I64(LANES))
-    for value, last in zip(sums, after, strict=True):
-        value.add_incoming(zero, entry)
-        value.add_incoming(last, loop)
-    d.add_incoming(_I64(0), entry)
-    d.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed("<", following, width), loop, end)
-    builder.position_at_end(end)
-    return after
+
+    def add_products(d: Any, sums: list[Any]) -> list[Any]:
+        part = x.vector(builder.add(from_x, d))
+        vectors = [rows.vector(builder.add(start, d)) for start in starts]
+        return [_fused(builder, row, part, total) for row, total in zip(vectors, sums, strict=True)]
+
+    return _loop(builder, width, LANES, [_floats(0.0)] * len(starts), add_products)
+
+
+def _fused(builder: Any, a: Any, b: Any, total: Any) -> Any:
+    return builder.fadd(total, builder.fmul(a, b, flags=_FUSE), flags=_FUSE)
 
 
 def _sum_each(builder: Any, vectors: list[Any]) -> Any:
@@ -296,9 +325,7 @@ class _Elements:
     def splat(self, index: Any) -> Any:
         """One element in every lane."""
         value = self._as_float(self.builder.load(self.at(index)), _I32, _F32, _I32(16))
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = self.builder.insert_element(undefined, value, _I32(0))
-        return self.builder.shuffle_vector(first, undefined, _SPLAT)
+        return _splat(self.builder, value, _VECTOR)
 
     def vector(self, index: Any) -> Any:
         raw = self.builder.load(self.vector_at(index), align=1)
@@ -363,27 +390,17 @@ class _Product:
             for row in range(len(rows))
             for column in columns
         ]
-        zero = ir.Constant(_VECTOR, [0.0] * LANES)
-        before = [zero if self._fresh else out.vector(place) for place in places]
-        entry = builder.block
-        loop, end = builder.append_basic_block("product"), builder.append_basic_block("product.end")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        k = builder.phi(_I64)
-        sums = [builder.phi(_VECTOR) for _ in places]
-        along = builder.mul(k, stride)
-        line = builder.add(start, builder.mul(k, self._b_stride))
-        after = self._add_products(sums, [builder.add(row, along) for row in rows], line, columns)
-        if self._ahead is not None:
-            self._prefetch(k, *self._ahead)
-        following = builder.add(k, _I64(1))
-        for value, first, last in zip(sums, before, after, strict=True):
-            value.add_incoming(first, entry)
-            value.add_incoming(last, loop)
-        k.add_incoming(_I64(0), entry)
-        k.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num), loop, end)
-        builder.position_at_end(end)
+        before = [_floats(0.0) if self._fresh else out.vector(place) for place in places]
+
+        def add_products(k: Any, sums: list[Any]) -> list[Any]:
+            along = builder.mul(k, stride)
+            line = builder.add(start, builder.mul(k, self._b_stride))
+            if self._ahead is not None:
+                self._prefetch(k, *self._ahead)
+            a_places = [builder.add(row, along) for row in rows]
+            return self._add_products(sums, a_places, line, columns)
+
+        after = _loop(builder, num, 1, before, add_products)
         for place, value in zip(places, after, strict=True):
             builder.store(value, out.vector_at(place), align=4)
 
@@ -397,8 +414,7 @@ class _Product:
         for place in a_places:
             value = self._a.splat(place)
             for vector in b:
-                product = builder.fmul(value, vector, flags=_FUSE)
-                after.append(builder.fadd(next(totals), product, flags=_FUSE))
+                after.append(_fused(builder, value, vector, next(totals)))
         return after
 
     def _prefetch(self, k: Any, ahead: _Elements, start: Any, lines: int) -> None:
