@@ -89,4 +89,5 @@ def _make_pointer(element: Any) -> Any:
 
 
 # The pointer to floats or integers at an address, for `numba.carray`.
-floats_at, int32_at, int64_at = map(_make_pointer, (types.float32, types.int32, types.int64))
+_ELEMENTS = (types.float32, types.uint16, types.int32, types.int64)
+floats_at, uint16_at, int32_at, int64_at = map(_make_pointer, _ELEMENTS)

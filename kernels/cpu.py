@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from muxrt.kernels import cpu_attention, cpu_linear, cpu_rows, cpu_sampling
+from muxrt.kernels import amx, cpu_attention, cpu_linear, cpu_linear_amx, cpu_rows, cpu_sampling
 from muxrt.kernels.jit import STAGES, compile_for
 from muxrt.kernels.packing import Packed
 from muxrt.kernels.panel import ROWS, WIDE
-from muxrt.kernels.program import ROW_BLOCKS, TILES, TOKENS, Program, run_stages
+from muxrt.kernels.program import TILES, TOKENS, Program, run_stages
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import KvCache, MetaArrays
 
@@ -45,14 +45,20 @@ def warm_up() -> None:
     """
     for function, signatures in _SIGNATURES.items():
         compile_for(function, signatures)
+    unusable = () if amx.is_usable() else cpu_linear_amx.STAGES
     for stage in STAGES:
-        stage.compile()
+        if stage not in unusable:
+            stage.compile()
 
 
 class CpuProgram(Program):
-    """A program for batches of at most `max_tokens` new tokens, in any number of sequences."""
+    """A program for batches of at most `max_tokens` new tokens, in any number of sequences.
 
-    def __init__(self, team: Team, max_tokens: int) -> None:
+    Linear layers of a prefill are multiplied by the cores' AMX unit where there is one: faster from
+    some 40 rows on (float32) or 10 (narrower weights), and the same but for rounding.
+    """
+
+    def __init__(self, team: Team, max_tokens: int, is_prefill: bool = False) -> None:
         warm_up()
         super().__init__(team)
         self.max_tokens = max_tokens
@@ -60,6 +66,8 @@ class CpuProgram(Program):
         self._slots, self._starts, self._owners = np.zeros((3, max_tokens), dtype=np.int32)
         self._query_starts = np.zeros(max_tokens + 1, dtype=np.int32)
         self._tile_queries = 1
+        self._uses_amx = is_prefill and amx.is_usable()
+        self._planes: dict[int, Array] = {}  # by depth
 
     # -- recording ---------------------------------------------------------------------------
 
@@ -145,25 +153,42 @@ class CpuProgram(Program):
         self.add(cpu_attention.attend, args, arena, kv.num_kv_heads, TILES)
 
     def _linear(self, x: Array, layer: Packed, out: Array, mode: int) -> None:
+        width = layer.features // layer.parts
+        assert x.shape[1] == layer.depth and out.shape[1] == width, "shapes do not fit"
+        stage, block_rows = cpu_linear.linear, cpu_linear.ROWS
+        if self._uses_amx:
+            stage, block_rows = cpu_linear_amx.linear_amx, cpu_linear_amx.rows_at_once(layer.depth)
+            x = self._split(x)
         args = {
             "rows": self.counts[TOKENS:],
+            "block_rows": block_rows,
             "x": x,
             "depth": layer.depth,
             "out": out,
-            "width": layer.features // layer.parts,
+            "width": width,
             "scales": None if layer.scales is None else layer.scales.numpy(),
             "bias": None if layer.bias is None else layer.bias.numpy(),
             "mode": mode,
             "panels": layer.panels,
         }
-        assert x.shape[1] == layer.depth and out.shape[1] == args["width"], "shapes do not fit"
-        self.add(cpu_linear.linear, args, _array(layer.data), layer.panels, ROW_BLOCKS)
+        self.add(stage, args, _array(layer.data), layer.panels, TOKENS, per=block_rows)
+
+    def _split(self, x: Array) -> Array:
+        """The parts of x for the linear layer that follows; layers of equal depth share memory."""
+        depth = x.shape[1]
+        if depth not in self._planes:
+            elems = cpu_linear_amx.plane_elems(self.max_tokens, depth)
+            self._planes[depth] = torch.zeros(elems, dtype=torch.uint16).numpy()
+        planes = self._planes[depth]
+        args = {"rows": self.counts[TOKENS:], "x": x, "depth": depth, "planes": planes}
+        self.add(cpu_linear_amx.split_rows, args, _NOTHING, 1, TOKENS, per=amx.TILE_ROWS)
+        return planes
 
     # -- running -----------------------------------------------------------------------------
 
     def run_rows(self, num_rows: int) -> None:
         """Run over the first rows of the buffers: no tokens, no cache."""
-        self._count_rows(num_rows)
+        self.counts[TOKENS] = num_rows
         self.run()
 
     def run_batch(self, tokens: Array, meta: MetaArrays) -> None:
@@ -176,15 +201,11 @@ class CpuProgram(Program):
         self._slots[:num_sequences] = slots
         self._starts[:num_sequences] = starts
         self._query_starts[: num_sequences + 1] = query_starts
-        self._count_rows(num_tokens)
+        self.counts[TOKENS] = num_tokens
         self.counts[TILES] = cpu_attention.num_tiles(
             self._query_starts, num_sequences, self._tile_queries
         )
         self.run()
-
-    def _count_rows(self, num_rows: int) -> None:
-        self.counts[TOKENS] = num_rows
-        self.counts[ROW_BLOCKS] = -(-num_rows // cpu_linear.ROWS)
 
 
 def copy_blocks(

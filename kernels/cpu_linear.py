@@ -20,7 +20,7 @@ from muxrt.kernels.atomics import floats_at, int64_at
 from muxrt.kernels.cpu_math import exp
 from muxrt.kernels.jit import EVERYWHERE, as_float, inlined, stage
 from muxrt.kernels.packing import PANEL
-from muxrt.kernels.panel import LINE_BYTES, make_product
+from muxrt.kernels.panel import LINE_BYTES, make_product, prefetch
 
 Array = Any  # numba's view: a numpy array
 Record = Any  # numba's view: a record of LINEAR
@@ -37,6 +37,7 @@ STORE, ADD, SILU_MUL = 0, 1, 2  # what happens to the sums
 LINEAR = np.dtype(
     [
         ("rows", np.int64),  # address of the number of rows
+        ("block_rows", np.int64),  # of an item
         ("x", np.int64),  # address of [rows, depth] floats
         ("depth", np.int64),
         ("out", np.int64),  # address of [rows, width] floats
@@ -176,6 +177,8 @@ def _put(sums: Array, rows: int, at: int, num: int, width: int, out: Array, mode
     for row in range(rows):
         line = sums[row * PANEL : row * PANEL + num]
         target = out[at + row * width : at + row * width + num]
+        for i in range(0, num, 16):
+            prefetch(out, at + (row + 8) * width + i)
         if mode == ADD:
             for i in range(num):
                 target[i] += line[i]
@@ -194,12 +197,25 @@ def _silu_mul(gate: Array, up: Array, num: int) -> None:
         gate[i] = gate[i] * share * up[i]
 
 
+@inlined
+def finish_item(
+    sums: Array, up: Array, rows: int, first: int, column: int, out: Array, a: Record
+) -> None:
+    """What `mode` says with the sums [rows, PANEL] of rows from `first`, features from `column`."""
+    num = min(PANEL, a.width - column)
+    _finish(sums, rows, column, num, a)
+    if a.mode == SILU_MUL:
+        _finish(up, rows, a.width + column, num, a)
+        _silu_mul(sums, up, rows * PANEL)
+    _put(sums, rows, first * a.width + column, num, a.width, out, a.mode)
+
+
 @stage(LINEAR, (types.float32, types.uint16, types.int8))
 def linear(begin: int, end: int, args: Pointer, weights: Pointer) -> None:
     """Items [begin, end) of out = x W + bias; `mode` says what becomes of them.
 
-    An item is a panel for a block of ROWS rows; all panels of a block follow each other, so that
-    its rows are read from a near cache.
+    An item is a panel for a block of rows; all panels of a block follow each other, so that its
+    rows are read from a near cache.
     STORE overwrites out, ADD adds to it; SILU_MUL takes the panels of `gate` and `up` together and
     stores silu(gate) * up.
     """
@@ -207,20 +223,17 @@ def linear(begin: int, end: int, args: Pointer, weights: Pointer) -> None:
     num_rows = carray(int64_at(a.rows), 1)[0]
     x, out = carray(floats_at(a.x), EVERYWHERE), carray(floats_at(a.out), EVERYWHERE)
     data = carray(weights, EVERYWHERE)
-    tile = min(ROWS, num_rows)
+    tile = min(a.block_rows, num_rows)
     sums, up = np.empty(tile * PANEL, np.float32), np.empty(tile * PANEL, np.float32)
     scratch = np.empty(BLOCK * PANEL, np.float32)
     panel_size = a.depth * PANEL
     for item in range(begin, end):
         block, panel = item // a.panels, item % a.panels
-        column, first = panel * PANEL, block * ROWS
-        num, rows = min(PANEL, a.width - column), min(ROWS, num_rows - first)
+        column, first = panel * PANEL, block * a.block_rows
+        rows = min(a.block_rows, num_rows - first)
         at = first * a.depth
         _multiply(sums, rows, x, at, a.depth, data, panel * panel_size, scratch)
-        _finish(sums, rows, column, num, a)
         if a.mode == SILU_MUL:
             other = (panel + a.panels) * panel_size
             _multiply(up, rows, x, at, a.depth, data, other, scratch)
-            _finish(up, rows, a.width + column, num, a)
-            _silu_mul(sums, up, rows * PANEL)
-        _put(sums, rows, first * a.width + column, num, a.width, out, a.mode)
+        finish_item(sums, up, rows, first, column, out, a)

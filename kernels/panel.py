@@ -54,7 +54,7 @@ def make_panel(width: int, fresh: bool) -> Any:
         signature = types.void(out, at, a, a0, a1, a2, a3, stride, b, start, num)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            out, a, b = (_Elements.of(context, builder, signature, args, i) for i in (0, 2, 8))
+            out, a, b = (Elements.of(context, builder, signature, args, i) for i in (0, 2, 8))
             product = _Product(builder, out, a, b, width, fresh)
             product.emit(args[1], args[3 : 3 + ROWS], args[7], args[9], args[10])
             return context.get_dummy_value()
@@ -101,7 +101,7 @@ def make_product(rows: int, columns: int = WIDE, lines: int | None = None) -> An
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             places = (0, 3, 6, 10)
-            out, a, b, ahead = (_Elements.of(context, builder, signature, args, i) for i in places)
+            out, a, b, ahead = (Elements.of(context, builder, signature, args, i) for i in places)
             starts = [builder.add(args[4], builder.mul(args[5], _I64(row))) for row in range(rows)]
             product = _Product(builder, out, a, b, columns)
             product.strides(args[2], args[8])
@@ -119,7 +119,7 @@ def prefetch(_typing: Any, array: Any, index: Any) -> Any:
     """In kernels: ask for the cache line of an element; any index will do, nothing is read."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _Elements.of(context, builder, signature, args, 0).prefetch(args[1])
+        Elements.of(context, builder, signature, args, 0).prefetch(args[1])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
@@ -149,7 +149,7 @@ def dots(
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         places = (0, 2, 6)
-        out, rows, x = (_Elements.of(context, builder, signature, args, i) for i in places)
+        out, rows, x = (Elements.of(context, builder, signature, args, i) for i in places)
         last = builder.sub(args[5], _I64(1))  # the rows that are not there repeat the last one
         starts = []
         for i in range(LANES):
@@ -168,7 +168,7 @@ def largest(_typing: Any, x: Any, at: Any, num: Any, least: Any) -> Any:
     """In kernels: the largest of x[at : at + num]; the rest of LANES becomes `least`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        elements = _Elements.of(context, builder, signature, args, 0)
+        elements = Elements.of(context, builder, signature, args, 0)
         lanes = ir.Constant(_INTS, [*range(LANES)])
         num = _splat(builder, builder.trunc(args[2], _I32), _INTS)
         is_there = builder.icmp_signed("<", lanes, num)
@@ -188,7 +188,7 @@ def exp_and_sum(_typing: Any, x: Any, at: Any, top: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        elements = _Elements.of(context, builder, signature, args, 0)
+        elements = Elements.of(context, builder, signature, args, 0)
         top = _splat(builder, args[2], _VECTOR)
         values = _exp(builder, builder.fsub(elements.vector(args[1]), top))
         builder.store(values, elements.vector_at(args[1]), align=4)
@@ -237,7 +237,7 @@ def _exp(builder: Any, x: Any) -> Any:
     return builder.fmul(p, builder.bitcast(power, _VECTOR))
 
 
-def _loop(
+def loop(
     builder: Any,
     end: Any,
     step: int,
@@ -266,7 +266,7 @@ def _loop(
 
 
 def _multiply_rows(
-    builder: Any, rows: "_Elements", starts: list[Any], x: "_Elements", from_x: Any, width: Any
+    builder: Any, rows: "Elements", starts: list[Any], x: "Elements", from_x: Any, width: Any
 ) -> list[Any]:
     """A vector per row, whose sum is the row's product with x."""
 
@@ -275,7 +275,7 @@ def _multiply_rows(
         vectors = [rows.vector(builder.add(start, d)) for start in starts]
         return [_fused(builder, row, part, total) for row, total in zip(vectors, sums, strict=True)]
 
-    return _loop(builder, width, LANES, [_floats(0.0)] * len(starts), add_products)
+    return loop(builder, width, LANES, [_floats(0.0)] * len(starts), add_products)
 
 
 def _fused(builder: Any, a: Any, b: Any, total: Any) -> Any:
@@ -296,7 +296,7 @@ def _sum_each(builder: Any, vectors: list[Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Elements:
+class Elements:
     """An array that an intrinsic was given, read as floats whatever it holds."""
 
     builder: Any
@@ -304,7 +304,7 @@ class _Elements:
     kind: Any  # numba's type of an element
 
     @classmethod
-    def of(cls, context: Any, builder: Any, signature: Any, args: Any, index: int) -> "_Elements":
+    def of(cls, context: Any, builder: Any, signature: Any, args: Any, index: int) -> "Elements":
         array = signature.args[index]
         data = context.make_array(array)(context, builder, args[index]).data
         return cls(builder, data, array.dtype)
@@ -355,22 +355,22 @@ class _Product:
     def __init__(
         self,
         builder: Any,
-        out: _Elements,
-        a: _Elements,
-        b: _Elements,
+        out: Elements,
+        a: Elements,
+        b: Elements,
         width: int,
         fresh: bool = False,
     ) -> None:
         self._builder, self._out, self._a, self._b = builder, out, a, b
         self._width, self._fresh = width, fresh
         self._out_stride = self._b_stride = _I64(width)
-        self._ahead: tuple[_Elements, Any, int] | None = None
+        self._ahead: tuple[Elements, Any, int] | None = None
 
     def strides(self, out: Any, b: Any) -> None:
         """From a row to the next one; `width` elements where this is not called."""
         self._out_stride, self._b_stride = out, b
 
-    def ask(self, ahead: _Elements, start: Any, lines: int | None) -> None:
+    def ask(self, ahead: Elements, start: Any, lines: int | None) -> None:
         """Prefetch `lines` cache lines of `ahead` at every k, one after the other."""
         self._ahead = (ahead, start, lines or max(1, self._width // ahead.per_line))
 
@@ -400,7 +400,7 @@ class _Product:
             a_places = [builder.add(row, along) for row in rows]
             return self._add_products(sums, a_places, line, columns)
 
-        after = _loop(builder, num, 1, before, add_products)
+        after = loop(builder, num, 1, before, add_products)
         for place, value in zip(places, after, strict=True):
             builder.store(value, out.vector_at(place), align=4)
 
@@ -417,7 +417,7 @@ class _Product:
                 after.append(_fused(builder, value, vector, next(totals)))
         return after
 
-    def _prefetch(self, k: Any, ahead: _Elements, start: Any, lines: int) -> None:
+    def _prefetch(self, k: Any, ahead: Elements, start: Any, lines: int) -> None:
         builder = self._builder
         first = builder.add(start, builder.mul(k, _I64(lines * ahead.per_line)))
         for line in range(lines):

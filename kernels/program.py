@@ -16,8 +16,8 @@ from muxrt.kernels.team import Team
 
 Array = Any  # numba's view: a numpy array
 
-ONE, TOKENS, ROW_BLOCKS, TILES = range(4)  # what the number of items of a stage may grow with
-FUNCTION, ARGS, DATA, ITEMS, COUNT, CHUNK, FIELDS = range(7)  # of a stage in the list
+ONE, TOKENS, TILES = range(3)  # what the number of items of a stage may grow with
+FUNCTION, ARGS, DATA, ITEMS, COUNT, PER, CHUNK, FIELDS = range(8)  # of a stage in the list
 SPACING = 8  # counters per cache line: threads must not fight for the same one
 SHARES = 2  # a thread draws this part of its share of what is left: large pieces first
 PATIENCE = 2000  # looks at a counter before the core is offered to others
@@ -30,7 +30,7 @@ def run_stages(
     """What each thread of a team does, whichever it is; counters are 0 at first."""
     for index in range(len(stages)):
         stage = stages[index]
-        items = stage[ITEMS] * counts[stage[COUNT]]
+        items = stage[ITEMS] * ((counts[stage[COUNT]] + stage[PER] - 1) // stage[PER])
         if team_size == 1:
             call_stage(stage[FUNCTION], 0, items, stage[ARGS], stage[DATA])
             continue
@@ -56,7 +56,7 @@ class Program:
     """Stages in order; `counts[TOKENS]` and the others say how large the batch is."""
 
     def __init__(self, team: Team) -> None:
-        self.counts = np.ones(4, dtype=np.int64)
+        self.counts = np.ones(3, dtype=np.int64)
         self._team = team
         self._stages: list[tuple[int, ...]] = []
         self._table: npt.NDArray[np.int64] | None = None
@@ -71,8 +71,11 @@ class Program:
         items: int,
         count: int = ONE,
         chunk: int = 1,
+        per: int = 1,
     ) -> None:
-        """Append a stage of `items` x `counts[count]` items, handed out `chunk` at least at a time.
+        """Append a stage of `items` for every `per` of `counts[count]`, begun ones included.
+
+        They are handed out `chunk` at least at a time.
 
         An array among `args` becomes its address, and stays alive as long as the program; None
         becomes 0. Raises KeyError for a type of `data` the stage was not compiled for.
@@ -81,7 +84,7 @@ class Program:
         for name, value in args.items():
             record[name] = self._address(value) if _is_array(value) else value or 0
         function = stage.address(data.dtype.name)
-        fields = (function, self._address(record), self._address(data), items, count, chunk)
+        fields = (function, self._address(record), self._address(data), items, count, per, chunk)
         self._stages.append(fields)
         self._table = None
 

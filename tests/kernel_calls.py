@@ -9,9 +9,15 @@ from torch import Tensor
 from muxrt.kernels import AttentionMeta, KvCache, Packed, Program, Team, pack_into, packed_elems
 
 
-def rows(team: Team, x: Tensor, width: int, record: Callable[[Program, Any, Any], None]) -> Tensor:
+def rows(
+    team: Team,
+    x: Tensor,
+    width: int,
+    record: Callable[[Program, Any, Any], None],
+    is_prefill: bool = False,
+) -> Tensor:
     """What `record(program, x, out)` leaves in out [T, width]."""
-    program = Program(team, len(x))
+    program = Program(team, len(x), is_prefill)
     source, out = program.floats(x.shape[1]), program.floats(width)
     record(program, source, out)
     source[:], out[:] = x.numpy(), 0
@@ -23,8 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, team: Team) -> Tensor:
     return rows(team, x, x.shape[1], lambda p, a, out: p.rms_norm(a, weight, eps, out))
 
 
-def linear(x: Tensor, packed: Packed, team: Team) -> Tensor:
-    return rows(team, x, packed.features, lambda p, a, out: p.linear(a, packed, out))
+def linear(x: Tensor, packed: Packed, team: Team, is_prefill: bool = False) -> Tensor:
+    return rows(team, x, packed.features, lambda p, a, out: p.linear(a, packed, out), is_prefill)
 
 
 def attention(

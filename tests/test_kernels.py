@@ -247,26 +247,55 @@ def test_heads_are_normed_and_rotated(
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
+PHASES = pytest.mark.parametrize("is_prefill", [False, True], ids=["decode", "prefill"])
 
 
+@PHASES
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("num_tokens", [*range(1, 9), 13, 18, 23, 24, 31, 96, 97, 200])
 @pytest.mark.parametrize(("features", "depth"), [(64, 512), (200, 100), (1, 8), (130, 1376)])
 def test_linear_is_the_definition(
-    team: Team, dtype: torch.dtype, num_tokens: int, features: int, depth: int
+    team: Team, dtype: torch.dtype, num_tokens: int, features: int, depth: int, is_prefill: bool
 ) -> None:
     torch.manual_seed(num_tokens + features)
     x, weight = torch.randn(num_tokens, depth), torch.randn(features, depth)
     bias = torch.randn(features) if num_tokens % 2 else None
     packed = kernel_calls.pack(weight, dtype, bias)
-    got, want = kernel_calls.linear(x, packed, team), reference.linear(x, packed)
+    got, want = kernel_calls.linear(x, packed, team, is_prefill), reference.linear(x, packed)
     torch.testing.assert_close(got, want, atol=2e-6 * depth**0.5 * 4, rtol=2e-5)
 
 
+def test_linear_in_parts_is_as_exact_as_float32(team: Team) -> None:
+    """Against float64, where AMX multiplies in a prefill: numbers of one sign, no error cancels."""
+    torch.manual_seed(0)
+    x, weight = torch.rand(64, 2000), torch.rand(70, 2000)
+    exact = x.double() @ weight.double().T
+    packed = kernel_calls.pack(weight, torch.float32)
+    decode, prefill = (
+        ((kernel_calls.linear(x, packed, team, is_prefill) - exact) / exact).abs().max()
+        for is_prefill in (False, True)
+    )
+    assert prefill <= decode < 4e-6
+
+
+@PHASES
+def test_linear_keeps_what_is_not_finite_in_its_row(team: Team, is_prefill: bool) -> None:
+    x, packed = torch.randn(40, 64), kernel_calls.pack(torch.randn(64, 64), torch.float32)
+    want = kernel_calls.linear(x, packed, team, is_prefill)
+    x[3, 5], x[17, 60], x[39, 0] = torch.nan, torch.inf, -torch.inf
+    got = kernel_calls.linear(x, packed, team, is_prefill)
+    is_finite = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.tensor([3, 17, 39]), False)
+    assert torch.equal(got[is_finite], want[is_finite])
+    assert not got[~is_finite].isfinite().any()
+
+
+@PHASES
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
 @pytest.mark.parametrize("width", [64, 100])
-def test_linear_with_silu(team: Team, dtype: torch.dtype, num_tokens: int, width: int) -> None:
+def test_linear_with_silu(
+    team: Team, dtype: torch.dtype, num_tokens: int, width: int, is_prefill: bool
+) -> None:
     x, weight, bias = (
         torch.randn(num_tokens, 96),
         torch.randn(2 * width, 96),
@@ -274,30 +303,37 @@ def test_linear_with_silu(team: Team, dtype: torch.dtype, num_tokens: int, width
     )
     weight[:4] *= 30  # silu of large numbers, both ways
     packed = kernel_calls.pack(weight, dtype, bias, parts=2)
-    got = kernel_calls.rows(team, x, width, lambda p, a, out: p.linear_silu_mul(a, packed, out))
+    got = kernel_calls.rows(
+        team, x, width, lambda p, a, out: p.linear_silu_mul(a, packed, out), is_prefill
+    )
     want = reference.silu_mul(reference.linear(x, packed))
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
 
+@PHASES
 @pytest.mark.parametrize("num_tokens", [1, 50])
-def test_linear_adds_to_what_is_there(team: Team, num_tokens: int) -> None:
+def test_linear_adds_to_what_is_there(team: Team, num_tokens: int, is_prefill: bool) -> None:
     x, packed = torch.randn(num_tokens, 70), kernel_calls.pack(torch.randn(70, 70), torch.float32)
 
     def record(program: kernels.Program, source: Any, out: Any) -> None:
         program.linear(source, packed, out)
         program.add_linear(source, packed, out)
 
-    got = kernel_calls.rows(team, x, 70, record)
+    got = kernel_calls.rows(team, x, 70, record, is_prefill)
     torch.testing.assert_close(got, 2 * reference.linear(x, packed), atol=1e-4, rtol=1e-5)
 
 
+@PHASES
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "int8"])
-def test_a_row_of_a_linear_layer_is_the_same_in_any_company(team: Team, dtype: torch.dtype) -> None:
+def test_a_row_of_a_linear_layer_is_the_same_in_any_company(
+    team: Team, dtype: torch.dtype, is_prefill: bool
+) -> None:
     """Bit for bit: so tokens depend neither on the batch nor on how prompts are cut."""
-    x, packed = torch.randn(250, 300), kernel_calls.pack(torch.randn(100, 300), dtype)
-    together = kernel_calls.linear(x, packed, team)
-    for first, end in ((0, 1), (3, 9), (10, 17), (90, 120), (100, 220)):
-        assert torch.equal(kernel_calls.linear(x[first:end], packed, team), together[first:end])
+    x, packed = torch.randn(650, 300), kernel_calls.pack(torch.randn(100, 300), dtype)
+    together = kernel_calls.linear(x, packed, team, is_prefill)
+    for first, end in ((0, 1), (3, 9), (10, 17), (90, 120), (100, 520)):
+        part = kernel_calls.linear(x[first:end], packed, team, is_prefill)
+        assert torch.equal(part, together[first:end])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,6 +1,7 @@
 """LLaMA and its close relatives (Mistral, Qwen 2 and 3) over a paged KV cache."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -78,8 +79,20 @@ class Llama:
         return sum(tensor.nbytes for tensor in self._state.values())
 
 
+@dataclass(frozen=True)
+class _Body:
+    """All of a model but the head, recorded for batches up to a size."""
+
+    program: Program
+    hidden: npt.NDArray[np.float32]  # [max tokens, hidden]: what it leaves
+    max_positions: int
+
+    def fits(self, num_tokens: int, highest: int) -> bool:
+        return num_tokens <= self.program.max_tokens and highest < self.max_positions
+
+
 class Session:
-    """A model recorded for one team over one arena: a program and its buffers, one batch at a time.
+    """A model recorded for one team over one arena, with its buffers: one batch at a time.
 
     What it returns are its buffers: they last until the next call of the same method.
     """
@@ -87,8 +100,8 @@ class Session:
     def __init__(self, llama: Llama, kv: KvCache, team: Team) -> None:
         self._llama, self._kv, self._team = llama, kv, team
         self._rope = Rope(llama.shape)
-        self._max_positions = FIRST_POSITIONS
-        self._record(FIRST_TOKENS)
+        self._decode = self._record(FIRST_TOKENS, FIRST_POSITIONS, is_prefill=False)
+        self._prefill = self._record(FIRST_TOKENS, FIRST_POSITIONS, is_prefill=True)
         self._record_head(FIRST_TOKENS)
 
     @property
@@ -98,17 +111,19 @@ class Session:
     def forward(self, tokens: Tokens, meta: MetaArrays) -> Tensor:
         """Final normed hidden states of new tokens; their K and V are written into the arena.
 
-        tokens [T] -> [T, hidden] float32. A row depends on the tokens of its sequence alone,
-        whatever else is in the batch. Raises ValueError for a token outside the vocabulary.
+        tokens [T] -> [T, hidden] float32. A row depends on the tokens of its sequence and on
+        whether the batch is a decode step (one token each), whatever else is in it. Raises
+        ValueError for a token outside the vocabulary.
         """
         if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"found token ids outside the vocabulary of {self.vocab_size}")
-        highest = int(meta.positions.max())
-        if len(tokens) > self._body.max_tokens or highest >= self._max_positions:
-            self._max_positions = max(self._max_positions, _power_of_two(highest + 1))
-            self._record(max(self._body.max_tokens, _power_of_two(len(tokens))))
-        self._body.run_batch(tokens, meta)
-        return torch.from_numpy(self._hidden[: len(tokens)])
+        num_tokens, highest = len(tokens), int(meta.positions.max())
+        if num_tokens > len(meta.slots):
+            body = self._prefill = self._enlarged(self._prefill, num_tokens, highest, True)
+        else:
+            body = self._decode = self._enlarged(self._decode, num_tokens, highest, False)
+        body.program.run_batch(tokens, meta)
+        return torch.from_numpy(body.hidden[:num_tokens])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab] float32."""
@@ -119,10 +134,18 @@ class Session:
         self._top.run_rows(num_rows)
         return torch.from_numpy(self._logits[:num_rows])
 
-    def _record(self, max_tokens: int) -> None:
+    def _enlarged(self, body: _Body, num_tokens: int, highest: int, is_prefill: bool) -> _Body:
+        """The same, recorded anew if the batch does not fit."""
+        if body.fits(num_tokens, highest):
+            return body
+        max_tokens = max(body.program.max_tokens, _power_of_two(num_tokens))
+        max_positions = max(body.max_positions, _power_of_two(highest + 1))
+        return self._record(max_tokens, max_positions, is_prefill)
+
+    def _record(self, max_tokens: int, max_positions: int, is_prefill: bool) -> _Body:
         llama, shape = self._llama, self._llama.shape
-        program = self._body = Program(self._team, max_tokens)
-        eps, rope = shape.rms_eps, self._rope.table(self._max_positions)
+        program = Program(self._team, max_tokens, is_prefill)
+        eps, rope = shape.rms_eps, self._rope.table(max_positions)
         residual, x = program.floats(shape.hidden_size), program.floats(shape.hidden_size)
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         qkv = program.floats((heads + 2 * kv_heads) * shape.head_dim)
@@ -141,8 +164,9 @@ class Session:
             program.rms_norm(residual, layer.mlp_norm, eps, x)
             program.linear_silu_mul(x, layer.gate_up, gated)
             program.add_linear(gated, layer.down, residual)
-        self._hidden = program.floats(shape.hidden_size)
-        program.rms_norm(residual, llama.norm, eps, self._hidden)
+        hidden = program.floats(shape.hidden_size)
+        program.rms_norm(residual, llama.norm, eps, hidden)
+        return _Body(program, hidden, max_positions)
 
     def _record_head(self, max_rows: int) -> None:
         self._top = Program(self._team, max_rows)
