@@ -69,6 +69,7 @@ class Linear:
     features: int
     depth: int
     dtype: str = "float32"
+    is_prefill: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -94,9 +95,10 @@ PREFILL = [
     Attention(8, 8, 64, 1, 1024, 128),
 ]
 LINEAR = [
-    Linear(rows, 1536, 512, dtype)
+    Linear(rows, 1536, 512, dtype, is_prefill)
     for dtype in ("float32", "bfloat16", "int8")
-    for rows in (1, 4, 8, 16, 32, 64, 512)
+    for is_prefill, counts in ((False, (1, 4, 8, 16, 32, 64)), (True, (32, 64, 128, 512)))
+    for rows in counts
 ]
 
 
@@ -171,7 +173,7 @@ def linear_s(case: Linear, team: Team) -> float:
     dtype = getattr(torch, case.dtype)
     elems, weight = packed_elems(case.features, case.depth), torch.randn(case.features, case.depth)
     pages = Pages(case.num_layers * Pages.rounded(elems * dtype.itemsize))
-    program = Program(team, case.rows)
+    program = Program(team, case.rows, case.is_prefill)
     x, out = program.floats(case.depth), program.floats(case.features)
     x[:] = 0.1
     for _ in range(case.num_layers):

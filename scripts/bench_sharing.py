@@ -46,6 +46,7 @@ MODES = {
     "temporal": (Lanes(split=(len(CORES),)), Scheduling(policy="fcfs")),
 }
 PROMPT_MOST, OUTPUT_MOST = 160, 160
+SLACK = 64  # a prompt's text may become more tokens than it was made for
 PROMPT = Lengths(mean_tokens=100, cv=0.5, max_tokens=PROMPT_MOST)
 OUTPUT = Lengths(mean_tokens=80, cv=0.5, max_tokens=OUTPUT_MOST)
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
@@ -73,7 +74,7 @@ class Plan:
     most_steps: int = 8  # of that search
     prompt: Lengths = PROMPT
     output: Lengths = OUTPUT
-    max_model_len: int = PROMPT_MOST + OUTPUT_MOST
+    max_model_len: int = PROMPT_MOST + OUTPUT_MOST + SLACK
     slo: Slo = SLO
     big_bytes: int = 2 * GIB
 
