@@ -51,7 +51,7 @@ class Plan:
     models: tuple[str, ...]
     weights: tuple[float, ...]  # of the models' traffic
     rates: dict[str, tuple[float, ...]]  # requests/s, by side
-    settings: dict[str, tuple[str, ...]]  # by side: bound, unbound; lanes such as 1+1
+    settings: dict[str, tuple[str, ...]]  # by side: bound, unbound; see `config`
     kv_bytes: int  # of all models together, on either side
     seconds: float  # of load at each rate, at least
     requests: int  # at each rate, at least
@@ -105,10 +105,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def config(
-    plan: Plan, folders: Sequence[Path], lanes: str, queue_timeout_s: float | None = None
-) -> ServeConfig:
-    """One unit with all models; `lanes` are cores per lane: 1+1."""
+def config(plan: Plan, folders: Sequence[Path], setting: str) -> ServeConfig:
+    """One unit with all models; a setting is cores per lane, and maybe a queue timeout: 1+1/1.0."""
+    lanes, _, timeout = setting.partition("/")
     return one_unit(
         folders,
         plan.weights,
@@ -117,7 +116,7 @@ def config(
         Scheduling(),
         max_model_len=MAX_MODEL_LEN,
         slo=SLO,
-        queue_timeout_s=queue_timeout_s,
+        queue_timeout_s=float(timeout) if timeout else None,
     )
 
 
@@ -143,7 +142,8 @@ class Runner:
     def overload(self, folders: Sequence[Path]) -> None:
         """muxrt far beyond its best rate, with requests refused that would come too late."""
         peak = most_goodput(self._points[MUXRT])
-        refusing = config(self._plan, folders, peak.setting, queue_timeout_s=SLO.ttft_s)
+        lanes = peak.setting.partition("/")[0]
+        refusing = config(self._plan, folders, f"{lanes}/{SLO.ttft_s:g}")
         with self._served(MUXRT, "overload", partial(muxrt_serving, refusing)) as (serving, task):
             warm_up(serving.urls, self._plan.load(), min(self._plan.rates[MUXRT]))
             rate_rps = OVERLOAD * peak.rate_rps

@@ -59,7 +59,9 @@ def trio(
     vllm_settings: Annotated[
         str, typer.Option(help="bound: all cores to each server; unbound: a free thread each.")
     ] = "bound,unbound",
-    lanes: Annotated[str, typer.Option(help="Cores per lane of muxrt, by setting.")] = "1+1,2",
+    lanes: Annotated[
+        str, typer.Option(help="Cores per lane of muxrt, and a queue_timeout_s, by setting.")
+    ] = "1+1,2,1+1/1",
     kv_mib: Annotated[int, typer.Option(help="KV memory of all models, either side.")] = 768,
     seconds: Annotated[float, typer.Option(help="Of load at each rate, at least.")] = 20.0,
     requests: Annotated[int, typer.Option(help="At each rate, at least.")] = 40,
