@@ -2,10 +2,10 @@
 
 A float32 has 24 bits of mantissa, three bfloat16 have 8 each: x = x0 + x1 + x2 exactly, each part
 being what truncation left of the part before. Of the nine products of the parts of two floats the
-six largest are added (in float32): the other three are below 2**-22 of the whole, less than what
-the order of a sum does to it. Six multiplications at 16 times the speed (Henry, Tang, Heinecke:
-Leveraging the bfloat16 Artificial Intelligence Datatype, 2019). A bfloat16 or int8 weight is one
-part and takes three.
+six largest are added (in float32): the other three together are below 2**-21 of the whole, and a
+hundredth of that as a rule: less than what rounding does to a sum. Six multiplications at 16 times
+the speed (Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype, 2019). A
+bfloat16 or int8 weight is one part and takes three.
 
 A tile is 16 rows of 64 bytes, 1 KiB: of rows of activations and a STEP of their depth (`planes`),
 or of a STEP of the depth, in pairs, and 16 output features (`blocks`). Both lie in memory as they
@@ -31,6 +31,7 @@ TILE_ROWS = 16
 STEP = 32  # of the depth: of one tile
 TILE = TILE_ROWS * STEP  # elements
 COLUMNS = 4  # tiles side by side: a panel of 64 features
+TURNS = COLUMNS * TILE_ROWS  # in which a step of a panel is split
 PARTS = 3  # of a float32
 ALIGNMENT = 64  # bytes: a row of a tile that lies in two cache lines takes two loads
 
@@ -131,8 +132,8 @@ def split_step(
 ) -> Any:
     """In kernels: STEP rows of 64 weights of `source`, from `at` on, as tiles from `to` on.
 
-    For each 16 columns there are as many tiles as a weight has parts. Asks for the first half (or
-    all, if it is only so much) of as many `weights` from `ahead` on.
+    For each 16 columns there are as many tiles as a weight has parts. Asks for the first half
+    (float32) or all (bfloat16) of as many `weights` from `ahead` on; int8 comes soon enough alone.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -140,7 +141,7 @@ def split_step(
         source, blocks, weights = (
             Elements.of(context, builder, signature, args, i) for i in places
         )
-        lines, parts = _first_lines(weights) // (COLUMNS * TILE_ROWS), _parts_of(source.kind)
+        lines, parts = min(1, _step_lines(weights) // TURNS), _parts_of(source.kind)
         width = COLUMNS * LANES
 
         def split_pair(turn: Any, _: list[Any]) -> list[Any]:
@@ -159,7 +160,7 @@ def split_step(
                 _store(builder, pairs, blocks, place)
             return []
 
-        loop(builder, _I64(COLUMNS * TILE_ROWS), 1, [], split_pair)
+        loop(builder, _I64(TURNS), 1, [], split_pair)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -312,13 +313,9 @@ def _step_lines(weights: Elements) -> int:
     return STEP * COLUMNS * LANES // weights.per_line
 
 
-def _first_lines(weights: Elements) -> int:
-    """Of these, what is asked for while weights are split: the core has no use for more."""
-    return min(64, _step_lines(weights))
-
-
 def _later_lines(weights: Elements) -> int:
-    return _step_lines(weights) - _first_lines(weights)
+    """Of these, what `split_step` leaves to ask for."""
+    return max(0, _step_lines(weights) - TURNS)
 
 
 def _ask(builder: Any, weights: Elements, start: Any, first: Any, num: int) -> None:

@@ -1,9 +1,8 @@
 """Linear layers where cores have AMX: the same panels of weights, multiplied in bfloat16 parts.
 
 First the activations are split into parts, tile by tile, for all panels (`split_rows`). Then a
-panel goes through block by block: a block of weights is split, all rows use it, and the next one is
-asked for meanwhile. Splitting and multiplying take less time than memory needs to deliver, up to
-some 30 rows.
+panel goes through block by block: a block of weights is split, all rows use it, and what comes next
+is asked for meanwhile.
 
 Every sum runs over the depth in the same order and the same parts, so a row of the result depends
 neither on the batch nor on the number of threads.
@@ -22,6 +21,7 @@ from muxrt.kernels.amx import (
     STEP,
     TILE,
     TILE_ROWS,
+    TURNS,
     close_tiles,
     make_multiply,
     num_parts,
@@ -33,13 +33,14 @@ from muxrt.kernels.atomics import floats_at, int64_at, uint16_at
 from muxrt.kernels.cpu_linear import LINEAR, SILU_MUL, finish_item
 from muxrt.kernels.jit import EVERYWHERE, inlined, stage
 from muxrt.kernels.packing import PANEL
+from muxrt.kernels.panel import LANES
 
 Array = Any  # numba's view: a numpy array
 Pointer = Any
 
 BLOCK = 2 * STEP  # of the depth: its parts and those of the rows fit into the first cache
 AHEAD = 4 * STEP * PANEL  # weights between what is used and what is asked for
-HALF = 64 * 16  # floats that are asked for while they are split; later come as many again
+HALF = TURNS * LANES  # floats that are asked for while they are split; later come as many again
 PAIR = 2 * TILE_ROWS  # rows that are multiplied at once
 
 PLANES_BYTES = 5 * 2**18  # of the parts of an item's rows: more than half of a second cache

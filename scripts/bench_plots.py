@@ -15,7 +15,12 @@ from matplotlib import pyplot as plt
 
 COLOURS = {MUXRT: "#1f6feb", VLLM: "#d1732a"}
 NAMES = {MUXRT: "muxrt, one endpoint", VLLM: "vLLM, a server per model"}
-MODE_COLOURS = {"adbs": "#1f6feb", "spatial": "#8fa3b8", "temporal": "#d9b44a"}
+MODE_COLOURS = {
+    "adbs": "#1f6feb",
+    "spatial": "#8fa3b8",
+    "moved": "#c9d3de",
+    "temporal": "#d9b44a",
+}
 BAR_COLOURS = ("#1f6feb", "#7fb2f5", "#8fa3b8", "#d9b44a")
 STYLE: Any = {
     "axes.spines.top": False,
@@ -51,10 +56,10 @@ def draw_trio(data: dict[str, Any], out: Path) -> None:
         top = max(left.get_xlim()[1], left.get_ylim()[1])
         left.plot([0, top], [0, top], color="#c4c9d0", linewidth=1, zorder=0, scalex=False)
         left.set_ylim(top=1.15 * _most(data))
-        left.legend(loc="upper left")
+        right.legend(loc="upper right")
         slo = data["settings"]["slo"]
         said = f"SLO: TTFT {slo['ttft_s']:g} s and TPOT {slo['tpot_s']:g} s"
-        _close(figure, data, f"{said}  ·  thin: every thread setting, thick: the best", out)
+        _close(figure, data, f"{said}  ·  thin: every setting, thick: the best", out)
 
 
 def _goodput(point: Point) -> float:
@@ -104,11 +109,12 @@ def draw_sharing(data: dict[str, Any], out: Path) -> None:
     rows = data["summary"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-        groups = {mode: [row["best_goodput_rps"][mode] for row in rows] for mode in MODE_COLOURS}
+        modes = [mode for mode in MODE_COLOURS if all(mode in r["best_goodput_rps"] for r in rows)]
+        groups = {mode: [row["best_goodput_rps"][mode] for row in rows] for mode in modes}
         _bars(axes, groups, MODE_COLOURS, "{:.1f}")
         axes.set_xticks(range(len(rows)), [row["cell"].replace(", ", "\n") for row in rows])
         axes.set(title="Most requests/s within their SLO", ylabel="requests/s")
-        axes.legend(ncols=len(MODE_COLOURS), loc="upper right")
+        axes.legend(ncols=len(modes), loc="upper right")
         share = f"{data['settings']['arena']:.0%}"
         _close(figure, data, f"the same engine and cores; memory for {share} of the peak", out)
 

@@ -1,15 +1,16 @@
-"""What does sharing buy? One engine on the same cores, three ways to share memory and compute.
+"""What does sharing buy? One engine on the same cores, four ways to share memory and compute.
 
     python scripts/bench_sharing.py
 
 Per cell (a set of models, a popularity) a first endpoint with memory for all finds the rate that
-it sustains and the KV memory in use at that rate. Then three endpoints with 60 % of that memory:
+it sustains and the KV memory in use at that rate. Then an endpoint each with 60 % of that memory:
 
 adbs        any block for any model, two lanes, ADBS
 spatial     the same, but every model has a fixed share of the memory, by its known rate
+moved       spatial, but popularity has moved since: shares are by the rate of the next model
 temporal    any block for any model, one lane of all cores, first come first served
 
-All three are up all the time and get the same requests, one endpoint after the other.
+All are up all the time and get the same requests, one endpoint after the other.
 """
 
 import statistics
@@ -37,12 +38,11 @@ from muxrt.engine.build import plan_unit
 from muxrt.workload.spec import Lengths
 
 HALVES = tuple(share for share in (len(CORES) - len(CORES) // 2, len(CORES) // 2) if share)
+WALLS = Scheduling(policy="adbs", borrow=False, quota_period_s=0.0)
 MODES = {
     "adbs": (Lanes(split=HALVES), Scheduling(policy="adbs")),
-    "spatial": (
-        Lanes(split=HALVES),
-        Scheduling(policy="adbs", borrow=False, quota_period_s=0.0),
-    ),
+    "spatial": (Lanes(split=HALVES), WALLS),
+    "moved": (Lanes(split=HALVES), WALLS),
     "temporal": (Lanes(split=(len(CORES),)), Scheduling(policy="fcfs")),
 }
 PROMPT_MOST, OUTPUT_MOST = 160, 160
@@ -71,6 +71,7 @@ class Plan:
     first_rps: float  # where the search for that rate begins
     seconds: float
     rounds: int
+    modes: tuple[str, ...] = tuple(MODES)
     most_steps: int = 8  # of that search
     prompt: Lengths = PROMPT
     output: Lengths = OUTPUT
@@ -120,7 +121,7 @@ class Runner:
         with ExitStack() as stack:
             endpoints = {
                 mode: stack.enter_context(muxrt_serving(self._config(cell, kv_bytes, mode)))
-                for mode in MODES
+                for mode in self._plan.modes
             }
             for serving in endpoints.values():
                 warm_up(serving.urls, self._load(cell), self._plan.first_rps)
@@ -168,9 +169,10 @@ class Runner:
 
     def _config(self, cell: Cell, kv_bytes: int, mode: str) -> ServeConfig:
         lanes, scheduling = MODES[mode]
+        weights = cell.weights
         return one_unit(
             cell.folders,
-            cell.weights,
+            (*weights[1:], weights[0]) if mode == "moved" else weights,
             Memory(kv_bytes=kv_bytes, swap_bytes=kv_bytes),
             lanes,
             scheduling,
@@ -203,7 +205,8 @@ def summary(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cell_summary(data: dict[str, Any], cell: str) -> dict[str, Any]:
     goodput: dict[str, dict[str, float]] = {}  # mode -> load -> requests/s
-    for mode in MODES:
+    settings = {row["setting"] for row in data["points"]}
+    for mode in (mode for mode in MODES if mode in settings):
         rows = [row for row in data["points"] if (row["cell"], row["setting"]) == (cell, mode)]
         goodput[mode] = {
             f"{times:g}": statistics.median(
@@ -212,7 +215,7 @@ def _cell_summary(data: dict[str, Any], cell: str) -> dict[str, Any]:
             for times in sorted({row["load"] for row in rows})
         }
     best = {mode: max(by_load.values(), default=0.0) for mode, by_load in goodput.items()}
-    others = [mode for mode in MODES if mode != "adbs" and best[mode]]
+    others = [mode for mode in best if mode != "adbs" and best[mode]]
     return {
         "cell": cell,
         "goodput_rps": goodput,
@@ -248,7 +251,7 @@ def cells_of(plan: Plan) -> Iterator[Cell]:
 
 def sharing(plan: Plan, cells: Sequence[Cell], out: Path) -> dict[str, Any]:
     """Measure, write, print."""
-    modes = {mode: msgspec.to_builtins(parts) for mode, parts in MODES.items()}
+    modes = {mode: msgspec.to_builtins(MODES[mode]) for mode in plan.modes}
     record = Record(out, {**msgspec.to_builtins(plan), "modes": modes, "arena": ARENA_SHARE})
     with Progress() as progress:
         for cell in cells:
@@ -267,9 +270,10 @@ def main(
     first_rate: Annotated[float, typer.Option(help="Where the search for it begins.")] = 4.0,
     seconds: Annotated[float, typer.Option(help="Of load per run.")] = 15.0,
     rounds: Annotated[int, typer.Option(help="Runs of each kind; the median counts.")] = 1,
+    modes: Annotated[str, typer.Option(help="Ways to share.")] = ",".join(MODES),
     out: Annotated[Path, typer.Option(help="Folder of the JSON and the plot.")] = FOLDER,
 ) -> None:
-    """Goodput of adbs, spatial and temporal sharing.
+    """Goodput of the ways to share.
 
     Example: bench_sharing.py --sets 3 --alphas 0.9 --rounds 3
     """
@@ -280,6 +284,7 @@ def main(
         first_rps=first_rate,
         seconds=seconds,
         rounds=rounds,
+        modes=tuple(modes.split(",")),
     )
     sharing(plan, list(cells_of(plan)), out / "sharing.json")
     draw("sharing", out)

@@ -38,7 +38,7 @@ MAX_MODEL_LEN = 512
 SLO = Slo(ttft_s=1.0, tpot_s=0.1)
 PROMPT = Lengths(mean_tokens=100, cv=0.5, max_tokens=300)
 OUTPUT = Lengths(mean_tokens=60, cv=0.5, max_tokens=150)
-OVERLOAD = 3.0  # times the rate of the best goodput
+OVERLOAD = 3.0  # times the sustained rate
 VLLM, MUXRT = "vllm", "muxrt"
 
 Serve = Callable[[], AbstractContextManager[Serving]]
@@ -57,7 +57,6 @@ class Plan:
     requests: int  # at each rate, at least
     most_seconds: float  # of load at each rate, whatever `requests` asks for
     trace: str | None = None
-    overload: bool = True
 
     def load(self) -> Load:
         trace = Path(self.trace) if self.trace else None
@@ -81,8 +80,6 @@ def trio(plan: Plan, out: Path, folders: Sequence[Path] | None = None) -> dict[s
             runner.rise(VLLM, setting, serve)
         for setting in plan.settings[MUXRT]:
             runner.rise(MUXRT, setting, partial(muxrt_serving, config(plan, folders, setting)))
-        if plan.overload and plan.settings[MUXRT]:
-            runner.overload(folders)
     record.put("summary", summary(record.data))
     show(record.data)
     return record.data
@@ -126,7 +123,6 @@ class Runner:
     def __init__(self, plan: Plan, record: Record, progress: Progress, weight_bytes: int) -> None:
         self._plan, self._record, self._progress = plan, record, progress
         self._weight_bytes = weight_bytes
-        self._points: dict[str, list[Point]] = {VLLM: [], MUXRT: []}
 
     def rise(self, side: str, setting: str, serve: Serve) -> None:
         """Start a server, offer more and more, note its memory, end it."""
@@ -137,18 +133,6 @@ class Runner:
                 point = self._measure(side, setting, serving, task, rate_rps, seed=number)
                 points.append(point)
                 self._record.add("points", {"side": side, **asdict(point)})
-        self._points[side] += points
-
-    def overload(self, folders: Sequence[Path]) -> None:
-        """muxrt far beyond its best rate, with requests refused that would come too late."""
-        peak = most_goodput(self._points[MUXRT])
-        lanes = peak.setting.partition("/")[0]
-        refusing = config(self._plan, folders, f"{lanes}/{SLO.ttft_s:g}")
-        with self._served(MUXRT, "overload", partial(muxrt_serving, refusing)) as (serving, task):
-            warm_up(serving.urls, self._plan.load(), min(self._plan.rates[MUXRT]))
-            rate_rps = OVERLOAD * peak.rate_rps
-            point = self._measure(MUXRT, peak.setting, serving, task, rate_rps, seed=0)
-        self._record.put("overload", {"side": MUXRT, **asdict(point)})
 
     def _measure(
         self, side: str, setting: str, serving: Serving, task: TaskID, rate_rps: float, seed: int
@@ -198,9 +182,9 @@ def summary(data: dict[str, Any]) -> dict[str, Any]:
         if points := best_per_rate(points_of(data, side)):
             sides[side] = _side(data, side, points)
     found: dict[str, Any] = {**sides}
-    if "overload" in data and MUXRT in sides:
-        overload = data["overload"]["goodput_rps"]
-        found["overload_goodput"] = overload / sides[MUXRT]["most_goodput_rps"]
+    if MUXRT in sides and (far := _overloaded(data, sides[MUXRT])):
+        share = far.goodput_rps / sides[MUXRT]["most_goodput_rps"]
+        found["overload"] = {"rate_rps": far.rate_rps, "goodput_over_most": share}
     if len(sides) == 2:
         keys = ("sustained_rps", "most_goodput_rps", "ready_s", "rest_bytes")
         found["muxrt_over_vllm"] = {
@@ -209,11 +193,20 @@ def summary(data: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _overloaded(data: dict[str, Any], side: dict[str, Any]) -> Point | None:
+    """muxrt's lowest rate of OVERLOAD times the sustained one or more, at the best setting."""
+    far = (
+        point
+        for point in points_of(data, MUXRT)
+        if point.setting == side["most_goodput_setting"]
+        and point.rate_rps >= OVERLOAD * side["sustained_rps"]
+    )
+    return min(far, key=lambda point: point.rate_rps, default=None)
+
+
 def _side(data: dict[str, Any], side: str, points: list[Point]) -> dict[str, Any]:
     at_90, best = sustained(points), most_goodput(points)
-    servers = [
-        row for row in data["servers"] if row["side"] == side and row["setting"] != "overload"
-    ]
+    servers = [row for row in data["servers"] if row["side"] == side]
     return {
         "sustained_rps": at_90.rate_rps,
         "sustained_how": at_90.how,
@@ -231,8 +224,7 @@ def show(data: dict[str, Any]) -> None:
     table = Table(
         "side", "setting", "offered/s", "in SLO", "goodput/s", "TTFT ms", "TPOT ms", "lost"
     )
-    rows = [*data["points"], *([data["overload"]] if "overload" in data else [])]
-    for row in rows:
+    for row in data["points"]:
         table.add_row(
             row["side"],
             row["setting"],

@@ -69,7 +69,6 @@ def trio(
     trace: Annotated[
         Path | None, typer.Option(help="Arrivals and lengths from this CSV; without it, Poisson.")
     ] = None,
-    overload: Annotated[bool, typer.Option(help="Then three times muxrt's best rate.")] = True,
     out: Out = FOLDER,
 ) -> None:
     """Three models, one muxrt endpoint against three vLLM servers, at rising rates.
@@ -91,7 +90,6 @@ def trio(
         requests=requests,
         most_seconds=most_seconds,
         trace=str(trace) if trace else None,
-        overload=overload,
     )
     bench_trio.trio(plan, out / "trio_vs_vllm.json")
     draw("trio_vs_vllm", out)
