@@ -56,7 +56,7 @@ def draw_trio(data: dict[str, Any], out: Path) -> None:
         top = max(left.get_xlim()[1], left.get_ylim()[1])
         left.plot([0, top], [0, top], color="#c4c9d0", linewidth=1, zorder=0, scalex=False)
         left.set_ylim(top=1.15 * _most(data))
-        right.legend(loc="upper right")
+        right.legend(loc="upper right", bbox_to_anchor=(1, 0.86))  # below the line of 90 %
         slo = data["settings"]["slo"]
         said = f"SLO: TTFT {slo['ttft_s']:g} s and TPOT {slo['tpot_s']:g} s"
         _close(figure, data, f"{said}  ·  thin: every setting, thick: the best", out)
