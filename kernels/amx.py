@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -56,6 +57,8 @@ def is_usable() -> bool:
     """Whether the cores have AMX and the system lets this process use it: asks for it once."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
+        return False  # numba was told to compile for some other machine
     features = llvm.get_host_cpu_features()
     if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512bw")):
         return False

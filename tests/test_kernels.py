@@ -16,7 +16,7 @@ from torch import Tensor
 from world_models import make_kv, make_meta
 
 from muxrt import kernels
-from muxrt.kernels import KvCache, Team, jit, reference
+from muxrt.kernels import KvCache, Team, amx, jit, reference
 
 LAYER = 1
 
@@ -263,6 +263,11 @@ def test_linear_is_the_definition(
     packed = kernel_calls.pack(weight, dtype, bias)
     got, want = kernel_calls.linear(x, packed, team, is_prefill), reference.linear(x, packed)
     torch.testing.assert_close(got, want, atol=2e-6 * depth**0.5 * 4, rtol=2e-5)
+
+
+def test_code_for_another_machine_uses_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.CPU_NAME", "generic")
+    assert not amx.is_usable.__wrapped__()
 
 
 def test_linear_in_parts_is_as_exact_as_float32(team: Team) -> None:
