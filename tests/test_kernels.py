@@ -281,6 +281,7 @@ def test_linear_in_parts_is_as_exact_as_float32(team: Team) -> None:
         for is_prefill in (False, True)
     )
     assert prefill <= decode < 4e-6
+    assert (prefill < decode) == amx.is_usable()  # a prefill does multiply in parts
 
 
 @PHASES
