@@ -2,10 +2,9 @@
 
 A float32 has 24 bits of mantissa, three bfloat16 have 8 each: x = x0 + x1 + x2 exactly, each part
 being what truncation left of the part before. Of the nine products of the parts of two floats the
-six largest are added (in float32): the other three together are below 2**-21 of the whole, and a
-hundredth of that as a rule: less than what rounding does to a sum. Six multiplications at 16 times
-the speed (Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype, 2019). A
-bfloat16 or int8 weight is one part and takes three.
+six largest are added (in float32); the other three together are below 2**-21 of the whole. Six
+multiplications at 16 times the speed (Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial
+Intelligence Datatype, 2019). A bfloat16 or int8 weight is one part and takes three.
 
 A tile is 16 rows of 64 bytes, 1 KiB: of rows of activations and a STEP of their depth (`planes`),
 or of a STEP of the depth, in pairs, and 16 output features (`blocks`). Both lie in memory as they
