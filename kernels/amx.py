@@ -201,12 +201,7 @@ def make_multiply(asks: bool) -> Any:
             parts, lines = _parts_of(weights.kind), _later_lines(weights) // 2 if asks else 0
             a_tiles = [args[4], builder.add(args[4], args[5])]
             b_tiles = [builder.add(args[7], _I64(column * parts * TILE)) for column in range(2)]
-            with builder.if_else(args[2]) as (cleared, loaded):
-                with cleared:
-                    for register in range(4):
-                        _call(builder, "tilezero", _I8(register))
-                with loaded:
-                    _transfer(builder, "tileloadd64", sums, args[1])
+            _begin_sums(builder, args[2], sums, args[1])
 
             def add_products(step: Any, _: list[Any]) -> list[Any]:
                 begin = builder.mul(step, _I64(PARTS * TILE))
@@ -232,6 +227,16 @@ def make_multiply(asks: bool) -> Any:
         return signature, generate
 
     return multiply
+
+
+def _begin_sums(builder: Any, fresh: Any, sums: Elements, at: Any) -> None:
+    """Registers 0 to 3 = 0 if `fresh`, else what is at `at`."""
+    with builder.if_else(fresh) as (cleared, loaded):
+        with cleared:
+            for register in range(4):
+                _call(builder, "tilezero", _I8(register))
+        with loaded:
+            _transfer(builder, "tileloadd64", sums, at)
 
 
 def _transfer(builder: Any, name: str, sums: Elements, at: Any) -> None:

@@ -55,7 +55,8 @@ SPLIT = np.dtype(
     align=True,
 )
 
-multiply, multiply_and_ask = make_multiply(asks=False), make_multiply(asks=True)
+# 32 rows with 32 features.
+multiply_corner, multiply_corner_and_ask = (make_multiply(asks) for asks in (False, True))
 
 
 def rows_at_once(depth: int) -> int:
@@ -135,17 +136,21 @@ def _multiply(
         steps, fresh = min(block // STEP, steps_of(depth - begin)), begin == 0
         _split_block(weights, panel, begin, steps, depth, last, blocks)
         ahead, a = panel + begin * PANEL + AHEAD + HALF, at + begin // STEP * PARTS * TILE
-        multiply_and_ask(sums, 0, fresh, planes, a, to_tile, blocks, 0, steps, weights, ahead)
+        multiply_corner_and_ask(
+            sums, 0, fresh, planes, a, to_tile, blocks, 0, steps, weights, ahead
+        )
         corner, ahead = PANEL // 2, ahead + HALF // 2
-        multiply_and_ask(
+        multiply_corner_and_ask(
             sums, corner, fresh, planes, a, to_tile, blocks, half, steps, weights, ahead
         )
         for pair in range(1, num_pairs):
             a += 2 * to_tile
             corner = pair * PAIR * PANEL
-            multiply(sums, corner, fresh, planes, a, to_tile, blocks, 0, steps, weights, 0)
+            multiply_corner(sums, corner, fresh, planes, a, to_tile, blocks, 0, steps, weights, 0)
             corner += PANEL // 2
-            multiply(sums, corner, fresh, planes, a, to_tile, blocks, half, steps, weights, 0)
+            multiply_corner(
+                sums, corner, fresh, planes, a, to_tile, blocks, half, steps, weights, 0
+            )
 
 
 @stage(LINEAR, (types.float32, types.uint16, types.int8))
