@@ -1,9 +1,38 @@
-"""Shapes of published models, for plans that need no weights on disk."""
+"""Shapes of models without their folder: published ones by name, others by their sizes."""
 
 from difflib import get_close_matches
+from pathlib import Path
 
-from muxrt.config.model import Family, ModelShape
+from muxrt.config.document import Key, KeyedError
+from muxrt.config.model import Family, ModelShape, load_shape
+from muxrt.config.placement import ModelSpec, Sizes
 from muxrt.errors import ConfigError
+
+
+def shape_of_sizes(sizes: Sizes, family: Family = "llama") -> ModelShape:
+    """A model of these sizes, with the family's usual rest."""
+    return ModelShape(
+        family=family,
+        hidden_size=sizes.hidden_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads or sizes.num_heads,
+        head_dim=sizes.head_dim or sizes.hidden_size // sizes.num_heads,
+        intermediate_size=sizes.intermediate_size,
+        vocab_size=sizes.vocab_size,
+        max_positions=sizes.max_positions,
+        rms_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tied_embeddings=sizes.tied_embeddings,
+        qkv_bias=family == "qwen2",
+        output_bias=False,
+        mlp_bias=False,
+        qk_norm=family == "qwen3",
+        dtype="float16",
+        eos_token_ids=(),
+        bos_token_id=None,
+    )
 
 
 def _shape(
@@ -13,34 +42,20 @@ def _shape(
     intermediate_size: int,
     *,
     num_kv_heads: int | None = None,
-    head_dim: int | None = None,
     vocab_size: int = 32000,
     max_positions: int = 2048,
     family: Family = "llama",
-    tied_embeddings: bool = False,
 ) -> ModelShape:
-    return ModelShape(
-        family=family,
+    sizes = Sizes(
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads or num_heads,
-        head_dim=head_dim or hidden_size // num_heads,
+        num_kv_heads=num_kv_heads,
         intermediate_size=intermediate_size,
         vocab_size=vocab_size,
         max_positions=max_positions,
-        rms_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        tied_embeddings=tied_embeddings,
-        qkv_bias=family == "qwen2",
-        output_bias=False,
-        mlp_bias=False,
-        qk_norm=family == "qwen3",
-        dtype="float16",
-        eos_token_ids=(),
-        bos_token_id=None,
     )
+    return shape_of_sizes(sizes, family)
 
 
 # From each model's config.json. LLaMA 1: arXiv 2302.13971 table 2 (the "30B" of the field has
@@ -76,3 +91,28 @@ def preset(name: str) -> ModelShape:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"found {name!r}, expected one of {', '.join(PRESETS)}{hint}")
     return PRESETS[name]
+
+
+def model_shape(model: ModelSpec, at: Key) -> ModelShape:
+    """The shape of a model, from whichever of path, preset and sizes its spec has.
+
+    Raises `KeyedError` under the key `at` of the spec.
+    """
+    try:
+        if model.preset is not None:
+            return preset(model.preset)
+        if model.path is not None:
+            return load_shape(Path(model.path))
+    except ConfigError as error:
+        key = "path" if model.preset is None else "preset"
+        raise KeyedError((*at, key), error.message) from None
+    if model.sizes is None:
+        raise KeyedError(at, "found none of path, preset and sizes, expected exactly one of them")
+    head_dim = model.sizes.head_dim or model.sizes.hidden_size / model.sizes.num_heads
+    if head_dim != int(head_dim):
+        raise KeyedError(
+            (*at, "sizes", "num_heads"),
+            f"found {model.sizes.num_heads}, expected a divisor of hidden_size"
+            f" ({model.sizes.hidden_size}), or head_dim beside it",
+        )
+    return shape_of_sizes(model.sizes)
