@@ -21,8 +21,8 @@ from muxrt.planner.draft import Draft, Group, Part
 from muxrt.planner.workload import Demand, Problem
 
 GOOD = 0.95  # attainment from which on nothing is refused
-PEAK = 0.9  # attainment at which the goodput of an overloaded unit is about the highest
-NUM_BISECTIONS = 7
+LOADS = (0.85, 0.7, 0.55, 0.4, 0.25, 0.1)
+LOAD_STEP, LOAD_PRECISION = 0.15, 0.02
 MAX_ROUNDS, TOLERANCE = 40, 0.005
 HOPELESS = 3.0  # times the target: no use in finding out how late exactly
 
@@ -111,17 +111,21 @@ def score_group(problem: Problem, group: Group) -> GroupScore:
     best = unit.at(1.0)
     if all(part.attainment >= GOOD for part in best.parts):
         return best
-    low, high = 0.0, 1.0
-    for _ in range(NUM_BISECTIONS):
-        load = (low + high) / 2
+    best_load = 1.0
+    for load in LOADS:
+        if best.goodput_rps >= load * unit.offered_rps:
+            break  # less traffic than what is already served well
         score = unit.at(load)
         if score.goodput_rps > best.goodput_rps:
-            best = score
-        # Goodput peaks where attainment begins to fall, and it falls steeply.
-        if score.goodput_rps >= PEAK * load * unit.offered_rps:
-            low = load
-        else:
-            high = load
+            best, best_load = score, load
+    step = LOAD_STEP
+    while step > LOAD_PRECISION:
+        step /= 2
+        for load in (best_load + step, best_load - step):
+            score = unit.at(load) if 0 < load <= 1 else best
+            if score.goodput_rps > best.goodput_rps:
+                best, best_load = score, load
+                break
     return best
 
 

@@ -1,0 +1,1 @@
+"""The ways to place models, by the name that people call them by."""
