@@ -7,7 +7,7 @@ sharing allows, as peaks even out, so it is a start and never a verdict.
 
 from muxrt.planner.draft import Group, Part
 from muxrt.planner.meshes import Mesh
-from muxrt.planner.queueing import QueueingJudge, score_group
+from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.workload import Problem
 
 # Prefill lanes that are tried, per cent of the SMs; None: in turns on one lane.
@@ -17,6 +17,7 @@ NUM_BISECTIONS = 10
 LARGEST_RPS = 1e4
 # So small that a hundredth of today's goodput outweighs a fifth of what may never come.
 HEADROOM = 0.05
+PEAK = 1.15  # goodput of an overloaded mesh over its capacity at the attainment above
 
 
 class Capacity:
@@ -26,7 +27,7 @@ class Capacity:
         self._problem = problem
         self._estimator = estimator
         self._kept: dict[tuple[int, Mesh], float] = {}
-        self._doubled = QueueingJudge(problem.scaled(dict.fromkeys(problem.demands, 2.0)))
+        self._doubled = estimator.scaled(dict.fromkeys(problem.demands, 2.0))
 
     def rps(self, model: str, mesh: Mesh) -> float:
         """Requests/s of a model alone on a mesh; 0 where it does not fit or misses its targets."""
@@ -47,10 +48,9 @@ class Capacity:
 
     def _keeps(self, model: str, mesh: Mesh, rate_rps: float) -> bool:
         """Whether the targets are kept at that rate with some choice of lanes."""
-        traffic = rate_rps / self._problem.demands[model].rate_rps
-        groups = (Group(*mesh, (Part(model, traffic),), pct) for pct in PREFILL_PCTS)
+        groups = (Group(*mesh, (Part(model),), pct) for pct in PREFILL_PCTS)
         return any(
-            score_group(self._problem, group).goodput_rps >= ATTAINMENT * rate_rps
+            self._estimator.at_rate(group, rate_rps).goodput_rps >= ATTAINMENT * rate_rps
             for group in groups
         )
 
@@ -65,12 +65,40 @@ class Capacity:
         return total
 
     def tuned(self, group: Group) -> Group:
-        """The group with the lanes that serve it best."""
+        """The group with the lanes that serve twice its rates best, so its rates as well."""
         parts = tuple(Part(part.model, part.traffic) for part in group.parts)
-        choices = [Group(group.pool, group.size, parts, pct) for pct in PREFILL_PCTS]
-        return max(choices, key=self.value)
+        best, most = None, -1.0
+        for pct in PREFILL_PCTS:
+            choice = Group(group.pool, group.size, parts, pct)
+            goodput = self._doubled.group(choice).goodput_rps
+            if best is not None and goodput < most and pct != PREFILL_PCTS[1]:
+                break  # more for prefills helps no longer
+            if goodput > most:
+                best, most = choice, goodput
+        assert best is not None
+        return best
 
     def value(self, group: Group) -> float:
         """Goodput, and a little of the goodput at twice the rates: headroom decides ties."""
         score = self._estimator.group(group).goodput_rps
-        return score + HEADROOM * self._doubled.group(group).goodput_rps
+        return score + HEADROOM * self.doubled_rps(group)
+
+    def goodput_rps(self, group: Group) -> float:
+        """Goodput of a group as the estimator sees it."""
+        return self._estimator.group(group).goodput_rps
+
+    def doubled_rps(self, group: Group) -> float:
+        """Goodput of a group at twice the rates."""
+        return self._doubled.group(group).goodput_rps
+
+    def guess(self, group: Group) -> float:
+        """What `value` would be if capacities added up: much quicker, and not so true."""
+        offered = self.most_value(group) / (1 + 2 * HEADROOM)
+        load = max(self.load(group), 1e-9)
+        return offered * (min(1, PEAK / load) + HEADROOM * min(2, PEAK / load))
+
+    def most_value(self, group: Group) -> float:
+        """What `value` cannot exceed: everything is served."""
+        demands = self._problem.demands
+        offered = sum(demands[part.model].rate_rps * part.traffic for part in group.parts)
+        return offered * (1 + 2 * HEADROOM)

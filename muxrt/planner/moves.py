@@ -22,6 +22,16 @@ class Move:
     come: tuple[Group, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A move that fits, with the gain that capacities promise."""
+
+    name: str
+    gone: list[int]
+    come: list[Group]
+    guess: float
+
+
 class Layout:
     """A draft under change: which groups host a model, GPUs in use, and values of groups."""
 
@@ -49,23 +59,51 @@ class Layout:
         used = sum(size * count for size, count in self.sizes[pool].items())
         return self.problem.pools[pool].num_gpus - used
 
-    def try_move(self, move: Move, least_gain: float) -> bool:
-        """Make the move if it fits and gains more than that."""
+    def goodput_rps(self, index: int) -> float:
+        """Goodput of one group."""
+        return self.capacity.goodput_rps(self.groups[index])
+
+    @property
+    def has_free_gpus(self) -> bool:
+        return any(self.free_gpus(pool.index) for pool in self.problem.pools)
+
+    def more_gpus(self, proposal: Proposal) -> int:
+        """How many GPUs a proposal takes that are free now."""
+        gone = sum(self.groups[index].size for index in proposal.gone)
+        return sum(group.size for group in proposal.come) - gone
+
+    def propose(self, move: Move) -> Proposal | None:
+        """The move with all traffic dealt anew; None where it does not fit."""
         if not self._packs(move) or not all(self._fits(group) for group in move.come):
+            return None
+        proposal = self._rebalanced(move)
+        if proposal is None or not all(group.parts for group in proposal.come):
+            return None
+        return proposal
+
+    def make(self, proposal: Proposal, least_gain: float) -> bool:
+        """Make the move if it gains more than that."""
+        least = sum(self.values[index] for index in proposal.gone) + least_gain
+        tuned = self._tuned(proposal.come, least)
+        if tuned is None:
             return False
-        gone, come = self._rebalanced(move)
-        if any(not group.parts for group in come):
-            return False
-        come = [self.capacity.tuned(group) for group in come]
-        gain = sum(self.capacity.value(group) for group in come)
-        gain -= sum(self.values[index] for index in gone)
-        if gain <= least_gain:
-            return False
-        for index in gone:
+        for index in proposal.gone:
             self._remove(index)
-        for group in come:
+        for group in tuned:
             self._add(group)
         return True
+
+    def _tuned(self, groups: list[Group], least: float) -> list[Group] | None:
+        """The groups with their best lanes, if worth more than `least`; else None, early."""
+        hope = sum(self.capacity.most_value(group) for group in groups)
+        found = []
+        for group in groups:
+            if hope <= least:
+                return None
+            best = self.capacity.tuned(group)
+            hope += self.capacity.value(best) - self.capacity.most_value(group)
+            found.append(best)
+        return found if hope > least else None
 
     def _fits(self, group: Group) -> bool:
         names = group.models
@@ -85,7 +123,7 @@ class Layout:
                 return False
         return True
 
-    def _rebalanced(self, move: Move) -> tuple[list[int], list[Group]]:
+    def _rebalanced(self, move: Move) -> Proposal | None:
         """The move with the traffic of all its models dealt anew over all of their replicas."""
         models = {part.model for group in move.come for part in group.parts}
         models |= {part.model for i in move.gone for part in self.groups[i].parts}
@@ -95,8 +133,11 @@ class Layout:
         for model in sorted(models):
             groups = deal(self.capacity, groups, model)
             if not any(model in group.models for group in groups):
-                return list(move.gone), [Group(0, 1, ())]  # nobody may lose a last replica
-        return sorted(touched), [group for group in groups if group.parts]
+                return None  # nobody may lose a last replica
+        gone, come = sorted(touched), [group for group in groups if group.parts]
+        guess = sum(self.capacity.guess(group) for group in come)
+        guess -= sum(self.capacity.guess(self.groups[index]) for index in gone)
+        return Proposal(move.name, gone, come, guess)
 
     def _add(self, group: Group) -> None:
         index, self._next = self._next, self._next + 1
@@ -184,6 +225,12 @@ def _partners(layout: Layout, index: int) -> list[int]:
     return sorted(seen.values(), key=lambda i: layout.capacity.load(layout.groups[i]))[
         :NUM_PARTNERS
     ]
+
+
+def growth(layout: Layout, index: int) -> Iterator[Move]:
+    """Changes that use more GPUs."""
+    yield from _new_meshes(layout, index)
+    yield from (move for move in _widths(layout, index) if move.name == "widen")
 
 
 def _new_meshes(layout: Layout, index: int) -> Iterator[Move]:

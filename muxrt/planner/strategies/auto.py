@@ -12,17 +12,18 @@ from random import Random
 from muxrt.errors import ConfigError
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft
-from muxrt.planner.moves import Layout, moves
+from muxrt.planner.moves import Layout, growth, moves
 from muxrt.planner.pack import Packer
-from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.search import Search, Strategy
 from muxrt.planner.strategies.muxserve import muxserve
 from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.workload import Problem
 
-LEAST_GAIN = 1e-6  # relative; below it two placements are the same
-NUM_IMPROVED = 2  # starts that are improved
-CLOSE = 0.01  # candidates within this share of the best are told apart by robustness
+LEAST_GAIN = 2e-4  # relative; below it two placements are the same
+NUM_IMPROVED = 1  # starts that are improved
+NUM_TRIED = 12  # moves of a group that are looked at closely: those that capacities speak for
+LARGEST_LOSS = 1e-3  # relative; what headroom on an idle GPU may cost
+CLOSE = 1e-5  # candidates within this share of the best are told apart by robustness
 NUM_WRONG, WRONG = 4, 2.0  # scenarios of wrong rates, and by how much
 OTHERS_UP_TO = 64  # models; beyond it the other strategies are no start that is worth their time
 
@@ -32,7 +33,7 @@ def auto(problem: Problem, search: Search) -> Draft:
     capacity = Capacity(problem, search.estimator)
     starts = _starts(problem, search, capacity)
     starts.sort(key=lambda draft: -sum(map(capacity.value, draft)))
-    candidates = list(starts[:1])
+    candidates = list(starts)
     for start in starts[:NUM_IMPROVED]:
         candidates.append(improve(problem, search, capacity, start))
         if search.is_over():
@@ -77,14 +78,34 @@ def improve(problem: Problem, search: Search, capacity: Capacity, start: Draft) 
                 break
         if not made:
             break
+    use_idle(layout)
     return layout.draft
+
+
+def use_idle(layout: Layout) -> None:
+    """Replicas or wider meshes on GPUs that are left, even where no estimate asks for them."""
+    made = True
+    while made and layout.has_free_gpus:
+        proposals = [
+            proposal
+            for index in layout.groups
+            for move in growth(layout, index)
+            if (proposal := layout.propose(move)) is not None
+            # Dealing traffic anew may empty another group: that would go on for ever.
+            and layout.more_gpus(proposal) > 0
+        ]
+        proposals.sort(key=lambda proposal: -proposal.guess)
+        loss = LARGEST_LOSS * layout.value
+        made = any(layout.make(proposal, -loss) for proposal in proposals[:NUM_TRIED])
 
 
 def _improve_group(search: Search, layout: Layout, index: int) -> bool:
     """Make the first move that gains; whether there was one."""
     least = LEAST_GAIN * max(layout.value, 1.0)
-    for move in moves(layout, index):
-        if layout.try_move(move, least):
+    proposals = [p for move in moves(layout, index) if (p := layout.propose(move)) is not None]
+    proposals.sort(key=lambda proposal: -proposal.guess)
+    for proposal in proposals[:NUM_TRIED]:
+        if layout.make(proposal, least):
             return True
         if search.is_over():
             return False
@@ -105,7 +126,7 @@ def choose(problem: Problem, search: Search, candidates: list[Draft]) -> Draft:
     close = [draft for score, draft in scored if score >= (1 - CLOSE) * best]
     if len(close) == 1:
         return close[0]
-    judges = [QueueingJudge(problem.scaled(_wrong(problem, seed))) for seed in range(NUM_WRONG)]
+    judges = [search.estimator.scaled(_wrong(problem, seed)) for seed in range(NUM_WRONG)]
     return max(close, key=lambda draft: sum(judge(draft).goodput_rps for judge in judges))
 
 
