@@ -20,7 +20,7 @@ from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.workload import Problem
 
 LEAST_GAIN = 2e-4  # relative; below it two placements are the same
-NUM_IMPROVED = 1  # starts that are improved
+NUM_IMPROVED = 2  # starts that are improved
 NUM_TRIED = 12  # moves of a group that are looked at closely: those that capacities speak for
 LARGEST_LOSS = 1e-3  # relative; what headroom on an idle GPU may cost
 CLOSE = 1e-5  # candidates within this share of the best are told apart by robustness
