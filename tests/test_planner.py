@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_world import demand, group, problem, search
 
 from muxrt.config.cluster import KINDS
 from muxrt.config.load import dump, load
@@ -23,7 +24,6 @@ from muxrt.planner.meshes import mesh_groups, smallest_mesh
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.throughput import Guest, throughput_rps
 from muxrt.planner.workload import Pool, Problem
-from tests.planner_world import demand, group, problem, search
 
 
 def fits_by_trying(sizes: list[int], nodes: list[int]) -> bool:
