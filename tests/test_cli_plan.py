@@ -25,9 +25,9 @@ slo: {ttft_s: 1, tpot_s: 0.1}
 # (what is replaced, by what, what the error says after "error: ")
 BROKEN = {
     "a model that fits nowhere": (
-        "llama-13b, max_model_len: 1024",
-        "llama2-70b, max_model_len: 4096",
-        "cold fits nowhere",
+        "a100-80g, gpus: 2",
+        "l4-24g, gpus: 1",
+        "cold fits nowhere: on 1 x l4-24g, its largest mesh, each GPU needs 26.0 GB of weights",
     ),
     "a rate nobody can meet": ("top_rate_rps: 8", "top_rate_rps: 9000", "hot: found 9000 requ"),
     "targets nobody can meet": ("tpot_s: 0.1", "tpot_s: 0.0001", "hot: found ttft_s 1 and tpot_s"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,11 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from muxrt.cli.plan_input import Asked
+    from muxrt.planner.capacity import Capacity
+    from muxrt.planner.draft import Draft
+    from muxrt.planner.queueing import Score
 
 
 class StrategyName(StrEnum):
@@ -54,17 +60,10 @@ def plan(
     """
     if (ttft is None) != (tpot is None):
         raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
-    import msgspec
-
     from muxrt.cli.plan_input import load_problem
-    from muxrt.cli.plan_tables import as_data, print_plan, print_second_best
     from muxrt.cli.show import console
-    from muxrt.config.load import dump
     from muxrt.config.placement import Slo
-    from muxrt.config.serve import ServeConfig
-    from muxrt.planner.assign import to_placement
     from muxrt.planner.capacity import Capacity
-    from muxrt.planner.explain import second_best
     from muxrt.planner.feasible import check_feasible
     from muxrt.planner.queueing import QueueingJudge
     from muxrt.planner.search import Search
@@ -72,27 +71,52 @@ def plan(
 
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     asked = load_problem(file, workload, slo, hour)
-    problem = asked.problem
-    judge = QueueingJudge(problem)
-    capacity = Capacity(problem, judge)
-    check_feasible(problem, capacity)
+    judge = QueueingJudge(asked.problem)
+    capacity = Capacity(asked.problem, judge)
+    check_feasible(asked.problem, capacity)
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
-        draft = STRATEGIES[strategy.value](problem, Search(judge, judge, is_over, tell))
-    score = judge(draft)
+        search = Search(judge, judge, is_over, tell)
+        draft = STRATEGIES[strategy.value](asked.problem, search)
+    _report(asked, capacity, draft, judge(draft), _Wanted(out, picture, explain, as_json))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be shown and written."""
+
+    out: Path | None
+    picture: Path | None
+    explain: bool
+    as_json: bool
+
+
+def _report(
+    asked: "Asked", capacity: "Capacity", draft: "Draft", score: "Score", wanted: _Wanted
+) -> None:
+    import msgspec
+
+    from muxrt.cli.plan_tables import as_data, print_plan, print_second_best
+    from muxrt.cli.show import console
+    from muxrt.config.load import dump
+    from muxrt.config.serve import ServeConfig
+    from muxrt.planner.assign import to_placement
+    from muxrt.planner.explain import second_best
+
+    problem = asked.problem
     placement = to_placement(problem, draft, score)
-    others = second_best(problem, capacity, draft) if explain else []
-    if out is not None:
-        out.write_text(dump(ServeConfig(models=asked.models, units=placement.units)))
-    if as_json:
+    others = second_best(problem, capacity, draft) if wanted.explain else []
+    if wanted.out is not None:
+        wanted.out.write_text(dump(ServeConfig(models=asked.models, units=placement.units)))
+    if wanted.as_json:
         data = as_data(problem, capacity, draft, score, placement, others)
         print(msgspec.json.format(msgspec.json.encode(data)).decode())
     else:
         print_plan(console(), problem, capacity, draft, score, placement)
         print_second_best(console(), others)
-    if picture is not None:
+    if wanted.picture is not None:
         from muxrt.cli.plan_picture import draw
 
-        draw(picture, problem, draft, score, placement)
+        draw(wanted.picture, problem, draft, score, placement)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ def check_feasible(problem: Problem, capacity: Capacity) -> None:
 
     The nearest feasible alternative is part of the message.
     """
-    for model, demand in problem.demands.items():
+    for model in problem.demands:
         smallest_mesh(problem, model)
+    for model, demand in problem.demands.items():
         meshes = [
             (pool.index, tp)
             for pool in problem.pools

@@ -11,7 +11,7 @@ from random import Random
 
 from muxrt.errors import ConfigError
 from muxrt.planner.capacity import Capacity
-from muxrt.planner.draft import Draft
+from muxrt.planner.draft import Draft, num_gpus
 from muxrt.planner.moves import Layout, growth, moves
 from muxrt.planner.pack import Packer
 from muxrt.planner.search import Search, Strategy
@@ -120,14 +120,17 @@ def _loss(problem: Problem, layout: Layout, index: int) -> float:
 
 
 def choose(problem: Problem, search: Search, candidates: list[Draft]) -> Draft:
-    """The candidate with the most goodput; of those that are close, the most robust one."""
+    """The most goodput; of those that are close the most GPUs, then the most robust one."""
     scored = [(search.judge(draft).goodput_rps, draft) for draft in candidates]
     best = max(score for score, _ in scored)
     close = [draft for score, draft in scored if score >= (1 - CLOSE) * best]
     if len(close) == 1:
         return close[0]
     judges = [search.estimator.scaled(_wrong(problem, seed)) for seed in range(NUM_WRONG)]
-    return max(close, key=lambda draft: sum(judge(draft).goodput_rps for judge in judges))
+    return max(
+        close,
+        key=lambda draft: (num_gpus(draft), sum(judge(draft).goodput_rps for judge in judges)),
+    )
 
 
 def _wrong(problem: Problem, seed: int) -> dict[str, float]:
