@@ -87,7 +87,13 @@ BROKEN = {
     "path is null": (
         "folders/a",
         "",
-        ":5: models[0].path: found nothing, expected text",
+        ":4: models[0]: found none of path, preset and sizes, expected exactly one of them",
+    ),
+    "two sources of a shape": (
+        "folders/a",
+        "folders/a\n    preset: llama-7b",
+        ":4: models[0]: found path and preset of path, preset and sizes,"
+        " expected exactly one of them",
     ),
     "negative target": (
         "ttft_s: 1",
@@ -115,12 +121,13 @@ BROKEN = {
         "      - {name: a, quota: 0.7}\n      - {name: b, quota: 0.3}",
         "      a: 0.7",
         ":11: units[0].models: found a mapping, expected a list,"
-        " each item a mapping with name, quota, traffic",
+        " each item a mapping with name, quota, traffic, sm_pct, expected",
     ),
     "a name where a mapping is due": (
         "{name: b, quota: 0.3}",
         "b",
-        ":13: units[0].models[1]: found 'b', expected a mapping with name, quota, traffic",
+        ":13: units[0].models[1]: found 'b', expected a mapping with name, quota, traffic,"
+        " sm_pct, expected",
     ),
     "unknown model in a unit": (
         "{name: b, quota: 0.3}",

@@ -44,13 +44,14 @@ WIRING = {"cli", "__main__", "__init__"}  # may import every unit
 EVERYWHERE = {"numpy", "msgspec"}
 LIBRARIES = {
     "config": {"yaml"},
+    "cost": {"scipy"},
     "kernels": {"torch", "triton", "numba", "llvmlite"},
     "models": {"torch", "safetensors"},
     "worker": {"torch", "safetensors", "zmq", "nixl", "vllm", "cuda"},
     "server": {"aiohttp", "jinja2", "prometheus_client", "tokenizers", "uvloop", "zmq"},
     "cluster": {"ray", "zmq"},
     "bench": {"aiohttp", "rich"},
-    "cli": {"rich", "typer", "uvloop"},
+    "cli": {"matplotlib", "rich", "typer", "uvloop"},
 }
 
 # The brain is called with time, luck and what was read; it looks for none of them itself.

@@ -50,6 +50,7 @@ def check(config: ServeConfig, cores: set[int], environ: Mapping[str, str]) -> C
     _check_keys(config.endpoint.api_keys, environ)
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
     for index, unit in enumerate(config.units):
+        _check_device(index, unit)
         _check_cores(index, unit, cores)
     plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(config.units))
     return Checked(config, shapes, plans)
@@ -71,6 +72,12 @@ def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str]) -> None:
 
 
 def _shape(index: int, model: ModelSpec) -> ModelShape:
+    if model.path is None:
+        raise KeyedError(
+            ("models", index),
+            f"{model.name!r} has no path, expected a Hugging Face model folder: a preset or sizes"
+            " are enough to plan, not to serve",
+        )
     at: Key = ("models", index, "path")
     folder = Path(model.path)
     if not folder.is_dir():
@@ -91,6 +98,20 @@ def _shape(index: int, model: ModelSpec) -> ModelShape:
             " the positions the model was made for",
         )
     return shape
+
+
+def _check_device(index: int, unit: UnitSpec) -> None:
+    """A planned placement of GPUs is for the planner and the simulator: there is no GPU worker."""
+    if unit.mesh.device != "cpu":
+        raise KeyedError(
+            ("units", index, "mesh", "device"),
+            f"found {unit.mesh.device}, expected cpu: `muxrt serve` has no worker for GPUs",
+        )
+    if unit.lanes.kind not in ("cores", "processes"):
+        raise KeyedError(
+            ("units", index, "lanes", "kind"),
+            f"found {unit.lanes.kind}, expected cores or processes on a CPU",
+        )
 
 
 def _check_cores(index: int, unit: UnitSpec, cores: set[int]) -> None:

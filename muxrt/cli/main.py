@@ -29,6 +29,10 @@ VERBS = {
         "muxrt.cli.serve:serve",
         "Serve the models of a YAML file behind one OpenAI-compatible endpoint.",
     ),
+    "plan": Verb(
+        "muxrt.cli.plan:plan",
+        "Choose which models live together, on how many GPUs, and say why.",
+    ),
     "models": Verb(
         "muxrt.cli.models:models",
         "List the models of a configuration or of a live endpoint.",

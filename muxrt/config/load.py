@@ -88,7 +88,7 @@ def _one_unit(document: Document) -> Document:
 def resolve(config: ServeConfig, folder: Path) -> ServeConfig:
     """`config` with every relative path taken from `folder`, `~` included."""
     models = tuple(
-        msgspec.structs.replace(model, path=_resolved(model.path, folder))
+        msgspec.structs.replace(model, path=model.path and _resolved(model.path, folder))
         for model in config.models
     )
     endpoint = config.endpoint

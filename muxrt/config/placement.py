@@ -1,9 +1,12 @@
 """Who lives where: the ONE schema of hand-written YAML, planner, server and simulator."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+from muxrt.errors import ConfigError
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -14,6 +17,7 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
+Percent = Annotated[int, Meta(ge=1, le=100)]
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -23,11 +27,27 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tpot_s: Positive
 
 
+class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A transformer by its sizes, for plans without a model folder."""
+
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    intermediate_size: Count
+    num_kv_heads: Count | None = None  # None = num_heads
+    head_dim: Count | None = None  # None = hidden_size / num_heads
+    vocab_size: Count = 32000
+    max_positions: Count = 4096
+    tied_embeddings: bool = False
+
+
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A model that the endpoint serves."""
+    """A model that the endpoint serves, or that is planned: exactly one of path, preset, sizes."""
 
     name: Name
-    path: Name  # Hugging Face folder; relative paths are relative to the YAML
+    path: Name | None = None  # Hugging Face folder; relative paths are relative to the YAML
+    preset: Name | None = None  # a published shape (config/presets.py); no weights, so for plans
+    sizes: Sizes | None = None  # likewise
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights and activations
     kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = dtype
     # Of the linear layers; auto = dtype. int8 is made while loading: weight-only, a scale per
@@ -39,18 +59,29 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     queue_timeout_s: Positive | None = None  # first token by then, or 429; None = wait
     max_queue: Index = 256  # requests waiting for this model; beyond it 429
 
+    @property
+    def folder(self) -> Path:
+        """Where its weights are. Raises ConfigError where it has none."""
+        if self.path is None:
+            raise ConfigError(f"{self.name} has no path: nothing to read weights from")
+        return Path(self.path)
+
 
 class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The devices of one unit; on a CPU a set of cores."""
+    """The devices of one unit; on a CPU a set of cores. Tensor parallel over all `gpus`."""
 
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "gpu"] = "cpu"
     cores: tuple[Index, ...] | None = None  # as taskset numbers them; None = every core allowed
+    kind: Name | None = None  # of its GPUs
+    node: Index | None = None  # the machine they are in
+    gpus: tuple[Index, ...] | None = None  # as that machine numbers them
 
 
 class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the mesh's compute is shared out."""
 
-    kind: Literal["cores", "processes"] = "cores"
+    kind: Literal["cores", "processes", "green", "stream"] = "cores"
+    sm_pct: tuple[Percent, ...] | None = None  # of a GPU's SMs: prefill lane, decode lane
     split: tuple[Count, ...] | None = None  # cores per lane; None = two equal lanes
     depth: Count = 2  # works a lane may have in flight (2 hides the control path behind the device)
 
@@ -64,12 +95,24 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     plane_tokens: Count = 16  # tokens per plane of the model with the widest head row
 
 
+class Expected(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the planner expects of a model in a unit; nobody is held to it."""
+
+    rate_rps: NotNegative  # its share of the model's requests
+    goodput_rps: NotNegative
+    attainment: Annotated[float, Meta(ge=0, le=1)]
+    ttft_s: NotNegative  # mean
+    tpot_s: NotNegative  # mean
+
+
 class UnitModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A model in a unit."""
 
     name: Name
     quota: Share | None = None  # share of the unit's blocks; None = by rate x KV need
     traffic: Positive = 1.0  # weight among the model's replicas
+    sm_pct: tuple[Percent, ...] | None = None  # its own prefill and decode share (MuxServe)
+    expected: Expected | None = None
 
 
 class Scheduling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from muxrt.config.document import KeyedError
+from muxrt.config.document import Key, KeyedError
 from muxrt.config.placement import (
     MIB,
     Count,
@@ -76,6 +76,8 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
     yield from _twice("models", [model.name for model in config.models])
     yield from _twice("units", [unit.name for unit in config.units])
     known = [model.name for model in config.models]
+    for index, model in enumerate(config.models):
+        yield from source_problems(("models", index), model)
     for index, unit in enumerate(config.units):
         yield from _unit_problems(index, unit, known)
     placed = {model.name for unit in config.units for model in unit.models}
@@ -87,6 +89,18 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
                 " or remove it here",
             )
     yield from _core_problems(config.units)
+
+
+def source_problems(at: Key, model: ModelSpec) -> Iterator[KeyedError]:
+    """A model that has no source, or several; `at` is its key."""
+    named = {"path": model.path, "preset": model.preset, "sizes": model.sizes}
+    found = [name for name, value in named.items() if value is not None]
+    if len(found) != 1:
+        yield KeyedError(
+            at,
+            f"found {' and '.join(found) or 'none'} of path, preset and sizes,"
+            " expected exactly one of them",
+        )
 
 
 def _key_problems(keys: ApiKeys | None) -> Iterator[KeyedError]:

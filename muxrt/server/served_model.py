@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import getrandbits
 
 import msgspec
@@ -56,7 +55,7 @@ class ServedModel:
     @classmethod
     def load(cls, spec: ModelSpec) -> "ServedModel":
         """Read the model's folder. Raises ConfigError."""
-        folder = Path(spec.path)
+        folder = spec.folder
         vocab_size = load_shape(folder).vocab_size
         return cls(spec, vocab_size, load_tokenizer(folder), load_chat_template(folder))
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -25,7 +24,7 @@ def take_cores(unit: UnitSpec) -> tuple[int, ...]:
 
 def load_shapes(boot: UnitBoot) -> dict[str, ModelShape]:
     """The shapes of the unit's models, by name. Raises ConfigError."""
-    return {spec.name: load_shape(Path(spec.path)) for spec in boot.models}
+    return {spec.name: load_shape(spec.folder) for spec in boot.models}
 
 
 def plan_boot(boot: UnitBoot, num_cores: int, shapes: Mapping[str, ModelShape]) -> UnitPlan:

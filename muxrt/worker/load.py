@@ -1,7 +1,6 @@
 """From a `UnitBoot` to lanes that have each run every model once."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from time import monotonic
 from typing import cast
 
@@ -81,7 +80,7 @@ def _load(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
             tell(Loading(unit, "weights", spec.name, done, total))
 
     dtype, weights = weight_dtype(spec, shape), linear_dtype(spec, shape)
-    return Llama.load(Path(spec.path), cast(DType, dtype), progress, cast(LinearDType, weights))
+    return Llama.load(spec.folder, cast(DType, dtype), progress, cast(LinearDType, weights))
 
 
 def _warm_works(plan: UnitPlan, model: str, lane: int) -> Iterator[Batch]:

@@ -127,7 +127,7 @@ def _is_scored(payload: bytes) -> bool:
 def open_null(boot: UnitBoot, step_s: float) -> Opened:
     """The unit's plan and a `NullExecutor`. Raises ConfigError."""
     plan = plan_boot(boot, len(take_cores(boot.unit)), load_shapes(boot))
-    words = {spec.name: load_words(Path(spec.path)) for spec in boot.models}
+    words = {spec.name: load_words(spec.folder) for spec in boot.models}
     log.warning("event=null_executor tokens are MADE UP: no model is loaded, nothing is computed")
     return Opened(plan, NullExecutor(words, step_s), is_made_up=True)
 

@@ -1,20 +1,29 @@
 """The schema of `configs/workloads/*.yaml`: popularity, lengths, or a trace to replay."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 
-from muxrt.config.document import KeyedError, read_document
-from muxrt.config.placement import Count, Index, Name, NotNegative, Positive, Slo
+from muxrt.config.document import Key, KeyedError, read_document
+from muxrt.config.placement import Count, Index, Name, NotNegative, Positive, Share, Slo
 from muxrt.config.schema import convert
 from muxrt.errors import ConfigError
 
 
-class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A lognormal distribution of lengths, cut off at both ends."""
+class Quantile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """This share of lengths is at most `tokens`."""
 
-    mean_tokens: Positive
+    share: Share
+    tokens: Count
+
+
+class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Lengths, cut off at both ends: lognormal, or by quantiles with straight lines in between."""
+
+    mean_tokens: Positive | None = None
+    quantiles: tuple[Quantile, ...] = ()  # instead of a mean; rising; the last one is the longest
     cv: NotNegative = 0.0  # standard deviation / mean, before the cut; 0 = all the same
     min_tokens: Count = 1
     max_tokens: Count | None = None
@@ -33,10 +42,21 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class PowerLaw(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The i-th model gets a share in proportion to i^-alpha (MuxServe's popularity)."""
+    """The i-th model gets a share in proportion to i^-alpha (MuxServe's popularity).
+
+    One of the two rates, none where a trace has it.
+    """
 
     alpha: NotNegative  # 0 = all equal; 0.9 = mild; 2.1 = one model takes most
-    rate_rps: Positive | None = None  # of all models together; left out where a trace has it
+    rate_rps: Positive | None = None  # of all models together
+    top_rate_rps: Positive | None = None  # of the most popular model
+
+
+class Diurnal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Rates that change by the hour: factors of the given rates, repeated for ever."""
+
+    hours: tuple[NotNegative, ...]
+    hour_s: Positive = 3600.0  # less to go through a day faster
 
 
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,6 +77,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     seed: Index = 0
     models: tuple[Traffic, ...] = ()  # most popular first; empty = what the endpoint lists
     power_law: PowerLaw | None = None
+    diurnal: Diurnal | None = None
     trace: Trace | None = None
     prompt: Lengths = Lengths(mean_tokens=100, cv=0.5)
     output: Lengths = Lengths(mean_tokens=60, cv=0.5)
@@ -67,7 +88,7 @@ def load_workload(path: Path) -> Workload:
     """The workload in `path`. Raises ConfigError (one line: file, key, found, expected)."""
     document = read_document(path)
     workload = convert(document, Workload)
-    for problem in _problems(workload):
+    for problem in (*_problems(workload), *_shape_problems(workload)):
         raise document.locate(problem)
     if workload.trace is None:
         return workload
@@ -89,14 +110,20 @@ def _problems(workload: Workload) -> Iterator[KeyedError]:
                 ("models", rated[0], "rate_rps"),
                 "the trace has the rate: remove this, or use trace.speed and power_law.alpha",
             )
-        if law is not None and law.rate_rps is not None:
-            yield KeyedError(
-                ("power_law", "rate_rps"), "the trace has the rate: remove this or use trace.speed"
-            )
+        for name in ("rate_rps", "top_rate_rps"):
+            if law is not None and getattr(law, name) is not None:
+                yield KeyedError(
+                    ("power_law", name), "the trace has the rate: remove this or use trace.speed"
+                )
+        if workload.diurnal is not None:
+            yield KeyedError(("diurnal",), "the trace has its own times: remove one of the two")
     elif law is not None:
-        if law.rate_rps is None:
+        if (law.rate_rps is None) == (law.top_rate_rps is None):
+            found = "neither" if law.rate_rps is None else "both"
             yield KeyedError(
-                ("power_law",), "rate_rps is missing, expected requests/s of all models together"
+                ("power_law",),
+                f"found {found} of rate_rps (of all models together) and top_rate_rps (of the most"
+                " popular one), expected exactly one of them",
             )
         if rated:
             yield KeyedError(
@@ -107,6 +134,33 @@ def _problems(workload: Workload) -> Iterator[KeyedError]:
             ("models",),
             "nothing gives the rates, expected rate_rps for every model, power_law, or trace",
         )
+
+
+def _shape_problems(workload: Workload) -> Iterator[KeyedError]:
+    """What is wrong with lengths and curves."""
+    places: list[tuple[Key, Lengths | None]] = [
+        (("prompt",), workload.prompt),
+        (("output",), workload.output),
+    ]
+    for index, model in enumerate(workload.models):
+        at: Key = ("models", index)
+        places += [((*at, "prompt"), model.prompt), ((*at, "output"), model.output)]
+    for key, lengths in places:
+        if lengths is not None:
+            yield from _length_problems(key, lengths)
+    if workload.diurnal is not None and not any(workload.diurnal.hours):
+        yield KeyedError(("diurnal", "hours"), "found no traffic in any hour, expected factors")
+
+
+def _length_problems(key: Key, lengths: Lengths) -> Iterator[KeyedError]:
+    if (lengths.mean_tokens is None) == (not lengths.quantiles):
+        found = "both" if lengths.quantiles else "neither"
+        yield KeyedError(
+            key, f"found {found} of mean_tokens and quantiles, expected exactly one of them"
+        )
+    pairs = [(quantile.share, quantile.tokens) for quantile in lengths.quantiles]
+    if any(b[0] <= a[0] or b[1] < a[1] for a, b in pairwise(pairs)):
+        yield KeyedError((*key, "quantiles"), "shares and tokens must rise from one to the next")
 
 
 def with_models(workload: Workload, served: list[str]) -> Workload:
@@ -132,8 +186,12 @@ def adjusted(
         for model in workload.models
     )
     law, trace = workload.power_law, workload.trace
-    if law is not None and law.rate_rps is not None:
-        law = replace(law, rate_rps=law.rate_rps * speed)
+    if law is not None:
+        law = replace(
+            law,
+            rate_rps=law.rate_rps and law.rate_rps * speed,
+            top_rate_rps=law.top_rate_rps and law.top_rate_rps * speed,
+        )
     if trace is not None:
         trace = replace(trace, speed=trace.speed * speed)
     return replace(

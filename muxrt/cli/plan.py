@@ -1,0 +1,164 @@
+"""`muxrt plan`: which models live together, on how many GPUs, and why."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from muxrt.cli.plan_input import Asked
+    from muxrt.planner.capacity import Capacity
+    from muxrt.planner.draft import Draft
+    from muxrt.planner.queueing import Score
+
+
+class StrategyName(StrEnum):
+    """How to place."""
+
+    AUTO = "auto"
+    MUXSERVE = "muxserve"
+    SPATIAL = "spatial"
+    TEMPORAL = "temporal"
+
+
+def plan(
+    file: Annotated[Path, typer.Argument(help="Cluster and models: configs/plans/*.yaml.")],
+    workload: Annotated[
+        Path | None, typer.Argument(help="Instead of the file's: configs/workloads/*.yaml.")
+    ] = None,
+    strategy: Annotated[StrategyName, typer.Option(help="How to place.")] = StrategyName.AUTO,
+    out: Annotated[Path | None, typer.Option(help="Write the placement to this file.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what every other place would cost.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw GPUs, weights and KV to scale: .svg or .png.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds of search.")] = 60.0,
+    hour: Annotated[
+        int | None, typer.Option(min=0, help="Of a diurnal workload; left out, the busiest.")
+    ] = None,
+    ttft: Annotated[
+        float | None, typer.Option(min=1e-3, help="Seconds, for models without an slo.")
+    ] = None,
+    tpot: Annotated[
+        float | None, typer.Option(min=1e-4, help="Seconds, for models without an slo.")
+    ] = None,
+) -> None:
+    """Choose which models live together, on how many GPUs, and say why.
+
+    Ctrl-C ends the search and keeps the best so far.
+
+    Example: muxrt plan configs/plans/muxserve.yaml --explain --out placement.yaml
+    """
+    if (ttft is None) != (tpot is None):
+        raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
+    from muxrt.cli.plan_input import load_problem
+    from muxrt.cli.show import console
+    from muxrt.config.placement import Slo
+    from muxrt.planner.capacity import Capacity
+    from muxrt.planner.feasible import check_feasible
+    from muxrt.planner.queueing import QueueingJudge
+    from muxrt.planner.search import Search
+    from muxrt.planner.strategies import STRATEGIES
+
+    slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
+    asked = load_problem(file, workload, slo, hour)
+    judge = QueueingJudge(asked.problem)
+    capacity = Capacity(asked.problem, judge)
+    check_feasible(asked.problem, capacity)
+    with _searching(console(stderr=True), time_limit) as (is_over, tell):
+        search = Search(judge, judge, is_over, tell)
+        draft = STRATEGIES[strategy.value](asked.problem, search)
+    _report(asked, capacity, draft, judge(draft), _Wanted(out, picture, explain, as_json))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is to be shown and written."""
+
+    out: Path | None
+    picture: Path | None
+    explain: bool
+    as_json: bool
+
+
+def _report(
+    asked: "Asked", capacity: "Capacity", draft: "Draft", score: "Score", wanted: _Wanted
+) -> None:
+    import msgspec
+
+    from muxrt.cli.plan_tables import as_data, print_plan, print_second_best
+    from muxrt.cli.show import console
+    from muxrt.config.load import dump
+    from muxrt.config.serve import ServeConfig
+    from muxrt.planner.assign import to_placement
+    from muxrt.planner.explain import second_best
+
+    problem = asked.problem
+    placement = to_placement(problem, draft, score)
+    others = second_best(problem, capacity, draft) if wanted.explain else []
+    if wanted.out is not None:
+        wanted.out.write_text(dump(ServeConfig(models=asked.models, units=placement.units)))
+    if wanted.as_json:
+        data = as_data(problem, capacity, draft, score, placement, others)
+        print(msgspec.json.format(msgspec.json.encode(data)).decode())
+    else:
+        print_plan(console(), problem, capacity, draft, score, placement)
+        print_second_best(console(), others)
+    if wanted.picture is not None:
+        from muxrt.cli.plan_picture import draw
+
+        draw(wanted.picture, problem, draft, score, placement)
+
+
+@contextmanager
+def _searching(
+    console: "Console", limit_s: float
+) -> Iterator[tuple[Callable[[], bool], Callable[[str, int, int], None]]]:
+    """A bar while a search takes long; yields when it is over, and whom it tells."""
+    import signal
+    from time import monotonic
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    started_s = monotonic()
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted = True
+
+    def is_over() -> bool:
+        return interrupted or monotonic() - started_s > limit_s
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    )
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with bar:
+            task = bar.add_task("placing", total=None)
+
+            def tell(what: str, done: int, total: int) -> None:
+                bar.update(task, description=what, completed=done, total=total)
+
+            yield is_over, tell
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        console.print("interrupted: the best placement so far")

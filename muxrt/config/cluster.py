@@ -1,0 +1,103 @@
+"""The machines to plan for: nodes, and the kinds of GPU in them."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+import msgspec
+
+from muxrt.config.document import Key, KeyedError
+from muxrt.config.placement import Count, Name, NotNegative, Positive
+
+
+class GpuKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One kind of GPU; bandwidths in bytes/s, dense fp16 FLOP/s."""
+
+    name: Name
+    memory_bytes: Count
+    bandwidth_bytes_per_s: Positive
+    flops: Positive
+    sms: Count
+    link_bytes_per_s: Positive  # to the other GPUs of its node, one direction
+    power_w: Positive
+    price_per_hour: NotNegative = 0.0  # 0 = not stated
+
+
+class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Identical machines."""
+
+    gpu: Name  # a kind
+    gpus: Count = 8  # per node
+    count: Count = 1
+
+
+class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Nodes, possibly of several kinds; `kinds` adds to the known GPUs or replaces one."""
+
+    nodes: tuple[NodeGroup, ...]
+    kinds: tuple[GpuKind, ...] = ()
+    network_bytes_per_s: Positive = 25e9  # between nodes, per node: 200 Gb/s
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(group.count * group.gpus for group in self.nodes)
+
+    def kind(self, name: str) -> GpuKind:
+        """The GPU called `name`; KeyError where nobody knows it."""
+        return {**KINDS, **{kind.name: kind for kind in self.kinds}}[name]
+
+
+def _kind(
+    name: str,
+    memory_gb: float,
+    bandwidth: float,
+    flops: float,
+    sms: int,
+    link: float,
+    power_w: float,
+) -> GpuKind:
+    return GpuKind(
+        name=name,
+        memory_bytes=round(memory_gb * 10**9),
+        bandwidth_bytes_per_s=bandwidth,
+        flops=flops,
+        sms=sms,
+        link_bytes_per_s=link,
+        power_w=power_w,
+    )
+
+
+# NVIDIA's data sheets (A100: June 2021; H100 and H200 SXM: 2023, 2024; L4, L40S: 2023): dense fp16,
+# one direction of NVLink or PCIe. No prices: they are the reader's.
+KINDS = {
+    kind.name: kind
+    for kind in (
+        _kind("a100-40g", 40, 1.555e12, 312e12, 108, 300e9, 400),
+        _kind("a100-80g", 80, 2.039e12, 312e12, 108, 300e9, 400),
+        _kind("h100-80g", 80, 3.35e12, 989e12, 132, 450e9, 700),
+        _kind("h200-141g", 141, 4.8e12, 989e12, 132, 450e9, 700),
+        _kind("l4-24g", 24, 300e9, 121e12, 58, 32e9, 72),
+        _kind("l40s-48g", 48, 864e9, 362e12, 142, 32e9, 350),
+    )
+}
+
+
+def cluster_problems(cluster: Cluster, at: Key) -> Iterator[KeyedError]:
+    """What contradicts itself in a cluster that stands under the key `at`."""
+    if not cluster.nodes:
+        yield KeyedError(
+            (*at, "nodes"), "found an empty list, expected at least one group of nodes"
+        )
+    own = [kind.name for kind in cluster.kinds]
+    for index, name in enumerate(own):
+        if name in own[:index]:
+            yield KeyedError((*at, "kinds", index, "name"), f"{name!r} is already in the list")
+    known = [*KINDS, *(name for name in own if name not in KINDS)]
+    for index, group in enumerate(cluster.nodes):
+        if group.gpu not in known:
+            close = get_close_matches(group.gpu, known, n=1, cutoff=0.4)
+            hint = f"; the nearest is {close[0]}" if close else ""
+            yield KeyedError(
+                (*at, "nodes", index, "gpu"),
+                f"found {group.gpu!r}, expected one of {', '.join(known)}{hint},"
+                f" or describe it in {'.'.join([*map(str, at), 'kinds'])}",
+            )

@@ -1,0 +1,68 @@
+"""Step times of any model on any mesh: a profile's where there is one, else the roofline's."""
+
+from collections.abc import Mapping, Sequence
+
+from muxrt.config.cluster import GpuKind
+from muxrt.config.model import ModelShape
+from muxrt.cost.calibrate import calibrate
+from muxrt.cost.fitted import fit
+from muxrt.cost.profile import Profile
+from muxrt.cost.roofline import Efficiency, Roofline
+from muxrt.cost.steps import SharedSteps
+
+_Arithmetic = tuple[int, int, int, int, int, int, int]
+
+
+class CostModel:
+    """Fits lazily and keeps what it fitted; `gpus` are the kinds that profiles speak of."""
+
+    def __init__(
+        self,
+        profiles: Sequence[Profile] = (),
+        gpus: Mapping[str, GpuKind] | None = None,
+        efficiency: Efficiency | None = None,
+    ) -> None:
+        """`efficiency` is the roofline's; None takes it from the first profile, or the default."""
+        self._profiles = tuple(profiles)
+        self._gpus = dict(gpus or {})
+        self._efficiency = efficiency
+        self._kept: dict[tuple[_Arithmetic, int, str], SharedSteps] = {}
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """What the roofline assumes of the engine."""
+        if self._efficiency is None:
+            known = [profile for profile in self._profiles if profile.gpu in self._gpus]
+            self._efficiency = (
+                calibrate(known[0], self._gpus[known[0].gpu]) if known else Efficiency()
+            )
+        return self._efficiency
+
+    def steps(self, shape: ModelShape, tp: int, gpu: GpuKind) -> SharedSteps:
+        """Times of a model of that shape on `tp` GPUs of one node."""
+        key = (_arithmetic(shape), tp, gpu.name)
+        if key not in self._kept:
+            self._kept[key] = self._find(shape, tp, gpu)
+        return self._kept[key]
+
+    def _find(self, shape: ModelShape, tp: int, gpu: GpuKind) -> SharedSteps:
+        for profile in self._profiles:
+            for name, profiled in profile.shapes.items():
+                same = profile.gpu == gpu.name and _arithmetic(profiled) == _arithmetic(shape)
+                cells = profile.of(name, tp) if same else ()
+                if cells:
+                    return fit(cells, shape, profile.title)
+        return Roofline(shape, tp, gpu, self.efficiency)
+
+
+def _arithmetic(shape: ModelShape) -> _Arithmetic:
+    """What the time of a step depends on."""
+    return (
+        shape.hidden_size,
+        shape.num_layers,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.intermediate_size,
+        shape.vocab_size,
+    )

@@ -1,0 +1,167 @@
+"""Measured step times: a table of cells, and the file that says where it comes from."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from muxrt.config.document import KeyedError, read_document
+from muxrt.config.model import ModelShape
+from muxrt.config.placement import Name
+from muxrt.config.presets import preset
+from muxrt.config.schema import convert
+from muxrt.core import Phase
+from muxrt.errors import ConfigError
+
+COLUMNS = ("model", "tp", "sm_percent", "batch", "seq_len", "prefill_ms", "decode_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One forward pass of `batch` sequences of `seq_len` tokens each.
+
+    A prefill computes all of them, a decode one new token per sequence with `seq_len` tokens of KV.
+    """
+
+    model: str
+    tp: int
+    sm_pct: int
+    batch: int
+    seq_len: int
+    prefill_s: float | None  # None: not measured
+    decode_s: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences: computed by a prefill, attended to by a decode."""
+        return self.batch * self.seq_len
+
+    def time_s(self, phase: Phase) -> float | None:
+        return self.prefill_s if phase is Phase.PREFILL else self.decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Cells measured on one kind of GPU, and the shapes of their models."""
+
+    title: str
+    source: str
+    licence: str
+    gpu: str
+    shapes: dict[str, ModelShape]
+    cells: tuple[Cell, ...]
+
+    def of(self, model: str, tp: int) -> tuple[Cell, ...]:
+        """The cells of one model on `tp` GPUs; none where that was not measured."""
+        return tuple(cell for cell in self.cells if (cell.model, cell.tp) == (model, tp))
+
+    @property
+    def keys(self) -> tuple[tuple[str, int], ...]:
+        """What was measured, as (model, tp), in order."""
+        return tuple(sorted({(cell.model, cell.tp) for cell in self.cells}))
+
+
+class _ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: Name  # as in the table
+    preset: Name  # its shape
+
+
+class _ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    title: Name
+    source: Name
+    licence: Name
+    gpu: Name
+    table: Name  # CSV; relative to this file
+    models: tuple[_ProfiledModel, ...]
+
+
+def load_profile(path: Path) -> Profile:
+    """The profile that the YAML file `path` describes.
+
+    Raises ConfigError (one line: file, line or key, found, expected).
+    """
+    document = read_document(path)
+    file = convert(document, _ProfileFile)
+    shapes = {}
+    for index, model in enumerate(file.models):
+        try:
+            shapes[model.name] = preset(model.preset)
+        except ConfigError as error:
+            key = ("models", index, "preset")
+            raise document.locate(KeyedError(key, error.message)) from None
+    table = path.absolute().parent / Path(file.table).expanduser()
+    cells = read_cells(table)
+    for cell in cells:
+        if cell.model not in shapes:
+            raise document.locate(
+                KeyedError(("models",), f"{cell.model!r} is in {table.name} but has no shape here")
+            )
+    return Profile(file.title, file.source, file.licence, file.gpu, shapes, cells)
+
+
+def read_cells(path: Path) -> tuple[Cell, ...]:
+    """The cells of a CSV with the header COLUMNS; times in ms, an empty one was not measured.
+
+    Raises ConfigError with file and line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            cells = tuple(_cells(path, file))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such profile") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    if not cells:
+        raise ConfigError(f"{path}: the profile has no cells")
+    return cells
+
+
+def _cells(path: Path, file: Iterator[str]) -> Iterator[Cell]:
+    lines = csv.DictReader(line for line in file if not line.startswith("#"))
+    missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+    if missing:
+        raise ConfigError(
+            f"{path}: no column {missing[0]}, expected a CSV with the header {','.join(COLUMNS)}"
+        )
+    seen: dict[tuple[str, int, int, int, int], int] = {}
+    for line in lines:
+        cell = _cell(path, lines.line_num, line)
+        key = (cell.model, cell.tp, cell.sm_pct, cell.batch, cell.seq_len)
+        if key in seen:
+            raise ConfigError(f"{path}:{lines.line_num}: the same cell as on line {seen[key]}")
+        seen[key] = lines.line_num
+        yield cell
+
+
+def _cell(path: Path, number: int, line: dict[str, str]) -> Cell:
+    try:
+        cell = Cell(
+            line["model"],
+            int(line["tp"]),
+            int(line["sm_percent"]),
+            int(line["batch"]),
+            int(line["seq_len"]),
+            _seconds(line["prefill_ms"]),
+            _seconds(line["decode_ms"]),
+        )
+    except (ValueError, TypeError):
+        cell = None
+    if cell is None or not cell.model or not _is_sound(cell):
+        found = ",".join(str(value) for value in line.values())
+        raise ConfigError(
+            f"{path}:{number}: found {found}, expected a model, whole numbers above 0 (sm_percent"
+            " at most 100), and times in ms above 0 or nothing"
+        )
+    return cell
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) / 1000 if text else None
+
+
+def _is_sound(cell: Cell) -> bool:
+    counts = min(cell.tp, cell.sm_pct, cell.batch, cell.seq_len)
+    times = [time for time in (cell.prefill_s, cell.decode_s) if time is not None]
+    return counts >= 1 and cell.sm_pct <= 100 and all(0 < time < float("inf") for time in times)

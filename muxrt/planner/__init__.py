@@ -1,0 +1,1 @@
+"""Which models live together, on how many GPUs, and why."""

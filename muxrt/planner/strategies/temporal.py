@@ -1,0 +1,16 @@
+"""MuxServe's placement with one lane: every step has the whole mesh, in turns (its baseline)."""
+
+from dataclasses import replace
+
+from muxrt.planner.draft import Draft, Part
+from muxrt.planner.search import Search
+from muxrt.planner.strategies.muxserve import muxserve
+from muxrt.planner.workload import Problem
+
+
+def temporal(problem: Problem, search: Search) -> Draft:
+    """`muxserve` without shares of SMs. Raises ConfigError."""
+    return tuple(
+        replace(group, parts=tuple(Part(p.model, p.traffic) for p in group.parts), prefill_pct=None)
+        for group in muxserve(problem, search)
+    )

@@ -1,0 +1,156 @@
+"""What is planned: the demand for each model, a cluster, and what steps and bytes cost on it."""
+
+from dataclasses import dataclass, field, replace
+from math import floor
+
+from muxrt.config.cluster import Cluster, GpuKind
+from muxrt.config.model import ModelShape
+from muxrt.config.placement import Slo
+from muxrt.cost.memory import MemoryRules, ModelBytes, allowed_tps, model_bytes
+from muxrt.cost.model import CostModel
+from muxrt.cost.steps import Steps
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Moments of a distribution of lengths, tokens."""
+
+    mean: float
+    mean_square: float
+
+    @property
+    def variance(self) -> float:
+        return max(0.0, self.mean_square - self.mean**2)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """The traffic of one model, and its targets."""
+
+    model: str
+    shape: ModelShape
+    rate_rps: float
+    prompt: Lengths
+    output: Lengths
+    slo: Slo
+    max_tokens: int  # of one sequence: what its memory must at least hold
+
+    @property
+    def context(self) -> float:
+        """Mean KV tokens of a sequence that decodes; long answers are met more often."""
+        return self.prompt.mean + self.output.mean_square / (2 * self.output.mean)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What the engine costs beside the steps."""
+
+    memory: MemoryRules = field(default_factory=MemoryRules)
+    control_s: float = 0.0  # per sequence and decode step
+    interference: float = 0.1  # how much slower a step is beside another one: an assumption
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Identical nodes: GPUs are counts, not positions."""
+
+    index: int
+    gpu: GpuKind
+    gpus_per_node: int
+    num_nodes: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.gpus_per_node * self.num_nodes
+
+
+class Problem:
+    """Everything that a strategy may ask; answers are kept, so asking again is cheap."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        demands: list[Demand],
+        cost: CostModel,
+        engine: Engine | None = None,
+        largest_tp: int = 8,
+    ) -> None:
+        self.cluster = cluster
+        self.demands = {demand.model: demand for demand in demands}
+        self.cost = cost
+        self.engine = engine or Engine()
+        self.largest_tp = largest_tp
+        self.pools = tuple(
+            Pool(index, cluster.kind(group.gpu), group.gpus, group.count)
+            for index, group in enumerate(cluster.nodes)
+        )
+        self._steps: dict[tuple[ModelShape, int, int, float], Steps] = {}
+        self._bytes: dict[tuple[ModelShape, int], ModelBytes] = {}
+        self.likes = _likes(self.demands)
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(pool.num_gpus for pool in self.pools)
+
+    def scaled(self, factors: dict[str, float]) -> "Problem":
+        """The same problem with rates multiplied, 1 where `factors` says nothing."""
+        demands = [
+            replace(demand, rate_rps=demand.rate_rps * factors.get(name, 1.0))
+            for name, demand in self.demands.items()
+        ]
+        other = Problem(self.cluster, demands, self.cost, self.engine, self.largest_tp)
+        other._steps, other._bytes = self._steps, self._bytes
+        return other
+
+    def steps(self, model: str, pool: int, tp: int, share: float) -> Steps:
+        """Step times of a model on `tp` GPUs of a pool at a share of their SMs."""
+        shape = self.demands[model].shape
+        key = (shape, pool, tp, share)
+        if key not in self._steps:
+            self._steps[key] = self.cost.steps(shape, tp, self.pools[pool].gpu).at(share)
+        return self._steps[key]
+
+    def bytes(self, model: str, tp: int) -> ModelBytes:
+        """What a model takes on each of `tp` GPUs."""
+        shape = self.demands[model].shape
+        key = (shape, tp)
+        if key not in self._bytes:
+            self._bytes[key] = model_bytes(shape, tp, self.engine.memory)
+        return self._bytes[key]
+
+    def tps(self, model: str, pool: int) -> tuple[int, ...]:
+        """Degrees that divide the model and fit a node; whether memory suffices is not asked."""
+        largest = min(self.largest_tp, self.pools[pool].gpus_per_node)
+        return allowed_tps(self.demands[model].shape, largest)
+
+    def usable_bytes(self, pool: int) -> int:
+        """Bytes of one GPU but for the headroom."""
+        return floor(self.pools[pool].gpu.memory_bytes * (1 - self.engine.memory.headroom))
+
+    def kv_bytes(self, pool: int, tp: int, models: tuple[str, ...]) -> int:
+        """What is left for KV on each GPU when these models share it; negative: it does not fit."""
+        rules = self.engine.memory
+        parts = [self.bytes(model, tp) for model in models]
+        activations = sorted((part.activations for part in parts), reverse=True)
+        if rules.activation_bytes is None:
+            activations = activations[:2]  # a prefill and a decode lane: two forward passes at most
+        fixed = rules.processes_per_unit * rules.runtime_bytes
+        held = sum(part.weights + part.runtime for part in parts) + sum(activations)
+        return self.usable_bytes(pool) - fixed - held
+
+    def fits(self, pool: int, tp: int, models: tuple[str, ...]) -> bool:
+        """Weights, activations and one longest sequence of each model fit; tp suits them all."""
+        if any(tp not in self.tps(model, pool) for model in models):
+            return False
+        longest = (self.bytes(m, tp).kv_per_token * self.demands[m].max_tokens for m in models)
+        return self.kv_bytes(pool, tp, models) >= sum(longest)
+
+
+def _likes(demands: dict[str, Demand]) -> dict[str, int]:
+    """A number per model; those that differ in name and rate only share it."""
+    numbers: dict[tuple[ModelShape, Lengths, Lengths, Slo, int], int] = {}
+    found = {}
+    for name, d in demands.items():
+        key = (d.shape, d.prompt, d.output, d.slo, d.max_tokens)
+        found[name] = numbers.setdefault(key, len(numbers))
+    return found

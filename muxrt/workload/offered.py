@@ -1,0 +1,83 @@
+"""What a workload asks of a planner: rates, and moments of lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from muxrt.config.placement import Slo
+from muxrt.errors import ConfigError
+from muxrt.workload.arrivals import Arrival, arrivals, length_at, rates, shares
+from muxrt.workload.spec import Lengths, Workload
+from muxrt.workload.trace import TraceRow
+
+NUM_QUANTILES = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of a distribution of lengths, tokens."""
+
+    mean: float
+    mean_square: float
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The traffic of one model."""
+
+    model: str
+    rate_rps: float
+    prompt: Moments
+    output: Moments
+    slo: Slo
+
+
+def offered(
+    workload: Workload, rows: Sequence[TraceRow] = (), *, hour: int | None = None
+) -> list[Offered]:
+    """What each model gets; `rows` is the trace where there is one, `hour` None is the busiest.
+
+    A trace's lengths are the same for all models, as its requests are dealt to them at random.
+    Raises ConfigError where a model has no targets, or the trace no requests in the time asked for.
+    """
+    found = []
+    replayed = arrivals(workload, rows) if workload.trace is not None else []
+    for model in workload.models:
+        slo = model.slo or workload.slo
+        if slo is None:
+            raise ConfigError(
+                f"{model.name} has no slo, expected ttft_s and tpot_s for the model or the workload"
+            )
+        if workload.trace is not None:
+            rate_rps = len(replayed) * shares(workload)[model.name] / workload.duration_s
+            prompt, output = _of_trace(workload, replayed)
+        else:
+            rate_rps = rates(workload)[model.name] * _busiest(workload, hour)
+            prompt = moments(model.prompt or workload.prompt)
+            output = moments(model.output or workload.output)
+        found.append(Offered(model.name, rate_rps, prompt, output, slo))
+    return found
+
+
+def moments(lengths: Lengths) -> Moments:
+    """Mean and mean square, cut off as what is drawn is."""
+    steps = [(index + 0.5) / NUM_QUANTILES for index in range(NUM_QUANTILES)]
+    return _moments([length_at(lengths, share) for share in steps])
+
+
+def _moments(lengths: Sequence[float]) -> Moments:
+    mean = sum(lengths) / len(lengths)
+    return Moments(mean, sum(length * length for length in lengths) / len(lengths))
+
+
+def _of_trace(workload: Workload, replayed: Sequence[Arrival]) -> tuple[Moments, Moments]:
+    if not replayed:
+        raise ConfigError(f"the trace has no requests in the {workload.duration_s:g} s asked for")
+    prompts = _moments([arrival.prompt_tokens for arrival in replayed])
+    return prompts, _moments([arrival.output_tokens for arrival in replayed])
+
+
+def _busiest(workload: Workload, hour: int | None) -> float:
+    if workload.diurnal is None:
+        return 1.0
+    hours = workload.diurnal.hours
+    return max(hours) if hour is None else hours[hour % len(hours)]

@@ -1,0 +1,111 @@
+"""`muxrt plan` as people run it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import CommandLine
+
+from muxrt.config.load import load
+
+PLAN = """\
+cluster: {nodes: [{gpu: a100-80g, gpus: 2}]}
+models:
+  - {name: hot, preset: llama-7b}
+  - {name: cold, preset: llama-13b, max_model_len: 1024}
+workload: traffic.yaml
+"""
+TRAFFIC = """\
+power_law: {alpha: 2.0, top_rate_rps: 8}
+prompt: {mean_tokens: 100, cv: 0.5}
+output: {mean_tokens: 50, cv: 0.5}
+slo: {ttft_s: 1, tpot_s: 0.1}
+"""
+
+# (what is replaced, by what, what the error says after "error: ")
+BROKEN = {
+    "a model that fits nowhere": (
+        "a100-80g, gpus: 2",
+        "l4-24g, gpus: 1",
+        "cold fits nowhere: on 1 x l4-24g, its largest mesh, each GPU needs 26.0 GB of weights",
+    ),
+    "a rate nobody can meet": ("top_rate_rps: 8", "top_rate_rps: 9000", "hot: found 9000 requ"),
+    "targets nobody can meet": ("tpot_s: 0.1", "tpot_s: 0.0001", "hot: found ttft_s 1 and tpot_s"),
+    "no targets": ("slo: {ttft_s: 1, tpot_s: 0.1}", "", "hot has no slo, expected ttft_s"),
+    "too long a sequence": ("max_model_len: 1024", "max_model_len: 9999", "cold: found max_model"),
+    "an unknown GPU": ("a100-80g", "b100", "cluster.nodes[0].gpu: found 'b100', expected one of"),
+    "a workload for others": (
+        "power_law: {alpha: 2.0, top_rate_rps: 8}",
+        "models: [{name: warm, rate_rps: 1}]",
+        "asks for 'warm'",
+    ),
+    "a model without a rate": (
+        "power_law: {alpha: 2.0, top_rate_rps: 8}",
+        "models: [{name: hot, rate_rps: 1}]",
+        "gives 'cold' of",
+    ),
+}
+
+
+def write(folder: Path, plan: str = PLAN, traffic: str = TRAFFIC) -> Path:
+    (folder / "traffic.yaml").write_text(traffic)
+    (folder / "plan.yaml").write_text(plan)
+    return folder / "plan.yaml"
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+def test_a_plan_is_shown_written_and_can_be_read(command_line: CommandLine, tmp_path: Path) -> None:
+    out = tmp_path / "placement.yaml"
+    answer = command_line("plan", write(tmp_path), "--out", out, "--explain")
+    assert answer.code == 0 and "10.0 of 10.0 requests/s within SLO" in answer.out
+    assert "2 of 2 GPUs" in answer.out and "second-best place" in answer.out
+    config = load(out)
+    assert {part.name for unit in config.units for part in unit.models} == {"hot", "cold"}
+    assert [round(model.rate_rps, 3) for model in config.models] == [8, 2]
+    refused = command_line("serve", out, "--check")
+    assert refused.code == 2 and "'hot' has no path" in refused.err
+
+
+def test_a_plan_for_machines(command_line: CommandLine, tmp_path: Path) -> None:
+    answer = command_line("plan", write(tmp_path), "--json", "--strategy", "spatial")
+    data = json.loads(answer.out)
+    assert data["offered_rps"] == pytest.approx(10) and data["gpus"] == 2
+    assert [len(unit["unit"]["models"]) for unit in data["units"]] == [1, 1]
+    assert {unit["times_from"] for unit in data["units"]} == {"roofline"}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_cannot_be_planned_gets_one_error(
+    case: str, command_line: CommandLine, tmp_path: Path
+) -> None:
+    old, new, expected = BROKEN[case]
+    assert (PLAN + TRAFFIC).count(old) == 1
+    path = write(tmp_path, PLAN.replace(old, new), TRAFFIC.replace(old, new))
+    answer = command_line("plan", path)
+    assert answer.code == 2 and expected in answer.err and answer.err.count("\n") == 1
+
+
+def test_muxserves_own_input(command_line: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "cluster: {nnodes: 1, ngpus_per_node: 2}\n"
+        "models: [{name: llm-0, model: /path/to/llama-7b, rate: 2.5}]\n"
+    )
+    answer = command_line("plan", path, "--ttft", 1, "--tpot", 0.1, "--strategy", "muxserve")
+    assert answer.code == 0 and "2.5 of 2.5 requests/s within SLO" in answer.out
+    assert "has no slo" in command_line("plan", path).err
+
+
+def test_a_picture_is_drawn(command_line: CommandLine, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "gpus.svg"
+    assert command_line("plan", write(tmp_path), "--picture", picture).code == 0
+    assert "<svg" in picture.read_text()[:2000]
+    wrong = command_line("plan", write(tmp_path), "--picture", tmp_path / "gpus.jpg")
+    assert wrong.code == 2 and "expected a picture named *.svg or *.png" in wrong.err
