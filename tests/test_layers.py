@@ -45,6 +45,7 @@ EVERYWHERE = {"numpy", "msgspec"}
 LIBRARIES = {
     "config": {"yaml"},
     "cost": {"scipy"},
+    "planner": {"numba"},
     "kernels": {"torch", "triton", "numba", "llvmlite"},
     "models": {"torch", "safetensors"},
     "worker": {"torch", "safetensors", "zmq", "nixl", "vllm", "cuda"},

@@ -2,8 +2,10 @@
 
 A model's capacity on a mesh is the rate that it could be given alone there with its targets kept.
 Several models fit a mesh as long as their rates over their capacities add up to one: less than what
-sharing allows, as peaks even out, so it is a start and never a verdict.
+sharing allows, as peaks even out, so it is a start and never a verdict. The verdict is `value`.
 """
+
+from dataclasses import dataclass
 
 from muxrt.planner.draft import Group, Part
 from muxrt.planner.meshes import Mesh
@@ -18,6 +20,21 @@ LARGEST_RPS = 1e4
 # So small that a hundredth of today's goodput outweighs a fifth of what may never come.
 HEADROOM = 0.05
 PEAK = 1.15  # goodput of an overloaded mesh over its capacity at the attainment above
+DOUBLE = 2.0  # rates may be wrong by that much
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """The best lanes of a group: `prefill_pct`, and what the group is worth with them."""
+
+    prefill_pct: int | None
+    goodput_rps: float
+    doubled_rps: float  # goodput at twice the rates
+
+    @property
+    def value(self) -> float:
+        """Goodput, and a little of the goodput at twice the rates: headroom decides ties."""
+        return self.goodput_rps + HEADROOM * self.doubled_rps
 
 
 class Capacity:
@@ -26,16 +43,17 @@ class Capacity:
     def __init__(self, problem: Problem, estimator: QueueingJudge) -> None:
         self._problem = problem
         self._estimator = estimator
-        self._kept: dict[tuple[int, Mesh], float] = {}
-        self._doubled = estimator.scaled(dict.fromkeys(problem.demands, 2.0))
+        self._rps: dict[tuple[int, Mesh], float] = {}
+        self._lanes: dict[tuple[object, ...], Lanes] = {}
 
     def rps(self, model: str, mesh: Mesh) -> float:
         """Requests/s of a model alone on a mesh; 0 where it does not fit or misses its targets."""
         key = (self._problem.likes[model], mesh)
-        if key not in self._kept:
+        kept = self._rps.get(key)
+        if kept is None:
             fits = self._problem.fits(*mesh, (model,))
-            self._kept[key] = self._find(model, mesh) if fits else 0.0
-        return self._kept[key]
+            kept = self._rps[key] = self._find(model, mesh) if fits else 0.0
+        return kept
 
     def _find(self, model: str, mesh: Mesh) -> float:
         low, high = 0.0, 1.0
@@ -48,57 +66,56 @@ class Capacity:
 
     def _keeps(self, model: str, mesh: Mesh, rate_rps: float) -> bool:
         """Whether the targets are kept at that rate with some choice of lanes."""
-        groups = (Group(*mesh, (Part(model),), pct) for pct in PREFILL_PCTS)
-        return any(
-            self._estimator.at_rate(group, rate_rps).goodput_rps >= ATTAINMENT * rate_rps
-            for group in groups
-        )
+        traffic = rate_rps / self._problem.demands[model].rate_rps
+        groups = (Group(*mesh, (Part(model, traffic),), pct) for pct in PREFILL_PCTS)
+        least_rps = ATTAINMENT * rate_rps
+        return any(self._estimator.goodput_rps(group) >= least_rps for group in groups)
+
+    def share(self, mesh: Mesh, model: str, rate_rps: float) -> float:
+        """Share of a mesh that so much of a model's traffic takes."""
+        rps = self.rps(model, mesh)
+        return rate_rps / rps if rps else 1e3
 
     def load(self, group: Group, without: str | None = None) -> float:
         """Share of a mesh that its models take together, `without` one of them."""
-        total = 0.0
+        mesh, demands, total = (group.pool, group.size), self._problem.demands, 0.0
         for part in group.parts:
             if part.model != without:
-                rps = self.rps(part.model, (group.pool, group.size))
-                rate = self._problem.demands[part.model].rate_rps * part.traffic
-                total += rate / rps if rps else 1e3
+                rate_rps = demands[part.model].rate_rps * part.traffic
+                total += self.share(mesh, part.model, rate_rps)
         return total
 
-    def tuned(self, group: Group) -> Group:
-        """The group with the lanes that serve twice its rates best, so its rates as well."""
+    def lanes(self, group: Group) -> Lanes:
+        """The lanes that are worth most; those that the group has do not matter."""
+        key = self._estimator.key(group)
+        kept = self._lanes.get(key)
+        if kept is None:
+            found = (self._with_lanes(group, pct) for pct in PREFILL_PCTS)
+            kept = self._lanes[key] = max(found, key=lambda lanes: lanes.value)
+        return kept
+
+    def _with_lanes(self, group: Group, pct: int | None) -> Lanes:
         parts = tuple(Part(part.model, part.traffic) for part in group.parts)
-        best, most = None, -1.0
-        for pct in PREFILL_PCTS:
-            choice = Group(group.pool, group.size, parts, pct)
-            goodput = self._doubled.group(choice).goodput_rps
-            if best is not None and goodput < most and pct != PREFILL_PCTS[1]:
-                break  # more for prefills helps no longer
-            if goodput > most:
-                best, most = choice, goodput
-        assert best is not None
-        return best
+        choice = Group(group.pool, group.size, parts, pct)
+        goodput_rps = self._estimator.goodput_rps(choice)
+        return Lanes(pct, goodput_rps, self._estimator.goodput_rps(choice, DOUBLE))
 
-    def value(self, group: Group) -> float:
-        """Goodput, and a little of the goodput at twice the rates: headroom decides ties."""
-        score = self._estimator.group(group).goodput_rps
-        return score + HEADROOM * self.doubled_rps(group)
-
-    def goodput_rps(self, group: Group) -> float:
-        """Goodput of a group as the estimator sees it."""
-        return self._estimator.group(group).goodput_rps
-
-    def doubled_rps(self, group: Group) -> float:
-        """Goodput of a group at twice the rates."""
-        return self._doubled.group(group).goodput_rps
+    def tuned(self, group: Group) -> Group:
+        """The group with its best lanes."""
+        parts = tuple(Part(part.model, part.traffic) for part in group.parts)
+        return Group(group.pool, group.size, parts, self.lanes(group).prefill_pct)
 
     def guess(self, group: Group) -> float:
-        """What `value` would be if capacities added up: much quicker, and not so true."""
-        offered = self.most_value(group) / (1 + 2 * HEADROOM)
+        """What the best lanes would be worth if capacities added up: quicker, and not so true."""
+        offered = self.most_value(group) / (1 + DOUBLE * HEADROOM)
         load = max(self.load(group), 1e-9)
-        return offered * (min(1, PEAK / load) + HEADROOM * min(2, PEAK / load))
+        return offered * (min(1, PEAK / load) + HEADROOM * min(DOUBLE, PEAK / load))
+
+    def offered_rps(self, group: Group) -> float:
+        """The traffic of a group."""
+        demands = self._problem.demands
+        return sum(demands[part.model].rate_rps * part.traffic for part in group.parts)
 
     def most_value(self, group: Group) -> float:
-        """What `value` cannot exceed: everything is served."""
-        demands = self._problem.demands
-        offered = sum(demands[part.model].rate_rps * part.traffic for part in group.parts)
-        return offered * (1 + 2 * HEADROOM)
+        """What no lanes can exceed: everything is served."""
+        return self.offered_rps(group) * (1 + DOUBLE * HEADROOM)

@@ -2,13 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from muxrt.planner.workload import Pool, Problem
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Part:
+class Part(NamedTuple):
     """A model in a group, and the share of its requests that it gets there."""
 
     model: str
@@ -16,8 +15,7 @@ class Part:
     decode_pct: int | None = None  # MuxServe: its own share of SMs for decodes
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """A mesh of `size` GPUs of one node and the models on it; tensor parallel over all of them."""
 
     pool: int
@@ -27,10 +25,13 @@ class Group:
 
     @property
     def models(self) -> tuple[str, ...]:
-        return tuple(part.model for part in self.parts)
+        return tuple([part.model for part in self.parts])
 
     def with_parts(self, parts: Iterable[Part]) -> "Group":
-        return replace(self, parts=tuple(sorted(parts)))
+        return Group(self.pool, self.size, tuple(sorted(parts)), self.prefill_pct)
+
+    def with_size(self, size: int) -> "Group":
+        return Group(self.pool, size, self.parts, self.prefill_pct)
 
 
 Draft = tuple[Group, ...]

@@ -85,7 +85,9 @@ class Problem:
             for index, group in enumerate(cluster.nodes)
         )
         self._steps: dict[tuple[ModelShape, int, int, float], Steps] = {}
-        self._bytes: dict[tuple[ModelShape, int], ModelBytes] = {}
+        self._bytes: dict[tuple[str, int], ModelBytes] = {}
+        self._tps: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._kv_bytes: dict[tuple[int, int, tuple[str, ...]], int] = {}
         self.likes = _likes(self.demands)
 
     @property
@@ -112,16 +114,18 @@ class Problem:
 
     def bytes(self, model: str, tp: int) -> ModelBytes:
         """What a model takes on each of `tp` GPUs."""
-        shape = self.demands[model].shape
-        key = (shape, tp)
+        key = (model, tp)
         if key not in self._bytes:
-            self._bytes[key] = model_bytes(shape, tp, self.engine.memory)
+            self._bytes[key] = model_bytes(self.demands[model].shape, tp, self.engine.memory)
         return self._bytes[key]
 
     def tps(self, model: str, pool: int) -> tuple[int, ...]:
         """Degrees that divide the model and fit a node; whether memory suffices is not asked."""
-        largest = min(self.largest_tp, self.pools[pool].gpus_per_node)
-        return allowed_tps(self.demands[model].shape, largest)
+        key = (model, pool)
+        if key not in self._tps:
+            largest = min(self.largest_tp, self.pools[pool].gpus_per_node)
+            self._tps[key] = allowed_tps(self.demands[model].shape, largest)
+        return self._tps[key]
 
     def usable_bytes(self, pool: int) -> int:
         """Bytes of one GPU but for the headroom."""
@@ -129,6 +133,12 @@ class Problem:
 
     def kv_bytes(self, pool: int, tp: int, models: tuple[str, ...]) -> int:
         """What is left for KV on each GPU when these models share it; negative: it does not fit."""
+        key = (pool, tp, models)
+        if key not in self._kv_bytes:
+            self._kv_bytes[key] = self._kv_room(pool, tp, models)
+        return self._kv_bytes[key]
+
+    def _kv_room(self, pool: int, tp: int, models: tuple[str, ...]) -> int:
         rules = self.engine.memory
         parts = [self.bytes(model, tp) for model in models]
         activations = sorted((part.activations for part in parts), reverse=True)

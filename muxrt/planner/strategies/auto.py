@@ -7,12 +7,14 @@ goodput at twice the rates, so that idle GPUs become headroom. The judge decides
 candidates, on the rates as given and on rates that are wrong by a factor of two.
 """
 
+from heapq import nlargest
 from random import Random
 
 from muxrt.errors import ConfigError
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, num_gpus
-from muxrt.planner.moves import Layout, growth, moves
+from muxrt.planner.layout import Layout
+from muxrt.planner.moves import Release, growth, moves, releases
 from muxrt.planner.pack import Packer
 from muxrt.planner.search import Search, Strategy
 from muxrt.planner.strategies.muxserve import muxserve
@@ -32,7 +34,7 @@ def auto(problem: Problem, search: Search) -> Draft:
     """The best placement found. Raises ConfigError where a model fits nowhere."""
     capacity = Capacity(problem, search.estimator)
     starts = _starts(problem, search, capacity)
-    starts.sort(key=lambda draft: -sum(map(capacity.value, draft)))
+    starts.sort(key=lambda draft: -sum(capacity.lanes(group).value for group in draft))
     candidates = list(starts)
     for start in starts[:NUM_IMPROVED]:
         candidates.append(improve(problem, search, capacity, start))
@@ -64,20 +66,18 @@ def _starts(problem: Problem, search: Search, capacity: Capacity) -> list[Draft]
 def improve(problem: Problem, search: Search, capacity: Capacity, start: Draft) -> Draft:
     """Moves that gain, until there are none."""
     layout = Layout(problem, capacity, start)
-    step = 0
-    while not search.is_over():
-        order = sorted(layout.groups, key=lambda index: -_loss(problem, layout, index))
-        made = 0
-        for index in order:
-            if index not in layout.groups:
-                continue
-            step += 1
-            search.tell(f"auto: goodput {layout.value:.1f}", step, step + len(order))
-            made += _improve_group(search, layout, index)
+    step, made = 0, True
+    while made and not search.is_over():
+        made = False
+        order = sorted(layout.kinds, key=lambda number: (-_loss(layout, number), number))
+        free = releases(layout)
+        for number in order:
             if search.is_over():
                 break
-        if not made:
-            break
+            step += 1
+            search.tell(f"auto: goodput {layout.value:.1f}", step, step + len(order))
+            if number in layout.kinds:
+                made |= _improve_group(search, layout, number, free)
     use_idle(layout)
     return layout.draft
 
@@ -88,35 +88,39 @@ def use_idle(layout: Layout) -> None:
     while made and layout.has_free_gpus:
         proposals = [
             proposal
-            for index in layout.groups
-            for move in growth(layout, index)
+            for number in layout.kinds
+            for move in growth(layout, number)
             if (proposal := layout.propose(move)) is not None
             # Dealing traffic anew may empty another group: that would go on for ever.
-            and layout.more_gpus(proposal) > 0
+            and proposal.more_gpus > 0
         ]
         proposals.sort(key=lambda proposal: -proposal.guess)
         loss = LARGEST_LOSS * layout.value
         made = any(layout.make(proposal, -loss) for proposal in proposals[:NUM_TRIED])
 
 
-def _improve_group(search: Search, layout: Layout, index: int) -> bool:
+def _improve_group(
+    search: Search, layout: Layout, number: int, free: list[Release]
+) -> bool:
     """Make the first move that gains; whether there was one."""
     least = LEAST_GAIN * max(layout.value, 1.0)
-    proposals = [p for move in moves(layout, index) if (p := layout.propose(move)) is not None]
-    proposals.sort(key=lambda proposal: -proposal.guess)
-    for proposal in proposals[:NUM_TRIED]:
+    found = (layout.propose(move) for move in moves(layout, number, free))
+    proposals = nlargest(
+        NUM_TRIED, (p for p in found if p is not None), key=lambda proposal: proposal.guess
+    )
+    for proposal in proposals:
         if layout.make(proposal, least):
             return True
         if search.is_over():
-            return False
+            break
     return False
 
 
-def _loss(problem: Problem, layout: Layout, index: int) -> float:
-    """What the group is offered and does not serve; then its load."""
-    group = layout.groups[index]
-    offered = sum(problem.demands[p.model].rate_rps * p.traffic for p in group.parts)
-    return offered - layout.values[index] + 1e-3 * layout.capacity.load(group)
+def _loss(layout: Layout, number: int) -> float:
+    """What a group is offered and does not serve; then its load."""
+    group = layout.kinds[number].group
+    lost = layout.capacity.most_value(group) - layout.values[number]
+    return lost + 1e-3 * layout.loads[number]
 
 
 def choose(problem: Problem, search: Search, candidates: list[Draft]) -> Draft:

@@ -4,8 +4,6 @@ MuxServe's runs gave 7B and 13B one GPU each, 30B four and 65B eight. Here each 
 smallest mesh that holds it, and GPUs that are left go where a wider mesh helps most.
 """
 
-from dataclasses import replace
-
 from muxrt.errors import ConfigError
 from muxrt.planner.draft import Draft, Group, Part, num_gpus, packs
 from muxrt.planner.meshes import smallest_mesh
@@ -58,12 +56,11 @@ def _widest_gain(problem: Problem, search: Search, draft: Draft) -> Draft | None
         degrees = [tp for tp in problem.tps(model, group.pool) if tp > group.size]
         if not degrees:
             continue
-        wider = replace(group, size=degrees[0])
+        wider = group.with_size(degrees[0])
         changed = (*draft[:index], wider, *draft[index + 1 :])
         if not packs(changed, problem.pools):
             continue
-        score = search.estimator.group
-        gain = score(wider).goodput_rps - score(group).goodput_rps
+        gain = search.estimator.goodput_rps(wider) - search.estimator.goodput_rps(group)
         per_gpu = gain / (wider.size - group.size)
         if gain > 1e-6 and (best is None or per_gpu > best[0]):
             best = per_gpu, changed

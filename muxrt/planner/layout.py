@@ -1,0 +1,202 @@
+"""A draft under change: groups that are alike are counted, and traffic is dealt anew by every move."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from muxrt.planner.capacity import Capacity
+from muxrt.planner.draft import Draft, Group, Part, packs_pool
+from muxrt.planner.workload import Problem
+
+LEAST_TRAFFIC = 5e-3  # of the largest replica's: one with less is dropped
+LEAST_RPS = 1e-9  # where targets are met nowhere, traffic still has to go somewhere
+LEAST_ROOM = 0.02  # of a mesh: what a full one is still given
+DIGITS = 12  # of a share of traffic: alike groups are equal
+
+
+class Kind(NamedTuple):
+    """`count` groups that are alike."""
+
+    group: Group
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Groups that go, each named by the number of its kind, and groups that come."""
+
+    name: str
+    gone: tuple[int, ...]
+    come: tuple[Group, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A move that fits, with all that it touches, and the gain that capacities promise."""
+
+    name: str
+    gone: tuple[int, ...]  # kinds that are replaced as a whole
+    come: tuple[Kind, ...]
+    guess: float
+    more_gpus: int  # how many that are free now it takes
+
+
+class Layout:
+    """Kinds of groups by number, which of them host a model, and what each group is worth."""
+
+    def __init__(self, problem: Problem, capacity: Capacity, draft: Draft) -> None:
+        self.problem = problem
+        self.capacity = capacity
+        self.kinds: dict[int, Kind] = {}
+        self.values: dict[int, float] = {}  # of one group of a kind
+        self.loads: dict[int, float] = {}
+        self.hosts: dict[str, set[int]] = {model: set() for model in problem.demands}
+        self.sizes = [Counter[int]() for _ in problem.pools]
+        self._numbers: dict[Group, int] = {}
+        self._guesses: dict[int, float] = {}
+        self._next = 0
+        for group, count in Counter(map(_rounded, draft)).items():
+            self._add(Kind(group, count))
+
+    @property
+    def draft(self) -> Draft:
+        kinds = (self.kinds[number] for number in sorted(self.kinds))
+        return tuple(kind.group for kind in kinds for _ in range(kind.count))
+
+    @property
+    def value(self) -> float:
+        return sum(self.values[number] * kind.count for number, kind in self.kinds.items())
+
+    def free_gpus(self, pool: int) -> int:
+        """GPUs of a pool in no group."""
+        used = sum(size * count for size, count in self.sizes[pool].items())
+        return self.problem.pools[pool].num_gpus - used
+
+    @property
+    def has_free_gpus(self) -> bool:
+        return any(self.free_gpus(pool.index) for pool in self.problem.pools)
+
+    def propose(self, move: Move) -> Proposal | None:
+        """The move with all traffic dealt anew; None where it does not fit."""
+        if not all(map(self._fits, move.come)) or not self._packs(move):
+            return None
+        taken = Counter(move.gone)
+        if any(self.kinds[number].count < count for number, count in taken.items()):
+            return None
+        return self._dealt(move, taken)
+
+    def make(self, proposal: Proposal, least_gain: float) -> bool:
+        """Make the move if it gains more than that."""
+        before = sum(self.values[n] * self.kinds[n].count for n in proposal.gone)
+        if not self._is_worth(proposal.come, before + least_gain):
+            return False
+        for number in proposal.gone:
+            self._remove(number)
+        for kind in proposal.come:
+            self._add(Kind(self.capacity.tuned(kind.group), kind.count))
+        return True
+
+    def _is_worth(self, kinds: Iterable[Kind], least: float) -> bool:
+        """Whether they are worth more than `least`; says no as early as it can."""
+        most = [(kind, self.capacity.most_value(kind.group) * kind.count) for kind in kinds]
+        hope = sum(value for _, value in most)
+        for kind, value in most:
+            if hope <= least:
+                return False
+            hope += self.capacity.lanes(kind.group).value * kind.count - value
+        return hope > least
+
+    def _fits(self, group: Group) -> bool:
+        names = group.models
+        return len(set(names)) == len(names) and self.problem.fits(group.pool, group.size, names)
+
+    def _packs(self, move: Move) -> bool:
+        delta = Counter((group.pool, group.size) for group in move.come)
+        gone = (self.kinds[number].group for number in move.gone)
+        delta.subtract((group.pool, group.size) for group in gone)
+        for pool in {pool for (pool, _), change in delta.items() if change}:
+            sizes = self.sizes[pool].copy()
+            for (where, size), change in delta.items():
+                if where == pool:
+                    sizes[size] += change
+            if not packs_pool(+sizes, self.problem.pools[pool]):
+                return False
+        return True
+
+    def _dealt(self, move: Move, taken: Counter[int]) -> Proposal | None:
+        """The move with the traffic of all its models dealt anew over all of their replicas."""
+        groups = [*move.come, *(self.kinds[number].group for number in taken)]
+        models = sorted({part.model for group in groups for part in group.parts})
+        touched = sorted(set(taken).union(*(self.hosts[model] for model in models)))
+        kinds = [
+            Kind(self.kinds[number].group, self.kinds[number].count - taken[number])
+            for number in touched
+        ]
+        kinds = [kind for kind in kinds if kind.count] + [Kind(group, 1) for group in move.come]
+        for model in models:
+            if not any(model in kind.group.models for kind in kinds):
+                return None  # nobody may lose a last replica
+            kinds = deal(self.capacity, kinds, model)
+        if not all(kind.group.parts for kind in kinds[len(kinds) - len(move.come) :]):
+            return None  # what came got no traffic
+        come = tuple(kind for kind in kinds if kind.group.parts)
+        guess = sum(self.capacity.guess(kind.group) * kind.count for kind in come)
+        guess -= sum(self._guesses[number] for number in touched)
+        gpus = sum(kind.group.size * kind.count for kind in come)
+        gpus -= sum(self.kinds[n].group.size * self.kinds[n].count for n in touched)
+        return Proposal(move.name, tuple(touched), come, guess, gpus)
+
+    def _add(self, kind: Kind) -> None:
+        group = kind.group
+        number = self._numbers.get(group)
+        if number is None:
+            number, self._next = self._next, self._next + 1
+            self._numbers[group] = number
+            self.values[number] = self.capacity.lanes(group).value
+            self.loads[number] = self.capacity.load(group)
+            for part in group.parts:
+                self.hosts[part.model].add(number)
+        else:
+            kind = Kind(group, kind.count + self.kinds[number].count)
+            self.sizes[group.pool][group.size] -= self.kinds[number].count
+        self.kinds[number] = kind
+        self._guesses[number] = self.capacity.guess(group) * kind.count
+        self.sizes[group.pool][group.size] += kind.count
+
+    def _remove(self, number: int) -> None:
+        kind = self.kinds.pop(number)
+        group = kind.group
+        del self.values[number], self.loads[number], self._guesses[number], self._numbers[group]
+        self.sizes[group.pool][group.size] -= kind.count
+        for part in group.parts:
+            self.hosts[part.model].discard(number)
+
+
+def deal(capacity: Capacity, kinds: list[Kind], model: str) -> list[Kind]:
+    """`kinds` with the model's traffic in proportion to what each has room for."""
+    weights = {}
+    for index, kind in enumerate(kinds):
+        group = kind.group
+        if model in group.models:
+            room = max(1 - capacity.load(group, without=model), LEAST_ROOM)
+            weights[index] = room * max(capacity.rps(model, (group.pool, group.size)), LEAST_RPS)
+    least = LEAST_TRAFFIC * max(weights.values())
+    total = sum(weight * kinds[i].count for i, weight in weights.items() if weight >= least)
+    dealt = list(kinds)
+    for index, weight in weights.items():
+        traffic = round(weight / total, DIGITS) if weight >= least else 0.0
+        group = _with_traffic(kinds[index].group, model, traffic)
+        dealt[index] = Kind(group, kinds[index].count)
+    return dealt
+
+
+def _with_traffic(group: Group, model: str, traffic: float) -> Group:
+    parts = [
+        Part(part.model, traffic) if part.model == model else part for part in group.parts
+    ]
+    return group.with_parts(part for part in parts if part.traffic > 0)
+
+
+def _rounded(group: Group) -> Group:
+    return group.with_parts(Part(p.model, round(p.traffic, DIGITS)) for p in group.parts)
