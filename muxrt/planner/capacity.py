@@ -71,6 +71,10 @@ class Capacity:
         least_rps = ATTAINMENT * rate_rps
         return any(self._estimator.goodput_rps(group) >= least_rps for group in groups)
 
+    def rate_rps(self, model: str) -> float:
+        """What is offered of a model, over all its replicas."""
+        return self._problem.demands[model].rate_rps
+
     def share(self, mesh: Mesh, model: str, rate_rps: float) -> float:
         """Share of a mesh that so much of a model's traffic takes."""
         rps = self.rps(model, mesh)

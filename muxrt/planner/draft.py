@@ -27,6 +27,10 @@ class Group(NamedTuple):
     def models(self) -> tuple[str, ...]:
         return tuple([part.model for part in self.parts])
 
+    def traffic(self, model: str) -> float:
+        """The share of a model's requests that it gets here."""
+        return next((part.traffic for part in self.parts if part.model == model), 0.0)
+
     def with_parts(self, parts: Iterable[Part]) -> "Group":
         return Group(self.pool, self.size, tuple(sorted(parts)), self.prefill_pct)
 

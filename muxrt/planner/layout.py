@@ -10,8 +10,8 @@ from muxrt.planner.draft import Draft, Group, Part, packs_pool
 from muxrt.planner.workload import Problem
 
 LEAST_TRAFFIC = 5e-3  # of the largest replica's: one with less is dropped
-LEAST_RPS = 1e-9  # where targets are met nowhere, traffic still has to go somewhere
 LEAST_ROOM = 0.02  # of a mesh: what a full one is still given
+EMPTIEST = 0.95  # of the most room: this is as good
 DIGITS = 12  # of a share of traffic: alike groups are equal
 
 
@@ -85,6 +85,26 @@ class Layout:
         if any(self.kinds[number].count < count for number, count in taken.items()):
             return None
         return self._dealt(move, taken)
+
+    def tilt(self, model: str, giver: int, taker: int, part: float) -> Proposal | None:
+        """One group of a kind gives `part` of a model's traffic to one of another, or its own."""
+        taken = Counter((giver, taker))
+        if any(self.kinds[number].count < count for number, count in taken.items()):
+            return None
+        less, more = self.kinds[giver].group, self.kinds[taker].group
+        given = round(part * less.traffic(model), DIGITS)
+        less = _with_traffic(less, model, round(less.traffic(model) - given, DIGITS))
+        more = _with_traffic(more, model, round(more.traffic(model) + given, DIGITS))
+        if not self._fits(more):
+            return None
+        come = [
+            Kind(self.kinds[number].group, self.kinds[number].count - count)
+            for number, count in taken.items()
+        ]
+        come = [kind for kind in come if kind.count] + [Kind(less, 1), Kind(more, 1)]
+        guess = self.capacity.guess(less) + self.capacity.guess(more)
+        guess -= sum(self.capacity.guess(self.kinds[number].group) for number in (giver, taker))
+        return Proposal("tilt", tuple(sorted(taken)), tuple(come), guess, 0)
 
     def make(self, proposal: Proposal, least_gain: float) -> bool:
         """Make the move if it gains more than that."""
@@ -174,13 +194,24 @@ class Layout:
 
 
 def deal(capacity: Capacity, kinds: list[Kind], model: str) -> list[Kind]:
-    """`kinds` with the model's traffic in proportion to what each has room for."""
-    weights = {}
+    """`kinds` with the model's traffic in proportion to what each has room for.
+
+    What exceeds all the room goes where the others lose least by it: to the emptiest.
+    """
+    rooms = {}
     for index, kind in enumerate(kinds):
         group = kind.group
         if model in group.models:
-            room = max(1 - capacity.load(group, without=model), LEAST_ROOM)
-            weights[index] = room * max(capacity.rps(model, (group.pool, group.size)), LEAST_RPS)
+            free = max(1 - capacity.load(group, without=model), LEAST_ROOM)
+            rooms[index] = free, free * capacity.rps(model, (group.pool, group.size))
+    rate_rps = capacity.rate_rps(model)
+    total_rps = sum(rps * kinds[index].count for index, (_, rps) in rooms.items())
+    most = max(free for free, _ in rooms.values())
+    emptiest = [index for index, (free, _) in rooms.items() if free > EMPTIEST * most]
+    excess = max(0.0, rate_rps - total_rps) / sum(kinds[index].count for index in emptiest)
+    weights = {
+        index: rps + (excess if index in emptiest else 0.0) for index, (_, rps) in rooms.items()
+    }
     least = LEAST_TRAFFIC * max(weights.values())
     total = sum(weight * kinds[i].count for i, weight in weights.items() if weight >= least)
     dealt = list(kinds)
@@ -192,10 +223,9 @@ def deal(capacity: Capacity, kinds: list[Kind], model: str) -> list[Kind]:
 
 
 def _with_traffic(group: Group, model: str, traffic: float) -> Group:
-    parts = [
-        Part(part.model, traffic) if part.model == model else part for part in group.parts
-    ]
-    return group.with_parts(part for part in parts if part.traffic > 0)
+    """The group with that share of the model's traffic; 0: without the model."""
+    others = [part for part in group.parts if part.model != model]
+    return group.with_parts([*others, Part(model, traffic)] if traffic > 0 else others)
 
 
 def _rounded(group: Group) -> Group:

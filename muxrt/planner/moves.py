@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from heapq import nsmallest
 
 from muxrt.planner.draft import Group, Part
-from muxrt.planner.layout import Layout, Move
+from muxrt.planner.layout import Layout, Move, Proposal
 
 # Partners that are tried for a group: the least loaded kinds, and only so many.
 NUM_PARTNERS = 8
 NUM_RELEASES = 6
 HALF = 0.5  # any share: traffic is dealt anew
+TILTS = (0.1, 0.3)  # of a replica's traffic, to another one
+MAX_HOSTS = 8  # kinds of groups between which a model's traffic is tilted
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,19 @@ def moves(layout: Layout, number: int, releases: list[Release]) -> Iterator[Move
         yield from _trades(layout, number, release)
 
 
+def tilts(layout: Layout, number: int) -> Iterator[Proposal]:
+    """Some traffic of a model from one of its replicas to another, or to a new one."""
+    group = layout.kinds[number].group
+    partners = _partners(layout, number)
+    for part in group.parts:
+        hosts = nsmallest(MAX_HOSTS, layout.hosts[part.model])
+        pairs = [(number, other) for other in dict.fromkeys((*hosts, *partners))]
+        pairs += [(other, number) for other in hosts if other != number]
+        for giver, taker in pairs:
+            found = (layout.tilt(part.model, giver, taker, share) for share in TILTS)
+            yield from (proposal for proposal in found if proposal is not None)
+
+
 def _partners(layout: Layout, number: int) -> list[int]:
     """The least loaded kinds, this one among them only where there are several of it."""
     others = [
@@ -54,10 +69,18 @@ def _exchanges(layout: Layout, number: int, part: Part, other: int) -> Iterator[
     yield Move("replicate", (other,), (more,))
     yield Move("shift", (number, other), (*_whole(without), more))
     for back in host.parts:
+        theirs = host.with_parts((*(p for p in host.parts if p is not back), part))
         if back.model not in group.models:
             mine = without.with_parts((*without.parts, back))
-            theirs = host.with_parts((*(p for p in host.parts if p is not back), part))
             yield Move("swap", (number, other), (mine, theirs))
+        if _has_others(layout, back.model, other):
+            yield Move("displace", (number, other), (*_whole(without), theirs))
+            yield Move("displace", (other,), (theirs,))
+
+
+def _has_others(layout: Layout, model: str, host: int) -> bool:
+    """Whether a group of the kind `host` is not the only one with the model."""
+    return len(layout.hosts[model]) > 1 or layout.kinds[host].count > 1
 
 
 def _whole(group: Group) -> tuple[Group, ...]:

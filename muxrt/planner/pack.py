@@ -9,7 +9,27 @@ from muxrt.planner.draft import Draft, Group, Part, packs_pool
 from muxrt.planner.meshes import Mesh, mesh_sizes, smallest_mesh
 from muxrt.planner.workload import Problem
 
-FULL = 0.85  # share of its capacity that a mesh is filled to
+# Shares of its capacity that a mesh is filled to: from hardly to far beyond.
+LEAST_FULL, MOST_FULL = 0.05, 2.0
+NUM_BISECTIONS = 6
+
+
+def pack(problem: Problem, capacity: Capacity) -> Draft:
+    """Every model at least once, meshes filled evenly: as little as there are GPUs for.
+
+    Raises ConfigError where not even one replica of each model finds room.
+    """
+    low, high = LEAST_FULL, MOST_FULL
+    best = _Packer(problem, capacity, high)
+    best.pack()
+    for _ in range(NUM_BISECTIONS):
+        middle = (low + high) / 2
+        packer = _Packer(problem, capacity, middle)
+        if packer.pack():
+            best, high = packer, middle
+        else:
+            low = middle
+    return best.draft
 
 
 @dataclass(slots=True)
@@ -21,17 +41,23 @@ class _Bin:
     load: float
 
 
-class Packer:
-    """Fills meshes largest need first, each into the fullest that still takes it."""
+class _Packer:
+    """Fills meshes up to `full`, largest need first, each into the fullest that still takes it."""
 
-    def __init__(self, problem: Problem, capacity: Capacity) -> None:
+    def __init__(self, problem: Problem, capacity: Capacity, full: float) -> None:
         self._problem = problem
         self._capacity = capacity
+        self._full = full
         self._bins: list[_Bin] = []
         self._sizes = [Counter[int]() for _ in problem.pools]
+        self._is_even = True
 
-    def pack(self) -> Draft:
-        """Every model at least once, on at most all GPUs. Raises ConfigError where that fails."""
+    @property
+    def draft(self) -> Draft:
+        return tuple(self._group(found) for found in self._bins)
+
+    def pack(self) -> bool:
+        """Whether no mesh had to be filled beyond `full`. Raises ConfigError."""
         needs = sorted(
             ((self._cheapest(model), model) for model in self._problem.demands),
             key=lambda item: (-item[0][1], -self._gpus(item[1], item[0]), item[1]),
@@ -43,7 +69,7 @@ class Packer:
         for mesh, model in sorted(needs, key=lambda item: self._gpus(item[1], item[0])):
             self._place_rest(model, mesh, rest)
         self._spread(rest)
-        return tuple(self._group(found) for found in self._bins)
+        return self._is_even
 
     def _cheapest(self, model: str) -> Mesh:
         """The mesh with the most capacity per GPU; the smallest where targets are met nowhere."""
@@ -64,10 +90,11 @@ class Packer:
 
     def _place_once(self, model: str, mesh: Mesh, rest: dict[str, float]) -> None:
         """The part of its traffic that whole meshes leave over, or all of it if that is less."""
-        rps = FULL * self._capacity.rps(model, mesh)
+        rps = self._full * self._capacity.rps(model, mesh)
         share = rest[model] % rps if rps and rest[model] > rps else rest[model]
         found = self._fullest(model, share) or self._open(model, mesh)
         if found is None:
+            self._is_even = False
             found = self._least_loaded(model)
         if found is None:
             raise ConfigError(
@@ -78,7 +105,7 @@ class Packer:
 
     def _place_rest(self, model: str, mesh: Mesh, rest: dict[str, float]) -> None:
         """Whole meshes while there are GPUs."""
-        rps = FULL * self._capacity.rps(model, mesh)
+        rps = self._full * self._capacity.rps(model, mesh)
         while rps and rest[model] > 1e-9:
             found = self._open(model, mesh)
             if found is None:
@@ -89,6 +116,7 @@ class Packer:
         """What found no mesh of its own goes, in equal parts, where its model already is."""
         for model, rate in rest.items():
             if rate > 1e-9:
+                self._is_even = False
                 hosts = [found for found in self._bins if model in found.rates]
                 for found in hosts:
                     self._add(found, model, rate / len(hosts))
@@ -97,8 +125,8 @@ class Packer:
         taking = [
             found
             for found in self._bins
-            if self._fits(found, model)
-            and found.load + self._share(found.mesh, model, rate) <= FULL
+            if found.load + self._share(found.mesh, model, rate) <= self._full
+            and self._fits(found, model)
         ]
         return max(taking, key=lambda found: found.load, default=None)
 

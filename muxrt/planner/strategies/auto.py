@@ -8,46 +8,66 @@ candidates, on the rates as given and on rates that are wrong by a factor of two
 """
 
 from heapq import nlargest
+from math import inf
 from random import Random
 
 from muxrt.errors import ConfigError
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, num_gpus
 from muxrt.planner.layout import Layout
-from muxrt.planner.moves import Release, growth, moves, releases
-from muxrt.planner.pack import Packer
+from muxrt.planner.moves import Release, growth, moves, releases, tilts
+from muxrt.planner.pack import pack
 from muxrt.planner.search import Search, Strategy
 from muxrt.planner.strategies.muxserve import muxserve
 from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.workload import Problem
 
-LEAST_GAIN = 2e-4  # relative; below it two placements are the same
-NUM_IMPROVED = 2  # starts that are improved
-NUM_TRIED = 12  # moves of a group that are looked at closely: those that capacities speak for
+LEAST_GAIN = 0.01  # of the value of one GPU, on average; below it two placements are the same
 LARGEST_LOSS = 1e-3  # relative; what headroom on an idle GPU may cost
 CLOSE = 1e-5  # candidates within this share of the best are told apart by robustness
 NUM_WRONG, WRONG = 4, 2.0  # scenarios of wrong rates, and by how much
 OTHERS_UP_TO = 64  # models; beyond it the other strategies are no start that is worth their time
+# Moves of a group that are looked at closely: those that capacities speak for. Small problems have time
+# for more of them, for looking at every group again after changes elsewhere, and for shaking the
+# best placement and improving it again.
+NUM_TRIED, MORE_TRIED = 12, 1000  # the second one / GPUs
+SWEEPS_UP_TO = 200  # kinds of groups
+NUM_SHAKEN = 20  # times / GPUs
+NUM_SHAKES = 3  # moves at random
 
 
 def auto(problem: Problem, search: Search) -> Draft:
     """The best placement found. Raises ConfigError where a model fits nowhere."""
     capacity = Capacity(problem, search.estimator)
     starts = _starts(problem, search, capacity)
-    starts.sort(key=lambda draft: -sum(capacity.lanes(group).value for group in draft))
-    candidates = list(starts)
-    for start in starts[:NUM_IMPROVED]:
-        candidates.append(improve(problem, search, capacity, start))
+    layouts = []
+    for start in starts:
+        layouts.append(Layout(problem, capacity, start))
+        improve(layouts[-1], search)
         if search.is_over():
             break
-    return choose(problem, search, candidates)
+    best = max(layouts, key=lambda layout: layout.value)
+    rng = Random(0)
+    for _ in range(NUM_SHAKEN // problem.num_gpus):
+        if search.is_over():
+            break
+        other = Layout(problem, capacity, best.draft)
+        shake(other, rng)
+        improve(other, search)
+        if other.value > best.value:
+            layouts.append(other)
+            best = other
+    for layout in layouts:
+        use_idle(layout)
+    return choose(problem, search, [*(layout.draft for layout in layouts), *starts])
 
 
 def _starts(problem: Problem, search: Search, capacity: Capacity) -> list[Draft]:
+    """A packing, and what the other strategies place. Raises ConfigError where all fail."""
     others: tuple[Strategy, ...] = (spatial, muxserve)
     starts, failed = [], None
     try:
-        starts.append(Packer(problem, capacity).pack())
+        starts.append(pack(problem, capacity))
     except ConfigError as error:
         failed = error
     for strategy in others if len(problem.demands) <= OTHERS_UP_TO else ():
@@ -63,52 +83,71 @@ def _starts(problem: Problem, search: Search, capacity: Capacity) -> list[Draft]
     return starts
 
 
-def improve(problem: Problem, search: Search, capacity: Capacity, start: Draft) -> Draft:
-    """Moves that gain, until there are none."""
-    layout = Layout(problem, capacity, start)
-    step, made = 0, True
-    while made and not search.is_over():
-        made = False
-        order = sorted(layout.kinds, key=lambda number: (-_loss(layout, number), number))
+def improve(layout: Layout, search: Search) -> None:
+    """Moves that gain, until there are none: first for the groups that lose most.
+
+    A group that found no move is left alone until it changes, or until all are looked at again.
+    """
+    stuck: set[int] = set()
+    made = False
+    while not search.is_over():
+        order = sorted(
+            layout.kinds.keys() - stuck, key=lambda number: (-_loss(layout, number), number)
+        )
+        if not order:
+            if not made or len(layout.kinds) > SWEEPS_UP_TO:
+                break
+            stuck, made = set(), False
+            continue
         free = releases(layout)
         for number in order:
             if search.is_over():
                 break
-            step += 1
-            search.tell(f"auto: goodput {layout.value:.1f}", step, step + len(order))
+            search.tell(f"auto: goodput {layout.value:.1f}", len(stuck), len(layout.kinds))
             if number in layout.kinds:
-                made |= _improve_group(search, layout, number, free)
-    use_idle(layout)
-    return layout.draft
+                if _improve_group(search, layout, number, free):
+                    made = True
+                else:
+                    stuck.add(number)
+
+
+def shake(layout: Layout, rng: Random) -> None:
+    """A few moves at random, whatever they cost."""
+    for _ in range(NUM_SHAKES):
+        number = rng.choice(sorted(layout.kinds))
+        found = [layout.propose(move) for move in moves(layout, number, [])]
+        proposals = [proposal for proposal in found if proposal is not None]
+        if proposals:
+            layout.make(rng.choice(proposals), -inf)
 
 
 def use_idle(layout: Layout) -> None:
     """Replicas or wider meshes on GPUs that are left, even where no estimate asks for them."""
-    made = True
-    while made and layout.has_free_gpus:
-        proposals = [
-            proposal
-            for number in layout.kinds
-            for move in growth(layout, number)
-            if (proposal := layout.propose(move)) is not None
-            # Dealing traffic anew may empty another group: that would go on for ever.
-            and proposal.more_gpus > 0
-        ]
-        proposals.sort(key=lambda proposal: -proposal.guess)
-        loss = LARGEST_LOSS * layout.value
-        made = any(layout.make(proposal, -loss) for proposal in proposals[:NUM_TRIED])
+    while layout.has_free_gpus:
+        by_load = sorted(layout.kinds, key=lambda number: (-layout.loads[number], number))
+        if not any(_grow(layout, number) for number in by_load):
+            return
 
 
-def _improve_group(
-    search: Search, layout: Layout, number: int, free: list[Release]
-) -> bool:
+def _grow(layout: Layout, number: int) -> bool:
+    """Give idle GPUs to a group, at next to no loss."""
+    found = (layout.propose(move) for move in growth(layout, number))
+    # Dealing traffic anew may empty another group: that would go on for ever.
+    proposals = [p for p in found if p is not None and p.more_gpus > 0]
+    proposals.sort(key=lambda proposal: -proposal.guess)
+    loss = LARGEST_LOSS * layout.value
+    return any(layout.make(proposal, -loss) for proposal in proposals[:NUM_TRIED])
+
+
+def _improve_group(search: Search, layout: Layout, number: int, free: list[Release]) -> bool:
     """Make the first move that gains; whether there was one."""
-    least = LEAST_GAIN * max(layout.value, 1.0)
+    least = LEAST_GAIN * layout.value / layout.problem.num_gpus
     found = (layout.propose(move) for move in moves(layout, number, free))
+    tried = NUM_TRIED + MORE_TRIED // layout.problem.num_gpus
     proposals = nlargest(
-        NUM_TRIED, (p for p in found if p is not None), key=lambda proposal: proposal.guess
+        tried, (p for p in found if p is not None), key=lambda proposal: proposal.guess
     )
-    for proposal in proposals:
+    for proposal in (*proposals, *tilts(layout, number)):
         if layout.make(proposal, least):
             return True
         if search.is_over():
