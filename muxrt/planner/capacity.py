@@ -66,10 +66,9 @@ class Capacity:
 
     def _keeps(self, model: str, mesh: Mesh, rate_rps: float) -> bool:
         """Whether the targets are kept at that rate with some choice of lanes."""
-        traffic = rate_rps / self._problem.demands[model].rate_rps
-        groups = (Group(*mesh, (Part(model, traffic),), pct) for pct in PREFILL_PCTS)
-        least_rps = ATTAINMENT * rate_rps
-        return any(self._estimator.goodput_rps(group) >= least_rps for group in groups)
+        group = Group(*mesh, (Part(model, rate_rps / self.rate_rps(model)),))
+        found = self._estimator.with_lanes(group, PREFILL_PCTS, (1.0,))
+        return max(rps for (rps,) in found) >= ATTAINMENT * rate_rps
 
     def rate_rps(self, model: str) -> float:
         """What is offered of a model, over all its replicas."""
@@ -94,15 +93,10 @@ class Capacity:
         key = self._estimator.key(group)
         kept = self._lanes.get(key)
         if kept is None:
-            found = (self._with_lanes(group, pct) for pct in PREFILL_PCTS)
-            kept = self._lanes[key] = max(found, key=lambda lanes: lanes.value)
+            found = self._estimator.with_lanes(group, PREFILL_PCTS, (1.0, DOUBLE))
+            choices = [Lanes(pct, *rps) for pct, rps in zip(PREFILL_PCTS, found, strict=True)]
+            kept = self._lanes[key] = max(choices, key=lambda lanes: lanes.value)
         return kept
-
-    def _with_lanes(self, group: Group, pct: int | None) -> Lanes:
-        parts = tuple(Part(part.model, part.traffic) for part in group.parts)
-        choice = Group(group.pool, group.size, parts, pct)
-        goodput_rps = self._estimator.goodput_rps(choice)
-        return Lanes(pct, goodput_rps, self._estimator.goodput_rps(choice, DOUBLE))
 
     def tuned(self, group: Group) -> Group:
         """The group with its best lanes."""

@@ -1,7 +1,7 @@
 """A draft under change: groups that are alike are counted, and traffic is dealt anew by every move."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,10 +154,15 @@ class Layout:
             for number in touched
         ]
         kinds = [kind for kind in kinds if kind.count] + [Kind(group, 1) for group in move.come]
-        for model in models:
-            if not any(model in kind.group.models for kind in kinds):
-                return None  # nobody may lose a last replica
-            kinds = deal(self.capacity, kinds, model)
+        hosts: dict[str, list[int]] = {model: [] for model in models}
+        for index, kind in enumerate(kinds):
+            for part in kind.group.parts:
+                if part.model in hosts:
+                    hosts[part.model].append(index)
+        if not all(hosts.values()):
+            return None  # nobody may lose a last replica
+        for model, where in hosts.items():
+            deal(self.capacity, kinds, model, where)
         if not all(kind.group.parts for kind in kinds[len(kinds) - len(move.come) :]):
             return None  # what came got no traffic
         come = tuple(kind for kind in kinds if kind.group.parts)
@@ -193,17 +198,19 @@ class Layout:
             self.hosts[part.model].discard(number)
 
 
-def deal(capacity: Capacity, kinds: list[Kind], model: str) -> list[Kind]:
-    """`kinds` with the model's traffic in proportion to what each has room for.
+def deal(capacity: Capacity, kinds: list[Kind], model: str, hosts: Sequence[int]) -> None:
+    """Change the model's traffic in `kinds` at `hosts`: in proportion to what each has room for.
 
     What exceeds all the room goes where the others lose least by it: to the emptiest.
     """
+    if len(hosts) == 1 and kinds[hosts[0]].count == 1:
+        kinds[hosts[0]] = Kind(_with_traffic(kinds[hosts[0]].group, model, 1.0), 1)
+        return
     rooms = {}
-    for index, kind in enumerate(kinds):
-        group = kind.group
-        if model in group.models:
-            free = max(1 - capacity.load(group, without=model), LEAST_ROOM)
-            rooms[index] = free, free * capacity.rps(model, (group.pool, group.size))
+    for index in hosts:
+        group = kinds[index].group
+        free = max(1 - capacity.load(group, without=model), LEAST_ROOM)
+        rooms[index] = free, free * capacity.rps(model, (group.pool, group.size))
     rate_rps = capacity.rate_rps(model)
     total_rps = sum(rps * kinds[index].count for index, (_, rps) in rooms.items())
     most = max(free for free, _ in rooms.values())
@@ -214,18 +221,18 @@ def deal(capacity: Capacity, kinds: list[Kind], model: str) -> list[Kind]:
     }
     least = LEAST_TRAFFIC * max(weights.values())
     total = sum(weight * kinds[i].count for i, weight in weights.items() if weight >= least)
-    dealt = list(kinds)
     for index, weight in weights.items():
         traffic = round(weight / total, DIGITS) if weight >= least else 0.0
         group = _with_traffic(kinds[index].group, model, traffic)
-        dealt[index] = Kind(group, kinds[index].count)
-    return dealt
+        kinds[index] = Kind(group, kinds[index].count)
 
 
 def _with_traffic(group: Group, model: str, traffic: float) -> Group:
     """The group with that share of the model's traffic; 0: without the model."""
-    others = [part for part in group.parts if part.model != model]
-    return group.with_parts([*others, Part(model, traffic)] if traffic > 0 else others)
+    parts = [part for part in group.parts if part.model != model]
+    if traffic > 0:
+        parts.append(Part(model, traffic))
+    return group.with_parts(parts)
 
 
 def _rounded(group: Group) -> Group:

@@ -13,13 +13,14 @@ An overloaded unit admits the share of its traffic that gives the most goodput a
 as its scheduler does. What is not modelled: bursts beyond Poisson, prefix reuse, preemption.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from muxrt.planner.draft import Draft, Group
-from muxrt.planner.station import Floats, Peak, best_load
+from muxrt.planner.station import Floats, Peak, best_load, goodputs
 from muxrt.planner.tables import Tables
 from muxrt.planner.workload import Problem
 
@@ -92,6 +93,25 @@ class QueueingJudge:
     def goodput_rps(self, group: Group, times_rate: float = 1.0) -> float:
         """The goodput of one group at a multiple of its rates: `group(...)` without the rest."""
         return self._found(group, times_rate).peak.goodput_rps
+
+    def with_lanes(
+        self, group: Group, pcts: Sequence[int | None], multiples: Sequence[float]
+    ) -> list[list[float]]:
+        """Goodput with each of `pcts` instead of the group's, at each multiple of its rates."""
+        mesh, rated = (group.pool, group.size), self._rated(group)
+        rows = [[self.tables.row(model, mesh, pct) for _, _, model in rated] for pct in pcts]
+        found = np.empty((len(pcts), len(multiples)))
+        goodputs(
+            self.tables.times,
+            np.array(rows),
+            np.array([pct is not None for pct in pcts], np.int64),
+            np.array([rate_rps for _, rate_rps, _ in rated]),
+            float(self.problem.kv_bytes(*mesh, group.models)),
+            np.array(multiples),
+            found,
+        )
+        goodputs_rps: list[list[float]] = found.tolist()
+        return goodputs_rps
 
     def group(self, group: Group) -> GroupScore:
         """The score of one group."""

@@ -301,3 +301,29 @@ def best_load(
         if tries == 2:
             step, tries = step / 2, 0
     return at_load(times, which, offered, is_split, capacity, best.load, answer)
+
+
+@compiled
+def goodputs(
+    times: Times,
+    which: Ints,
+    splits: Ints,
+    offered: Floats,
+    capacity: float,
+    multiples: Floats,
+    found: Floats,
+) -> None:
+    """`found` [lanes, multiples]: goodput with each choice of lanes at each multiple of the rates.
+
+    `which` [lanes, n] has the rows of each choice, `splits` [lanes] whether it has two lanes.
+    """
+    n = which.shape[1]
+    answer, rows = np.empty((n, 5)), np.empty(n, np.int64)
+    for lanes in range(len(which)):
+        for model in range(n):
+            rows[model] = which[lanes, model]
+        for column in range(len(multiples)):
+            peak = best_load(
+                times, rows, offered, splits[lanes] > 0, capacity, multiples[column], answer
+            )
+            found[lanes, column] = peak.goodput_rps

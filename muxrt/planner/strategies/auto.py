@@ -30,7 +30,8 @@ OTHERS_UP_TO = 64  # models; beyond it the other strategies are no start that is
 # Moves of a group that are looked at closely: those that capacities speak for. Small problems have time
 # for more of them, for looking at every group again after changes elsewhere, and for shaking the
 # best placement and improving it again.
-NUM_TRIED, MORE_TRIED = 12, 1000  # the second one / GPUs
+NUM_IMPROVED = 2  # starts: the best ones
+NUM_TRIED, MORE_TRIED = 12, 400  # the second one / GPUs
 SWEEPS_UP_TO = 200  # kinds of groups
 NUM_SHAKEN = 20  # times / GPUs
 NUM_SHAKES = 3  # moves at random
@@ -40,12 +41,10 @@ def auto(problem: Problem, search: Search) -> Draft:
     """The best placement found. Raises ConfigError where a model fits nowhere."""
     capacity = Capacity(problem, search.estimator)
     starts = _starts(problem, search, capacity)
-    layouts = []
-    for start in starts:
-        layouts.append(Layout(problem, capacity, start))
-        improve(layouts[-1], search)
-        if search.is_over():
-            break
+    layouts = [Layout(problem, capacity, start) for start in starts]
+    layouts.sort(key=lambda layout: -layout.value)
+    for layout in layouts[:NUM_IMPROVED]:
+        improve(layout, search)
     best = max(layouts, key=lambda layout: layout.value)
     rng = Random(0)
     for _ in range(NUM_SHAKEN // problem.num_gpus):
