@@ -1,9 +1,9 @@
 """The best of all placements of a small problem, to hold a search against.
 
 Every way to cut the GPUs of one node into meshes of 1, 2 and 4, every subset of the models on each
-mesh, every choice of lanes, and every split of a model's traffic into parts of 1 / `parts`. What meshes can
-serve together is a (max, +) convolution over what share of each model's traffic they take, so all of
-it is looked at without being listed.
+mesh, every choice of lanes, and every split of a model's traffic into parts of 1 / `parts`. What
+meshes can serve together is a (max, +) convolution over what share of each model's traffic they
+take, so all of it is looked at without being listed.
 """
 
 from itertools import product

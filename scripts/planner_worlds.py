@@ -72,7 +72,9 @@ def small(seed: int) -> Problem:
         rates = [rng.choice((0.5, 2.0, 6.0, 15.0)) * rng.uniform(0.7, 1.4) for _ in sizes]
         slo = Slo(ttft_s=rng.choice((0.5, 1.0, 2.0)), tpot_s=rng.choice((0.05, 0.1)))
         scale = rng.choice((0.3, 1.0, 2.0))
-        demands = [replace(d, slo=slo, prompt=_times(d.prompt, scale)) for d in _demands(sizes, rates)]
+        demands = [
+            replace(d, slo=slo, prompt=_times(d.prompt, scale)) for d in _demands(sizes, rates)
+        ]
         problem = Problem(_cluster(gpus, gpus), demands, a100_cost(), Engine())
         if problem.fits(0, 1 << (gpus.bit_length() - 1), tuple(problem.demands)):
             return problem

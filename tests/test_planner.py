@@ -199,6 +199,17 @@ def test_a_scaled_problem_has_other_rates_and_the_same_tables() -> None:
     assert doubled.group(group(1, "a")).parts[0].rate_rps == 4.0
 
 
+def test_all_lanes_at_once_are_each_of_them_in_turn() -> None:
+    world = problem([demand("a", 20.0), demand("b", 4.0, "llama-13b")])
+    judge, pcts, multiples = QueueingJudge(world), (None, 30, 70), (0.5, 1.0, 2.0)
+    found = judge.with_lanes(group(1, "a", "b"), pcts, multiples)
+    assert found == [
+        [judge.goodput_rps(group(1, "a", "b", pct=pct), times) for times in multiples]
+        for pct in pcts
+    ]
+    assert len({rps for row in found for rps in row}) > 5
+
+
 def test_capacity_is_the_rate_that_keeps_its_targets() -> None:
     world = problem([demand("a", 1.0)])
     capacity = Capacity(world, QueueingJudge(world))
@@ -207,7 +218,7 @@ def test_capacity_is_the_rate_that_keeps_its_targets() -> None:
     def attainment(rate: float) -> float:
         choices = (group(1, "a", pct=pct) for pct in (None, 30, 50, 70))
         judge = QueueingJudge(world)
-        return max(judge.at_rate(choice, rate).goodput_rps for choice in choices) / rate
+        return max(judge.goodput_rps(choice, rate) for choice in choices) / rate
 
     assert attainment(0.97 * rps) >= 0.9 > attainment(1.05 * rps)
     assert capacity.load(Group(0, 1, (Part("a", rps / 2),))) == pytest.approx(0.5)

@@ -1,13 +1,17 @@
 """Why a placement is as it is: loads, memory, headroom, and what other places would cost."""
 
 from dataclasses import dataclass
+from heapq import nsmallest
 from math import inf
 
-from muxrt.planner.capacity import HEADROOM, Capacity
+from muxrt.planner.capacity import DOUBLE, HEADROOM, Capacity
 from muxrt.planner.draft import Draft, Group, Part
-from muxrt.planner.moves import NUM_PARTNERS, Layout, Move
+from muxrt.planner.layout import Layout, Move, Proposal
+from muxrt.planner.moves import NUM_PARTNERS
 from muxrt.planner.queueing import GroupScore
 from muxrt.planner.workload import Problem
+
+NUM_PLACES = 64  # the least loaded groups are asked first, and no more than these
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,48 +57,44 @@ def group_facts(
 
 def second_best(problem: Problem, capacity: Capacity, draft: Draft) -> list[SecondBest]:
     """For each model, its largest share of traffic moved to the best other unit."""
+    layout = Layout(problem, capacity, draft)
     found = []
-    for model in problem.demands:
-        layout = Layout(problem, capacity, draft)
-        hosts = {
-            index: part.traffic
-            for index, group in layout.groups.items()
-            for part in group.parts
-            if part.model == model
-        }
-        home = max(hosts, key=lambda index: hosts[index])
-        found.append(_second_best(layout, model, home, capacity))
+    for model, hosts in layout.hosts.items():
+        home = max(hosts, key=lambda number: layout.kinds[number].group.traffic(model))
+        found.append(_second_best(layout, model, home))
     return found
 
 
-def _second_best(layout: Layout, model: str, home: int, capacity: Capacity) -> SecondBest:
-    group = layout.groups[home]
+def _second_best(layout: Layout, model: str, home: int) -> SecondBest:
+    group = layout.kinds[home].group
     left = group.with_parts(part for part in group.parts if part.model != model)
     places = []
-    for other, host in layout.groups.items():
+    for other in nsmallest(NUM_PLACES, layout.kinds, key=lambda number: layout.loads[number]):
+        host = layout.kinds[other].group
         if other == home or model in host.models:
             continue
         more = host.with_parts((*host.parts, Part(model, 0.5)))
-        proposal = layout.propose(
-            Move("shift", (home, other), (*([left] if left.parts else []), more))
-        )
+        come = (left, more) if left.parts else (more,)
+        proposal = layout.propose(Move("shift", (home, other), come))
         if proposal is not None:
             places.append((proposal, host.models))
     places.sort(key=lambda place: -place[0].guess)
-    best: SecondBest | None = None
-    for proposal, models in places[:NUM_PARTNERS]:
-        tuned = [capacity.tuned(come) for come in proposal.come]
-        before = sum(layout.goodput_rps(index) for index in proposal.gone)
-        loss = before - sum(capacity.goodput_rps(come) for come in tuned)
-        doubled = sum(capacity.doubled_rps(layout.groups[index]) for index in proposal.gone)
-        doubled -= sum(capacity.doubled_rps(come) for come in tuned)
-        place = SecondBest(model, models, max(0.0, loss), max(0.0, doubled))
-        if best is None or _cost(place) < _cost(best):
-            best = place
+    found = [_priced(layout, model, *place) for place in places[:NUM_PARTNERS]]
     # Nowhere else: all that the model is served here is lost.
-    own = {part.model: part for part in group.parts}[model].traffic
-    served = layout.problem.demands[model].rate_rps * own
-    return best or SecondBest(model, None, served, 2 * served)
+    served = layout.capacity.rate_rps(model) * group.traffic(model)
+    return min(found, key=_cost, default=SecondBest(model, None, served, DOUBLE * served))
+
+
+def _priced(layout: Layout, model: str, proposal: Proposal, beside: tuple[str, ...]) -> SecondBest:
+    """What the move costs, now and at twice the rates."""
+    before = [layout.kinds[number] for number in proposal.gone]
+    loss = doubled = 0.0
+    for sign, kinds in ((1, before), (-1, proposal.come)):
+        for kind in kinds:
+            lanes = layout.capacity.lanes(kind.group)
+            loss += sign * lanes.goodput_rps * kind.copies
+            doubled += sign * lanes.doubled_rps * kind.copies
+    return SecondBest(model, beside, max(0.0, loss), max(0.0, doubled))
 
 
 def _cost(place: SecondBest) -> float:

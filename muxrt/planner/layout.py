@@ -1,4 +1,4 @@
-"""A draft under change: groups that are alike are counted, and traffic is dealt anew by every move."""
+"""A draft under change: alike groups are counted, traffic is dealt anew by every move."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,10 @@ DIGITS = 12  # of a share of traffic: alike groups are equal
 
 
 class Kind(NamedTuple):
-    """`count` groups that are alike."""
+    """`copies` groups that are alike."""
 
     group: Group
-    count: int
+    copies: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ class Layout:
     @property
     def draft(self) -> Draft:
         kinds = (self.kinds[number] for number in sorted(self.kinds))
-        return tuple(kind.group for kind in kinds for _ in range(kind.count))
+        return tuple(kind.group for kind in kinds for _ in range(kind.copies))
 
     @property
     def value(self) -> float:
-        return sum(self.values[number] * kind.count for number, kind in self.kinds.items())
+        return sum(self.values[number] * kind.copies for number, kind in self.kinds.items())
 
     def free_gpus(self, pool: int) -> int:
         """GPUs of a pool in no group."""
@@ -82,14 +82,14 @@ class Layout:
         if not all(map(self._fits, move.come)) or not self._packs(move):
             return None
         taken = Counter(move.gone)
-        if any(self.kinds[number].count < count for number, count in taken.items()):
+        if any(self.kinds[number].copies < count for number, count in taken.items()):
             return None
         return self._dealt(move, taken)
 
     def tilt(self, model: str, giver: int, taker: int, part: float) -> Proposal | None:
         """One group of a kind gives `part` of a model's traffic to one of another, or its own."""
         taken = Counter((giver, taker))
-        if any(self.kinds[number].count < count for number, count in taken.items()):
+        if any(self.kinds[number].copies < count for number, count in taken.items()):
             return None
         less, more = self.kinds[giver].group, self.kinds[taker].group
         given = round(part * less.traffic(model), DIGITS)
@@ -98,33 +98,33 @@ class Layout:
         if not self._fits(more):
             return None
         come = [
-            Kind(self.kinds[number].group, self.kinds[number].count - count)
+            Kind(self.kinds[number].group, self.kinds[number].copies - count)
             for number, count in taken.items()
         ]
-        come = [kind for kind in come if kind.count] + [Kind(less, 1), Kind(more, 1)]
+        come = [kind for kind in come if kind.copies] + [Kind(less, 1), Kind(more, 1)]
         guess = self.capacity.guess(less) + self.capacity.guess(more)
         guess -= sum(self.capacity.guess(self.kinds[number].group) for number in (giver, taker))
         return Proposal("tilt", tuple(sorted(taken)), tuple(come), guess, 0)
 
     def make(self, proposal: Proposal, least_gain: float) -> bool:
         """Make the move if it gains more than that."""
-        before = sum(self.values[n] * self.kinds[n].count for n in proposal.gone)
+        before = sum(self.values[n] * self.kinds[n].copies for n in proposal.gone)
         if not self._is_worth(proposal.come, before + least_gain):
             return False
         for number in proposal.gone:
             self._remove(number)
         for kind in proposal.come:
-            self._add(Kind(self.capacity.tuned(kind.group), kind.count))
+            self._add(Kind(self.capacity.tuned(kind.group), kind.copies))
         return True
 
     def _is_worth(self, kinds: Iterable[Kind], least: float) -> bool:
         """Whether they are worth more than `least`; says no as early as it can."""
-        most = [(kind, self.capacity.most_value(kind.group) * kind.count) for kind in kinds]
+        most = [(kind, self.capacity.most_value(kind.group) * kind.copies) for kind in kinds]
         hope = sum(value for _, value in most)
         for kind, value in most:
             if hope <= least:
                 return False
-            hope += self.capacity.lanes(kind.group).value * kind.count - value
+            hope += self.capacity.lanes(kind.group).value * kind.copies - value
         return hope > least
 
     def _fits(self, group: Group) -> bool:
@@ -150,10 +150,10 @@ class Layout:
         models = sorted({part.model for group in groups for part in group.parts})
         touched = sorted(set(taken).union(*(self.hosts[model] for model in models)))
         kinds = [
-            Kind(self.kinds[number].group, self.kinds[number].count - taken[number])
+            Kind(self.kinds[number].group, self.kinds[number].copies - taken[number])
             for number in touched
         ]
-        kinds = [kind for kind in kinds if kind.count] + [Kind(group, 1) for group in move.come]
+        kinds = [kind for kind in kinds if kind.copies] + [Kind(group, 1) for group in move.come]
         hosts: dict[str, list[int]] = {model: [] for model in models}
         for index, kind in enumerate(kinds):
             for part in kind.group.parts:
@@ -166,10 +166,10 @@ class Layout:
         if not all(kind.group.parts for kind in kinds[len(kinds) - len(move.come) :]):
             return None  # what came got no traffic
         come = tuple(kind for kind in kinds if kind.group.parts)
-        guess = sum(self.capacity.guess(kind.group) * kind.count for kind in come)
+        guess = sum(self.capacity.guess(kind.group) * kind.copies for kind in come)
         guess -= sum(self._guesses[number] for number in touched)
-        gpus = sum(kind.group.size * kind.count for kind in come)
-        gpus -= sum(self.kinds[n].group.size * self.kinds[n].count for n in touched)
+        gpus = sum(kind.group.size * kind.copies for kind in come)
+        gpus -= sum(self.kinds[n].group.size * self.kinds[n].copies for n in touched)
         return Proposal(move.name, tuple(touched), come, guess, gpus)
 
     def _add(self, kind: Kind) -> None:
@@ -183,17 +183,17 @@ class Layout:
             for part in group.parts:
                 self.hosts[part.model].add(number)
         else:
-            kind = Kind(group, kind.count + self.kinds[number].count)
-            self.sizes[group.pool][group.size] -= self.kinds[number].count
+            kind = Kind(group, kind.copies + self.kinds[number].copies)
+            self.sizes[group.pool][group.size] -= self.kinds[number].copies
         self.kinds[number] = kind
-        self._guesses[number] = self.capacity.guess(group) * kind.count
-        self.sizes[group.pool][group.size] += kind.count
+        self._guesses[number] = self.capacity.guess(group) * kind.copies
+        self.sizes[group.pool][group.size] += kind.copies
 
     def _remove(self, number: int) -> None:
         kind = self.kinds.pop(number)
         group = kind.group
         del self.values[number], self.loads[number], self._guesses[number], self._numbers[group]
-        self.sizes[group.pool][group.size] -= kind.count
+        self.sizes[group.pool][group.size] -= kind.copies
         for part in group.parts:
             self.hosts[part.model].discard(number)
 
@@ -203,7 +203,7 @@ def deal(capacity: Capacity, kinds: list[Kind], model: str, hosts: Sequence[int]
 
     What exceeds all the room goes where the others lose least by it: to the emptiest.
     """
-    if len(hosts) == 1 and kinds[hosts[0]].count == 1:
+    if len(hosts) == 1 and kinds[hosts[0]].copies == 1:
         kinds[hosts[0]] = Kind(_with_traffic(kinds[hosts[0]].group, model, 1.0), 1)
         return
     rooms = {}
@@ -212,19 +212,19 @@ def deal(capacity: Capacity, kinds: list[Kind], model: str, hosts: Sequence[int]
         free = max(1 - capacity.load(group, without=model), LEAST_ROOM)
         rooms[index] = free, free * capacity.rps(model, (group.pool, group.size))
     rate_rps = capacity.rate_rps(model)
-    total_rps = sum(rps * kinds[index].count for index, (_, rps) in rooms.items())
+    total_rps = sum(rps * kinds[index].copies for index, (_, rps) in rooms.items())
     most = max(free for free, _ in rooms.values())
     emptiest = [index for index, (free, _) in rooms.items() if free > EMPTIEST * most]
-    excess = max(0.0, rate_rps - total_rps) / sum(kinds[index].count for index in emptiest)
+    excess = max(0.0, rate_rps - total_rps) / sum(kinds[index].copies for index in emptiest)
     weights = {
         index: rps + (excess if index in emptiest else 0.0) for index, (_, rps) in rooms.items()
     }
     least = LEAST_TRAFFIC * max(weights.values())
-    total = sum(weight * kinds[i].count for i, weight in weights.items() if weight >= least)
+    total = sum(weight * kinds[i].copies for i, weight in weights.items() if weight >= least)
     for index, weight in weights.items():
         traffic = round(weight / total, DIGITS) if weight >= least else 0.0
         group = _with_traffic(kinds[index].group, model, traffic)
-        kinds[index] = Kind(group, kinds[index].count)
+        kinds[index] = Kind(group, kinds[index].copies)
 
 
 def _with_traffic(group: Group, model: str, traffic: float) -> Group:

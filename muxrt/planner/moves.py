@@ -53,9 +53,7 @@ def tilts(layout: Layout, number: int) -> Iterator[Proposal]:
 
 def _partners(layout: Layout, number: int) -> list[int]:
     """The least loaded kinds, this one among them only where there are several of it."""
-    others = [
-        other for other, kind in layout.kinds.items() if other != number or kind.count > 1
-    ]
+    others = [other for other, kind in layout.kinds.items() if other != number or kind.copies > 1]
     return nsmallest(NUM_PARTNERS, others, key=lambda other: (layout.loads[other], other))
 
 
@@ -80,7 +78,7 @@ def _exchanges(layout: Layout, number: int, part: Part, other: int) -> Iterator[
 
 def _has_others(layout: Layout, model: str, host: int) -> bool:
     """Whether a group of the kind `host` is not the only one with the model."""
-    return len(layout.hosts[model]) > 1 or layout.kinds[host].count > 1
+    return len(layout.hosts[model]) > 1 or layout.kinds[host].copies > 1
 
 
 def _whole(group: Group) -> tuple[Group, ...]:
@@ -148,7 +146,7 @@ def _share(layout: Layout, group: Group, part: Part) -> float:
 def releases(layout: Layout) -> list[Release]:
     """Moves that free GPUs at the least loss that capacities expect, of the least loaded kinds."""
     light = nsmallest(2 * NUM_PARTNERS, layout.kinds, key=lambda n: (layout.loads[n], n))
-    found = []
+    found: list[tuple[float, int, Release]] = []
     for index, number in enumerate(light):
         for release in _releases(layout, number, light[index:]):
             proposal = layout.propose(release.move)
@@ -166,7 +164,7 @@ def _releases(layout: Layout, number: int, others: list[int]) -> Iterator[Releas
         yield Release(Move("narrow", (number,), (half,)), group.pool, half.size)
     for other in others:
         host = layout.kinds[other].group
-        if host.pool != group.pool or (other == number and kind.count == 1):
+        if host.pool != group.pool or (other == number and kind.copies == 1):
             continue
         both = _both(group, host).with_size(max(group.size, host.size))
         gpus = min(group.size, host.size)

@@ -4,8 +4,9 @@
 `which` [n], the rows of `Times` that hold their step times, and `rates` [n], requests/s offered.
 """
 
-from math import erf, exp, floor, inf, log2, sqrt
-from typing import NamedTuple
+from collections.abc import Callable
+from math import erf, exp, inf, log2, sqrt
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +15,24 @@ from numba import njit
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-compiled = njit(cache=True, error_model="numpy")  # kept on disk; dividing by zero gives inf
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Compiled when first called, then kept on disk; dividing by zero gives infinity."""
+    made: F = njit(cache=True, error_model="numpy")(function)
+    return made
+
 
 PER_DOUBLING = 4
 NUM_DOUBLINGS = 14
 # Batches at which decodes are looked up, straight lines in between.
-BATCHES = np.array([0.0, *(2 ** (k / PER_DOUBLING) for k in range(PER_DOUBLING * NUM_DOUBLINGS + 1))])
+BATCHES = np.array(
+    [0.0, *(2 ** (k / PER_DOUBLING) for k in range(PER_DOUBLING * NUM_DOUBLINGS + 1))]
+)
 
-# Columns of Times.prefill: one prefill of `SIZE` prompts, alone and while decodes run beside it, and
-# what one token more costs in both cases.
+# Columns of Times.prefill: one prefill of `SIZE` prompts, alone and while decodes run beside it,
+# and what one token more costs in both cases.
 SIZE, ALONE_S, BESIDE_S, TOKEN_ALONE_S, TOKEN_BESIDE_S = range(5)
 # Columns of Times.facts.
 TTFT_S, TPOT_S, OUTPUT, PROMPT_VARIANCE, SEQUENCE_BYTES, SQUARE_BYTES, NUM_SIZES = range(7)
@@ -66,15 +76,16 @@ class _Prefills(NamedTuple):
 @compiled
 def decode_s(times: Times, row: int, batch: float, beside: float) -> float:
     """One decode step of `batch` sequences, a prefill beside it for that share of the time."""
-    low = 0 if batch < 1 else 1 + int(floor(PER_DOUBLING * log2(batch)))
+    low = 0 if batch < 1 else 1 + int(PER_DOUBLING * log2(batch))
     low = min(low, len(BATCHES) - 2)  # beyond the table: on with the slope of its end
     weight = (batch - BATCHES[low]) / (BATCHES[low + 1] - BATCHES[low])
     alone = times.alone_s[row]
-    alone_s = alone[low] + weight * (alone[low + 1] - alone[low])
+    alone_s: float = alone[low] + weight * (alone[low + 1] - alone[low])
     if beside == 0:
         return alone_s
     shared = times.beside_s[row]
-    return alone_s + beside * (shared[low] + weight * (shared[low + 1] - shared[low]) - alone_s)
+    shared_s: float = shared[low] + weight * (shared[low + 1] - shared[low])
+    return alone_s + beside * (shared_s - alone_s)
 
 
 @compiled
@@ -99,9 +110,7 @@ def _prefills_of(
 
 
 @compiled
-def _prefills(
-    times: Times, which: Ints, rates: Floats, beside: float, own_s: Floats
-) -> _Prefills:
+def _prefills(times: Times, which: Ints, rates: Floats, beside: float, own_s: Floats) -> _Prefills:
     """Prefills in batches of the size that makes the mean TTFT shortest."""
     most = 0
     for model in range(len(which)):

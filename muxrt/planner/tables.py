@@ -64,7 +64,7 @@ class Tables:
         beside = self._problem.steps(model, *mesh, share)
         largest = max(1, int(self._problem.engine.memory.prefill_tokens / prompt.mean))
         sizes = [2**k for k in range(MAX_SIZES - 1) if 2**k < largest] + [largest]
-        found = []
+        found: list[tuple[float, ...]] = []
         for size in sizes:
             tokens, squares = size * prompt.mean, size * prompt.mean_square
             alone_s, beside_s = (s.prefill_s(tokens, squares) for s in (alone, beside))
@@ -72,9 +72,7 @@ class Tables:
                 (s.prefill_s(1.25 * tokens, 1.25 * squares) - base_s) / (0.25 * tokens)
                 for s, base_s in ((alone, alone_s), (beside, beside_s))
             )
-            found.append(
-                (size, alone_s, slower * beside_s, alone_token_s, slower * beside_token_s)
-            )
+            found.append((size, alone_s, slower * beside_s, alone_token_s, slower * beside_token_s))
         return found
 
 

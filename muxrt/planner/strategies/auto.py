@@ -27,9 +27,9 @@ LARGEST_LOSS = 1e-3  # relative; what headroom on an idle GPU may cost
 CLOSE = 1e-5  # candidates within this share of the best are told apart by robustness
 NUM_WRONG, WRONG = 4, 2.0  # scenarios of wrong rates, and by how much
 OTHERS_UP_TO = 64  # models; beyond it the other strategies are no start that is worth their time
-# Moves of a group that are looked at closely: those that capacities speak for. Small problems have time
-# for more of them, for looking at every group again after changes elsewhere, and for shaking the
-# best placement and improving it again.
+# Moves of a group that are looked at closely: those that capacities speak for. Small problems have
+# time for more of them, for looking at every group again after changes elsewhere, and for shaking
+# the best placement and improving it again.
 NUM_IMPROVED = 2  # starts: the best ones
 NUM_TRIED, MORE_TRIED = 12, 400  # the second one / GPUs
 SWEEPS_UP_TO = 200  # kinds of groups
