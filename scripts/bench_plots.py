@@ -145,10 +145,56 @@ def _close(figure: Any, data: dict[str, Any], said: str, out: Path) -> None:
     plt.close(figure)
 
 
+def draw_planner_cases(data: dict[str, Any], out: Path) -> None:
+    """Goodput of the strategies on MuxServe's cases, of what is offered."""
+    measured = [row for row in data["cases"] if row["control_s"] > 0]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+        names = ("spatial", "muxserve", "auto")
+        colours = dict(zip(names, ("#8fa3b8", "#d9b44a", "#1f6feb"), strict=True))
+        groups = {
+            name: [100 * row[name]["goodput_rps"] / row["offered_rps"] for row in measured]
+            for name in names
+        }
+        _bars(axes, groups, colours, "{:.0f}")
+        labels = [f"{row['alpha']:g}\n{row['top_rps']:g}/s" for row in measured]
+        axes.set_xticks(range(len(measured)), labels)
+        axes.set(title="Requests within their SLO: 19 LLaMAs on 32 A100", ylabel="% of all")
+        axes.set_xlabel("popularity's alpha, requests/s of the most popular model")
+        axes.legend(ncols=len(names), loc="upper right")
+        _close(figure, data, "MuxServe's profile and control cost; queueing estimator", out)
+
+
+def draw_planner_scale(data: dict[str, Any], out: Path) -> None:
+    """Time and memory of `auto` by size."""
+    sizes = data["sizes"]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        gpus = [row["gpus"] for row in sizes]
+        for axes, key, what in (
+            (left, "seconds", "seconds"),
+            (right, "peak_mb", "peak memory, MB"),
+        ):
+            heights = [row[key] for row in sizes]
+            axes.plot(gpus, heights, "o-", color="#1f6feb")
+            for x, height, row in zip(gpus, heights, sizes, strict=True):
+                axes.annotate(
+                    f"{height:g}", (x, height), (0, 7), textcoords="offset points", ha="center"
+                )
+            axes.set_xscale("log")
+            axes.set_xticks(gpus, [f"{row['models']}\non {row['gpus']}" for row in sizes])
+            axes.minorticks_off()
+            axes.set_ylim(0, 1.2 * max(heights))
+            axes.set(title=what, xlabel="models on GPUs")
+        _close(figure, data, "one placement by `auto`, one core", out)
+
+
 DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "trio_vs_vllm": draw_trio,
     "offline_vs_vllm": draw_offline,
     "sharing": draw_sharing,
+    "planner_cases": draw_planner_cases,
+    "planner_scale": draw_planner_scale,
 }
 
 
