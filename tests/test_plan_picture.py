@@ -50,7 +50,7 @@ def test_notes_name_rates_and_warn_of_missed_slos() -> None:
     calm, torrent = node.blocks
     assert [note.text for note in calm.notes] == [
         "unit-0  tp 1, one lane",
-        "calm  1.00/s, 100% in SLO",
+        "calm  1.00/s, attainment 100%",
     ]
     assert calm.notes[1].colour != ALARM == torrent.notes[1].colour
 
@@ -101,7 +101,7 @@ def test_names_are_folded_into_the_room_there_is(
 
 
 def test_a_unit_of_one_model_keeps_its_rate_on_one_line() -> None:
-    block = Block((0,), 1, "u", (), (Note("u  tp 1"), Note("a  1.00/s, 99% in SLO")), ("a",))
+    block = Block((0,), 1, "u", (), (Note("u  tp 1"), Note("a  1.00/s, attainment 99%")), ("a",))
     assert folded(block, 1, 40) == ["u  a  1.00/s, 99%"]
 
 

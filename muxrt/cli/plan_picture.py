@@ -19,7 +19,7 @@ TWO_COLUMNS = 16  # GPUs from which on nodes stand in two columns
 
 # Inches.
 ROW, NODE_HEAD, NODE_GAP, LINE = 0.2, 0.24, 0.14, 0.125
-MARGIN, HEAD, FOOT, LABELS, BAR, NOTES, COLUMN_GAP = 0.3, 1.02, 0.3, 0.28, 3.9, 1.85, 0.2
+MARGIN, HEAD, FOOT, LABELS, BAR, NOTES, COLUMN_GAP = 0.3, 1.02, 0.3, 0.28, 3.9, 2.0, 0.15
 COLUMN = LABELS + BAR + NOTES
 CHAR = 0.0545  # width of a character of TEXT on average, so that what does not fit is not written
 TEXT, SMALL = 7.0, 6.0  # points
@@ -158,7 +158,7 @@ def _notes(group: Group, score: GroupScore, unit: UnitSpec) -> Iterator[Note]:
     for model in group.models:
         part = by_name[model]
         kept = part.goodput_rps / part.rate_rps if part.rate_rps else 0.0
-        text = f"{model}  {part.rate_rps:.2f}/s, {kept:.0%} in SLO"
+        text = f"{model}  {part.rate_rps:.2f}/s, attainment {kept:.0%}"
         yield Note(text, ALARM if kept < LOW else GREY)
 
 
@@ -360,7 +360,7 @@ def folded(block: Block, num_lines: int, room: int) -> list[str]:
     if not block.models:
         return [head]
     if len(block.models) == 1:
-        return [f"{head}  {block.notes[1].text.removesuffix(' in SLO')}"]
+        return [f"{head}  {block.notes[1].text.replace('attainment ', '')}"]
     lines: list[str] = []
     line = f"{head}  "
     for index, model in enumerate(block.models):
