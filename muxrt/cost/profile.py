@@ -89,6 +89,11 @@ def load_profile(path: Path) -> Profile:
     """
     if path.suffix == ".json":
         return _of_muxserve(path)
+    if path.suffix == ".csv":
+        raise ConfigError(
+            f"{path}: found a table, expected the YAML file that names it with its GPU, its source"
+            " and the shapes of its models"
+        )
     document = read_document(path)
     file = convert(document, _ProfileFile)
     shapes = {}
@@ -144,6 +149,8 @@ def _cells(path: Path, file: Iterator[str]) -> Iterator[Cell]:
 
 def _cell(path: Path, number: int, line: dict[str, str]) -> Cell:
     try:
+        if None in line or None in line.values():  # more or fewer values than columns
+            raise ValueError
         cell = Cell(
             line["model"],
             int(line["tp"]),

@@ -41,7 +41,7 @@ def muxserve(problem: Problem, search: Search) -> Draft:
             f" once each with at least {SM_PCTS[0]} % of the SMs: more GPUs, fewer models, or a"
             " smaller max_model_len would; strategy auto knows other ways to share"
         )
-    return tuple(_group(mesh, guests) for mesh, guests in units if guests)
+    return tuple(_group(mesh, guests) for mesh, guests in units)
 
 
 def _best(problem: Problem, search: Search, *, every: bool) -> "_Units | None":
@@ -114,16 +114,13 @@ def _pruned(problem: Problem, candidates: dict[str, dict[Mesh, Guest]]) -> list[
         for meshes in groups
         if max(size for _, size in meshes) >= least and sum(meshes.values()) <= len(candidates)
     ]
-    kept = sorted(kept or groups, key=_largest_first)
+    # At a tie the first group stays, so this order is part of the algorithm (as in its code).
+    sizes = sorted({mesh for meshes in groups for mesh in meshes}, key=lambda m: (-m[1], m[0]))
+    kept = sorted(kept or groups, key=lambda meshes: [-meshes[mesh] for mesh in sizes])
     return kept[:: -(-len(kept) // most)]
 
 
-def _largest_first(meshes: MeshGroup) -> list[tuple[int, int]]:
-    """At a tie the first group stays, so the order is part of the algorithm (as in its code)."""
-    return [(-size, pool) for pool, size in sorted(meshes.elements(), key=lambda m: (-m[1], m[0]))]
-
-
-_Units = tuple[tuple[Mesh, tuple[Guest, ...]], ...]  # meshes with their guests
+_Units = tuple[tuple[Mesh, tuple[Guest, ...]], ...]  # meshes that are used, with their guests
 _Place = tuple[float, Mesh, tuple[Guest, ...]]  # gain, and the unit that a model would join
 
 
@@ -156,7 +153,7 @@ class _Greedy:
             units[mesh, guests] -= 1
             units += Counter()  # drops what is at zero
             units[mesh, (*guests, candidates[model][mesh])] += 1
-        return tuple(units.elements())
+        return tuple(unit for unit, count in units.items() if unit[1] for _ in range(count))
 
     def total_rps(self, units: _Units) -> float:
         """The sum of all throughputs."""
