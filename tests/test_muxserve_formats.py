@@ -33,7 +33,7 @@ def request(model: str, prompt: int, output: int) -> dict[str, Any]:
 
 def workload() -> dict[str, Any]:
     return {
-        "info": {"rates": [["hot", 1.5], ["cold", 0.2]], "start": 0, "duration": 4,
+        "info": {"rates": [["hot", 1.5], ["cold", 0.2]], "start": 0, "duration": 10,
                  "num_requests": [3, 1], "distribution": "poisson", "prompt_len": None},
         "arrivals": [1.0, 2.0, 2.5, 4.0],
         "requests": [request("hot", 10, 5), request("cold", 400, 50), request("hot", 20, 6),
@@ -52,7 +52,7 @@ def test_a_workload_is_a_trace_that_names_models(tmp_path: Path) -> None:
     rows = read_trace(path)
     assert rows[0] == TraceRow(0.0, 10, 5, "hot") and rows[-1] == TraceRow(3.0, 30, 7, "hot")
     found = load_workload(path)
-    assert [m.name for m in found.models] == ["hot", "cold"] and found.duration_s == 4
+    assert [m.name for m in found.models] == ["hot", "cold"] and found.duration_s == 10
     replayed = arrivals(found, rows)
     assert [(a.at_s, a.model) for a in replayed] == [
         (0, "hot"), (1, "cold"), (1.5, "hot"), (3, "hot"),
@@ -68,6 +68,14 @@ def test_a_workload_offers_its_stated_rates_and_each_models_lengths(tmp_path: Pa
     assert (cold.rate_rps, cold.prompt.mean, cold.output.mean_square) == (0.2, 400, 2500)
     fast = adjusted(spec, duration_s=None, speed=2, seed=None)
     assert fast.models[0].rate_rps == 3 and fast.trace is not None and fast.trace.speed == 2
+
+
+def test_a_workload_that_goes_on_longer_than_it_says_is_kept_whole(tmp_path: Path) -> None:
+    value = workload()
+    value["info"]["duration"] = 2
+    path = write(tmp_path, value)
+    assert load_workload(path).duration_s == 4
+    assert len(arrivals(load_workload(path), read_trace(path))) == 4
 
 
 def test_rates_that_are_not_stated_are_counted(tmp_path: Path) -> None:
