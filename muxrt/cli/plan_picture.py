@@ -22,6 +22,7 @@ ROW, NODE_HEAD, NODE_GAP, LINE = 0.2, 0.24, 0.14, 0.125
 MARGIN, HEAD, FOOT, LABELS, BAR, NOTES, COLUMN_GAP = 0.3, 1.02, 0.3, 0.28, 3.9, 2.0, 0.15
 COLUMN = LABELS + BAR + NOTES
 CHAR = 0.0545  # width of a character of TEXT on average, so that what does not fit is not written
+GAP = 0.03  # between meshes
 TEXT, SMALL = 7.0, 6.0  # points
 LOW = 0.9  # attainment below which a model is shown in red
 
@@ -269,7 +270,7 @@ class _Sheet:
 
     def _block(self, left: float, y: float, block: Block) -> None:
         height = len(block.gpus) * ROW
-        top, inner = y + 0.015, height - 0.03
+        top, inner = y + GAP / 2, height - GAP
         start = left + LABELS
         for row, gpu in enumerate(block.gpus):
             middle = y + (row + 0.5) * ROW
@@ -294,8 +295,11 @@ class _Sheet:
         for size in (TEXT, SMALL):
             need = len(piece.model) * CHAR * size / TEXT + 0.03
             if need <= width or (need <= height and width >= 0.1):
+                middle = y + height / 2
+                if need <= width and round((height + GAP) / ROW) % 2 == 0:
+                    middle -= ROW / 2  # not on the line between two GPUs
                 self._write(
-                    x + width / 2, y + height / 2, piece.model, size=size, colour=colour,
+                    x + width / 2, middle, piece.model, size=size, colour=colour,
                     align="center", upright=need > width,
                 )  # fmt: skip
                 return
