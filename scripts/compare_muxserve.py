@@ -2,6 +2,7 @@
 
     python scripts/compare_muxserve.py             # the 12 synthetic cases, as Markdown
     python scripts/compare_muxserve.py --choices   # what each choice of its code changes (minutes)
+    python scripts/compare_muxserve.py --goodput   # both placements under SLO, best lanes for each
 
 Two placements are of one class where they use as many meshes of each size.
 """
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import geometric_mean
 
 from muxserve_code import PROFILE, PROMPT_TOKENS, Choices, Llm, place
 
@@ -20,7 +22,8 @@ from muxrt.config.placement import Slo
 from muxrt.cost.memory import MUXSERVE_MEMORY
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import load_profile
-from muxrt.planner.draft import packs_pool
+from muxrt.planner.capacity import Capacity
+from muxrt.planner.draft import Group, Part, packs_pool
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.search import Search
 from muxrt.planner.strategies.muxserve import (
@@ -32,8 +35,12 @@ from muxrt.planner.strategies.muxserve import (
 )
 from muxrt.planner.throughput import Guest, throughput_rps
 from muxrt.planner.workload import Demand, Engine, Lengths, Problem
+from muxrt.workload.offered import moments
+from muxrt.workload.spec import load_workload
 
-LOGGED = Path(__file__).parent.parent / "docs" / "benchmarks" / "muxserve_placements.csv"
+ROOT = Path(__file__).parent.parent
+LOGGED = ROOT / "docs" / "benchmarks" / "muxserve_placements.csv"
+WORKLOAD = ROOT / "configs" / "workloads" / "muxserve.yaml"
 OUTPUT_TOKENS = 338  # ShareGPT's mean; the code has 337
 MODELS = ("llama-7b",) * 12 + ("llama-13b",) * 4 + ("llama-30b",) * 2 + ("llama-65b",)
 HOTTEST, LARGEST = "llm-0", "llm-18"
@@ -258,12 +265,55 @@ def choices() -> Iterator[str]:
         yield f"| {name} | {' | '.join(str(count) for count in counts)} |"
 
 
+def under_slo(given: Problem) -> Problem:
+    """The same rates, with the spread of lengths and the targets of WORKLOAD."""
+    traffic = load_workload(WORKLOAD)
+    assert traffic.slo is not None
+    prompt, output = (
+        Lengths(found.mean, found.mean_square)
+        for found in (moments(traffic.prompt), moments(traffic.output))
+    )
+    demands = [
+        replace(demand, prompt=prompt, output=output, slo=traffic.slo)
+        for demand in given.demands.values()
+    ]
+    engine = Engine(control_s=ENGINE.control_s)  # as little memory as muxrt's own engine needs
+    return Problem(given.cluster, demands, given.cost, engine)
+
+
+def goodput() -> Iterator[str]:
+    """A line per case: requests/s within SLO by the queueing estimator."""
+    costs = cost_model()
+    yield "| alpha, scale | offered | logged | `muxserve` |"
+    yield "|---|---|---|---|"
+    ratios = []
+    for case, units in logged().items():
+        given = under_slo(problem(case, costs))
+        judge = QueueingJudge(given)
+        capacity = Capacity(given, judge)
+        before, after = (
+            judge(
+                tuple(
+                    capacity.tuned(Group(0, size, tuple(map(Part, sorted(models)))))
+                    for size, models in each
+                )
+            ).goodput_rps
+            for each in (units, ours(given))
+        )
+        offered = sum(demand.rate_rps for demand in given.demands.values())
+        ratios.append(after / before)
+        yield f"| {case[0]}, {case[1]} | {offered:.0f} | {before:.1f} | {after:.1f} |"
+    yield f"\nours / logged: {geometric_mean(ratios):.2f} in the geometric mean"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--choices", action="store_true", help="undo each choice of the code alone")
-    for line in choices() if parser.parse_args().choices else table():
+    parser.add_argument("--goodput", action="store_true", help="score both under SLO")
+    asked = parser.parse_args()
+    for line in choices() if asked.choices else goodput() if asked.goodput else table():
         print(line, flush=True)
 
 

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 
@@ -15,6 +16,7 @@ from compare_muxserve import (
     Units,
     check,
     cost_model,
+    goodput,
     is_same,
     llms,
     logged,
@@ -114,3 +116,10 @@ def test_lost_logs_do_not_count() -> None:
     assert same_class(found, [(8, ("a",)), (2, ("d",))])
     assert not same_class(found, [(8, ("a",)), (4, ("d",))])
     assert is_same(found, [(8, ("a",)), (2, ("d",))]) and not is_same(found, [(8, ("a", "d"))])
+
+
+def test_the_published_algorithm_is_no_weaker_baseline_than_the_logged_placements() -> None:
+    """By goodput: what `auto` is measured against must not be a strawman."""
+    lines = [line.split("|") for line in goodput() if line.startswith("| 1") or line[2:5] == "0.7"]
+    assert len(lines) == 12
+    assert geometric_mean([float(line[4]) / float(line[3]) for line in lines]) > 1
