@@ -3,6 +3,7 @@
     python scripts/compare_muxserve.py             # the 12 synthetic cases, as Markdown
     python scripts/compare_muxserve.py --choices   # what each choice of its code changes (minutes)
     python scripts/compare_muxserve.py --goodput   # both placements under SLO, best lanes for each
+    python scripts/compare_muxserve.py --clear     # how the rule on gains depends on what counts
 
 Two placements are of one class where they use as many meshes of each size.
 """
@@ -76,7 +77,7 @@ def llms(case: Case) -> list[Llm]:
     ]
 
 
-def problem(case: Case, costs: CostModel) -> Problem:
+def problem(case: Case, costs: CostModel, engine: Engine = ENGINE) -> Problem:
     """A case as our strategy sees it. Targets do not matter to it."""
     profile = load_profile(PROFILE)
     prompt, output = (Lengths(float(m), float(m * m)) for m in (PROMPT_TOKENS, OUTPUT_TOKENS))
@@ -85,7 +86,7 @@ def problem(case: Case, costs: CostModel) -> Problem:
         for m in llms(case)
     ]
     cluster = Cluster(nodes=(NodeGroup(gpu="a100-80g", gpus=8, count=4),))
-    return Problem(cluster, demands, costs, ENGINE)
+    return Problem(cluster, demands, costs, engine)
 
 
 def cost_model() -> CostModel:
@@ -138,7 +139,7 @@ class Rules:
         return [f"{getattr(self, f.name)} {f.name}" for f in fields(self) if getattr(self, f.name)]
 
 
-def check(given: Problem, units: Units) -> Rules:
+def check(given: Problem, units: Units, clear: float = CLEAR) -> Rules:
     """The published rules, by muxrt's estimator, for the LLMs that are in `units`."""
     placed = Counter(name for _, models in units for name in models)
     sizes = Counter(size for size, _ in units)
@@ -156,11 +157,13 @@ def check(given: Problem, units: Units) -> Rules:
         rates=sum(
             (0, mesh_of(units, name)) not in parallel_candidates(given, name) for name in placed
         ),
-        gains=sum(_misplaced(given, units, guests)),
+        gains=sum(_misplaced(given, units, guests, clear)),
     )
 
 
-def _misplaced(given: Problem, units: Units, guests: dict[str, Guest]) -> Iterator[bool]:
+def _misplaced(
+    given: Problem, units: Units, guests: dict[str, Guest], clear: float
+) -> Iterator[bool]:
     """For each LLM, in order of demand: whether another mesh would have gained clearly more."""
     filled: list[tuple[int, tuple[Guest, ...]]] = [(size, ()) for size, _ in units]
     home = {name: index for index, (_, models) in enumerate(units) for name in models}
@@ -173,7 +176,7 @@ def _misplaced(given: Problem, units: Units, guests: dict[str, Guest]) -> Iterat
         }
         size, there = filled[home[name]]
         gain = _total(given, size, (*there, guests[name])) - _total(given, size, there)
-        yield max(gains.values(), default=gain) > gain + CLEAR * given.demands[name].rate_rps
+        yield max(gains.values(), default=gain) > gain + clear * given.demands[name].rate_rps
         filled[home[name]] = size, (*there, guests[name])
 
 
@@ -265,7 +268,34 @@ def choices() -> Iterator[str]:
         yield f"| {name} | {' | '.join(str(count) for count in counts)} |"
 
 
-def under_slo(given: Problem) -> Problem:
+CLEARS = (0.01, 0.05, 0.1, 0.25)
+ENGINES = {
+    "MuxServe's memory, 0.1 ms": ENGINE,
+    "MuxServe's memory, no scheduling time": Engine(MUXSERVE_MEMORY),
+    "muxrt's memory, 0.1 ms": Engine(control_s=ENGINE.control_s),
+}
+
+
+def obeying(engine: Engine, clear: float, costs: CostModel) -> list[Case]:
+    """The cases whose logged placement breaks no rule."""
+    return [
+        case
+        for case, units in logged().items()
+        if not check(problem(case, costs, engine), units, clear).broken
+    ]
+
+
+def sensitivity() -> Iterator[str]:
+    """How many logged placements obey all rules, by what gain is clear and what an engine costs."""
+    costs = cost_model()
+    yield f"| a gain is clear from | {' | '.join(f'{clear:.0%} of the rate' for clear in CLEARS)} |"
+    yield "|---|" + "---|" * len(CLEARS)
+    for name, engine in ENGINES.items():
+        counts = (str(len(obeying(engine, clear, costs))) for clear in CLEARS)
+        yield f"| {name} | {' | '.join(counts)} |"
+
+
+def under_slo(given: Problem, control_s: float) -> Problem:
     """The same rates, with the spread of lengths and the targets of WORKLOAD."""
     traffic = load_workload(WORKLOAD)
     assert traffic.slo is not None
@@ -277,33 +307,41 @@ def under_slo(given: Problem) -> Problem:
         replace(demand, prompt=prompt, output=output, slo=traffic.slo)
         for demand in given.demands.values()
     ]
-    engine = Engine(control_s=ENGINE.control_s)  # as little memory as muxrt's own engine needs
-    return Problem(given.cluster, demands, given.cost, engine)
+    # As little memory as muxrt's own engine needs.
+    return Problem(given.cluster, demands, given.cost, Engine(control_s=control_s))
 
 
-def goodput() -> Iterator[str]:
-    """A line per case: requests/s within SLO by the queueing estimator."""
-    costs = cost_model()
-    yield "| alpha, scale | offered | logged | `muxserve` |"
-    yield "|---|---|---|---|"
-    ratios = []
+def goodput_ratios(control_s: float) -> dict[Case, float]:
+    """Goodput of ours over that of the logged placement, by the queueing estimator."""
+    costs, ratios = cost_model(), {}
     for case, units in logged().items():
-        given = under_slo(problem(case, costs))
+        if sum(len(models) for _, models in units) < len(MODELS):
+            continue  # logs were lost: what those LLMs were served is not known
+        given = under_slo(problem(case, costs), control_s)
         judge = QueueingJudge(given)
         capacity = Capacity(given, judge)
         before, after = (
-            judge(
-                tuple(
+            sum(
+                judge.group(
                     capacity.tuned(Group(0, size, tuple(map(Part, sorted(models)))))
-                    for size, models in each
-                )
-            ).goodput_rps
+                ).goodput_rps
+                for size, models in each
+            )
             for each in (units, ours(given))
         )
-        offered = sum(demand.rate_rps for demand in given.demands.values())
-        ratios.append(after / before)
-        yield f"| {case[0]}, {case[1]} | {offered:.0f} | {before:.1f} | {after:.1f} |"
-    yield f"\nours / logged: {geometric_mean(ratios):.2f} in the geometric mean"
+        ratios[case] = after / before
+    return ratios
+
+
+def goodput() -> Iterator[str]:
+    """A line per case whose logs are complete, then the mean."""
+    found = [goodput_ratios(control_s) for control_s in (ENGINE.control_s, 0.0)]
+    yield "| ours / logged | with 0.1 ms of scheduling per sequence and step | with none |"
+    yield "|---|---|---|"
+    for case in found[0]:
+        yield f"| {case[0]}, {case[1]} | {found[0][case]:.2f} | {found[1][case]:.2f} |"
+    means = " | ".join(f"{geometric_mean(list(ratios.values())):.2f}" for ratios in found)
+    yield f"| geometric mean | {means} |"
 
 
 def main() -> None:
@@ -312,8 +350,10 @@ def main() -> None:
     )
     parser.add_argument("--choices", action="store_true", help="undo each choice of the code alone")
     parser.add_argument("--goodput", action="store_true", help="score both under SLO")
+    parser.add_argument("--clear", action="store_true", help="what depends on what a gain is")
     asked = parser.parse_args()
-    for line in choices() if asked.choices else goodput() if asked.goodput else table():
+    views = {choices: asked.choices, goodput: asked.goodput, sensitivity: asked.clear}
+    for line in next((view for view, wanted in views.items() if wanted), table)():
         print(line, flush=True)
 
 

@@ -11,17 +11,19 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 from compare_muxserve import (
+    ENGINE,
     HOTTEST,
     Case,
     Units,
     check,
     cost_model,
-    goodput,
+    goodput_ratios,
     is_same,
     llms,
     logged,
     mesh_class,
     mesh_of,
+    obeying,
     ours,
     problem,
     same_class,
@@ -80,9 +82,14 @@ def test_muxserve_keeps_the_published_rules(case: Case) -> None:
         assert served(given, units) >= served(given, logged()[case])
 
 
-@pytest.mark.parametrize("case", OURS)
-def test_every_logged_placement_breaks_a_published_rule(case: Case) -> None:
-    assert check(problem(case, costs()), logged()[case]).gains > 0
+@pytest.mark.parametrize(("clear", "cases"), [(0.01, 0), (0.25, 5)])
+def test_how_many_logged_placements_obey_depends_on_what_a_clear_gain_is(
+    clear: float, cases: int
+) -> None:
+    found = obeying(ENGINE, clear, costs())
+    assert len(found) == cases
+    # The target is missed in those: the class of ours is another one.
+    assert not any(same_class(placed(case), logged()[case]) for case in found)
 
 
 @pytest.mark.parametrize("case", OURS)
@@ -118,8 +125,9 @@ def test_lost_logs_do_not_count() -> None:
     assert is_same(found, [(8, ("a",)), (2, ("d",))]) and not is_same(found, [(8, ("a", "d"))])
 
 
-def test_the_published_algorithm_is_no_weaker_baseline_than_the_logged_placements() -> None:
-    """By goodput: what `auto` is measured against must not be a strawman."""
-    lines = [line.split("|") for line in goodput() if line.startswith("| 1") or line[2:5] == "0.7"]
-    assert len(lines) == 12
-    assert geometric_mean([float(line[4]) / float(line[3]) for line in lines]) > 1
+def test_as_a_baseline_it_is_stronger_or_weaker_than_the_logged_placements_by_the_engine() -> None:
+    """Without scheduling time everything ties, and large meshes with many LLMs are what is kept."""
+    with_it, without = (
+        geometric_mean(list(goodput_ratios(control_s).values())) for control_s in (1e-4, 0.0)
+    )
+    assert with_it > 1 > without
