@@ -1,7 +1,9 @@
 """A placement for people, and for machines."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Literal
 
 import msgspec
 from rich.box import SIMPLE_HEAD
@@ -10,12 +12,33 @@ from rich.table import Table
 
 from muxrt.config.placement import Placement, UnitSpec
 from muxrt.planner.capacity import Capacity
-from muxrt.planner.draft import Draft, Group, num_gpus
+from muxrt.planner.draft import Draft, Group, Part, num_gpus
 from muxrt.planner.explain import SecondBest, group_facts
-from muxrt.planner.queueing import GroupScore, Score
+from muxrt.planner.queueing import GroupScore, PartScore, Score
 from muxrt.planner.workload import Problem
 
 GB = 1e9
+WIDEST = 10_000  # columns
+FOOTNOTE = (
+    "lanes: % of the SMs for prefills / decodes while both run, or one lane for both in turns;"
+    " weights and KV: GB on each GPU; headroom: how many times its traffic a unit could take"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Cells of a unit, and of each of its models."""
+
+    unit: tuple[str, str, str]  # name, GPUs, lanes
+    memory: tuple[str, str, str]  # KV, how much of it is used, headroom
+    models: tuple[tuple[str, ...], ...]  # name, rate, attainment, TTFT, TPOT, weights
+
+
+UNIT = ("unit", "GPUs", "lanes")
+MEMORY = ("KV\nGB", "KV\nused", "head-\nroom")
+MODEL = ("model", "rate\n1/s", "attain-\nment", "TTFT\nms", "TPOT\nms", "weights\nGB")
+FOLDED = {"model", "best other place: beside"}  # names are people's, of any length
+WORDS = {*UNIT, *FOLDED}  # the rest are numbers
 
 
 def print_plan(
@@ -26,7 +49,7 @@ def print_plan(
     score: Score,
     placement: Placement,
 ) -> None:
-    """One line for the whole, then a line per model and unit."""
+    """One line for the whole, then a line per model; two tables where one would be too wide."""
     offered = sum(demand.rate_rps for demand in problem.demands.values())
     console.print(
         f"[bold]{score.goodput_rps:.1f} of {offered:.1f} requests/s within SLO[/bold]"
@@ -34,14 +57,34 @@ def print_plan(
         f" in {len(draft)} units",
         highlight=False,
     )
-    table = _table(
-        "unit", "GPUs", "lanes", "model", "rate/s", "in SLO", "TTFT ms", "TPOT ms", "weights GB",
-        "KV GB", "used", "headroom",
-    )  # fmt: skip
-    for group, found, unit in _by_node(draft, score, placement):
-        _add_unit(table, problem, capacity, group, found, unit)
-    console.print(table)
-    console.print("KV, weights: per GPU; headroom: how many times its traffic a unit could take")
+    rows = [
+        _cells(problem, capacity, group, found, unit)
+        for group, found, unit in _by_node(draft, score, placement)
+    ]
+    for table in _fitting(console, rows):
+        console.print(table)
+    console.print(FOOTNOTE, highlight=False)
+
+
+def _fitting(console: Console, rows: Sequence[_Unit]) -> list[Table]:
+    """One table, or one of models and one of units."""
+    table = _table(*UNIT, *MODEL, *MEMORY)
+    for row in rows:
+        for index, model in enumerate(row.models):
+            first = index == 0
+            blank = ("", "", "")
+            table.add_row(
+                *(row.unit if first else blank), *model, *(row.memory if first else blank)
+            )
+    unbounded = console.options.update(max_width=WIDEST)
+    if console.measure(table, options=unbounded).maximum <= console.width:
+        return [table]
+    units, models = _table(*UNIT, "models", *MEMORY), _table("unit", *MODEL)
+    for row in rows:
+        units.add_row(*row.unit, str(len(row.models)), *row.memory)
+        for index, model in enumerate(row.models):
+            models.add_row(row.unit[0] if index == 0 else "", *model)
+    return [models, units]
 
 
 def _by_node(
@@ -51,49 +94,48 @@ def _by_node(
     return sorted(rows, key=lambda row: (row[2].mesh.node or 0, row[2].mesh.gpus or ()))
 
 
-def _add_unit(
-    table: Table,
-    problem: Problem,
-    capacity: Capacity,
-    group: Group,
-    score: GroupScore,
-    unit: UnitSpec,
-) -> None:
+def _cells(
+    problem: Problem, capacity: Capacity, group: Group, score: GroupScore, unit: UnitSpec
+) -> _Unit:
     facts = group_facts(problem, capacity, group, score)
     gpus = unit.mesh.gpus or (0,)
     where = f"{unit.mesh.node}:{gpus[0]}" + (f"-{gpus[-1]}" if len(gpus) > 1 else "")
-    lanes = "in turns" if group.prefill_pct is None else f"{group.prefill_pct}+rest"
+    pct = group.prefill_pct
     by_name = {part.model: part for part in score.parts}
-    for row, part in enumerate(group.parts):
-        found = by_name[part.model]
-        share = "" if part.traffic > 0.9995 else f" ({part.traffic:.0%})"
-        served = found.admitted_rps > 0
-        table.add_row(
-            unit.name if not row else "",
-            where if not row else "",
-            lanes if not row else "",
-            part.model + share,
-            f"{found.rate_rps:.2f}",
-            f"{found.goodput_rps / found.rate_rps:.0%}",
-            f"{found.ttft_s * 1e3:.0f}" if served else "-",
-            f"{found.tpot_s * 1e3:.1f}" if served else "-",
-            f"{facts.weights_bytes[part.model] / GB:.1f}",
-            f"{facts.kv_bytes / GB:.1f}" if not row else "",
-            f"{facts.kv_used_bytes / max(facts.kv_bytes, 1):.0%}" if not row else "",
-            f"{facts.headroom:.1f}x" if not row else "",
-        )
+    return _Unit(
+        unit=(unit.name, where, "one" if pct is None else f"{pct} / {100 - pct}"),
+        memory=(
+            f"{facts.kv_bytes / GB:.1f}",
+            f"{facts.kv_used_bytes / max(facts.kv_bytes, 1):.0%}",
+            f"{facts.headroom:.1f}x" if isfinite(facts.headroom) else "-",
+        ),
+        models=tuple(
+            _model_cells(part, by_name[part.model], facts.weights_bytes[part.model])
+            for part in group.parts
+        ),
+    )
+
+
+def _model_cells(part: Part, score: PartScore, weights_bytes: int) -> tuple[str, ...]:
+    share = "" if part.traffic > 0.9995 else f" ({part.traffic:.0%})"
+    served = score.admitted_rps > 0
+    attainment = score.goodput_rps / score.rate_rps if score.rate_rps else 0.0
+    return (
+        part.model + share,
+        f"{score.rate_rps:.2f}",
+        f"{attainment:.0%}",
+        f"{score.ttft_s * 1e3:.0f}" if served else "-",
+        f"{score.tpot_s * 1e3:.1f}" if served else "-",
+        f"{weights_bytes / GB:.1f}",
+    )
 
 
 def print_second_best(console: Console, others: Sequence[SecondBest]) -> None:
     """What each model would lose in the best of its other places."""
     if not others:
         return
-    table = _table(
-        "model",
-        "second-best place: beside",
-        "costs requests/s in SLO",
-        "at twice the rates",
-    )
+    console.print("\nthe second-best place of each model, and the goodput that moving there costs")
+    table = _table("model", "best other place: beside", "costs\nrequests/s", "at twice\nthe rates")
     for other in others:
         onto = "nowhere else" if other.onto is None else ", ".join(other.onto)
         table.add_row(other.model, onto, f"{other.loss_rps:.2f}", f"{other.loss_doubled_rps:.2f}")
@@ -142,8 +184,12 @@ def as_data(
 
 
 def _table(*headers: str) -> Table:
+    """Words to the left, names folded where they are too long; numbers to the right, whole."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, header in enumerate(headers):
-        left = index == 0 or header in ("GPUs", "lanes", "model", "second-best place: beside")
-        table.add_column(header, justify="left" if left else "right")
+    for header in headers:
+        folded = header in FOLDED
+        justify: Literal["left", "right"] = "left" if header in WORDS else "right"
+        table.add_column(
+            header, justify=justify, no_wrap=not folded, overflow="fold" if folded else "ellipsis"
+        )
     return table

@@ -1,9 +1,11 @@
-"""MuxServe's file formats: what its planner reads, and what it writes for each mesh.
+"""MuxServe's file formats: what its planner reads and writes for each mesh, and its workloads.
 
 From muxserve/arg_utils.py, muxsched/placement.py and examples/ of hao-ai-lab/MuxServe (June 2024).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -16,6 +18,7 @@ from muxrt.config.placement import (
     Mesh,
     ModelSpec,
     Name,
+    NotNegative,
     Positive,
     Share,
     UnitModel,
@@ -24,6 +27,7 @@ from muxrt.config.placement import (
 from muxrt.config.plan import PlanFile, PlanInput, check_plan
 from muxrt.config.presets import PRESETS
 from muxrt.config.schema import convert
+from muxrt.errors import ConfigError
 
 # PlacementOptimizer's own means of ShareGPT, tokens.
 PROMPT_TOKENS, OUTPUT_TOKENS = 161.0, 337.0
@@ -164,3 +168,91 @@ def _check_unit_model(document: Document, index: int, model: _UnitModel, num_gpu
                 f"found {list(model.mps_percentage)}, expected two percentages: prefill and decode",
             )
         )
+
+
+class _Info(msgspec.Struct, frozen=True):
+    rates: tuple[tuple[Name, NotNegative], ...] | None = None
+    duration: NotNegative | None = None
+
+
+class _Request(msgspec.Struct, frozen=True):
+    model_name: Name
+    data: tuple[msgspec.Raw, Count, Count]  # token ids, prompt and output tokens
+
+
+class _Workload(msgspec.Struct, frozen=True):
+    arrivals: tuple[NotNegative, ...]
+    requests: tuple[_Request, ...]
+    info: _Info = _Info()
+
+
+@dataclass(frozen=True, slots=True)
+class MuxserveRequest:
+    """One request of a workload; `at_s` counts from the start."""
+
+    at_s: float
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MuxserveWorkload:
+    """Requests in order of time; `rates` are those that the file states, if it does."""
+
+    models: tuple[str, ...]
+    rates: dict[str, float]
+    duration_s: float
+    requests: tuple[MuxserveRequest, ...]
+
+
+def is_muxserve_workload(path: Path) -> bool:
+    """Whether this is the output of MuxServe's workload generator: JSON with `requests`."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    value = read_json(path)
+    return isinstance(value, dict) and "requests" in value
+
+
+def load_muxserve_workload(path: Path) -> MuxserveWorkload:
+    """A workload as `muxsched/workload_utils.py` writes it. Raises ConfigError.
+
+    The time it covers is at least what it states; its requests may go on for longer.
+    """
+    file: _Workload = read_json(path, _Workload)
+    if len(file.arrivals) != len(file.requests):
+        raise ConfigError(
+            f"{path}: found {len(file.arrivals)} arrivals and {len(file.requests)} requests,"
+            " expected as many"
+        )
+    if not file.requests:
+        raise ConfigError(f"{path}: the workload has no requests")
+    pairs = sorted(zip(file.arrivals, file.requests, strict=True), key=lambda pair: pair[0])
+    first_s, last_s = pairs[0][0], pairs[-1][0]
+    # A mean gap follows the last arrival: rates are requests over this time.
+    span_s = (last_s - first_s) * len(pairs) / max(1, len(pairs) - 1)
+    duration_s = max(span_s, file.info.duration or 0.0)
+    if not duration_s:
+        raise ConfigError(f"{path}: all arrive at once, expected info.duration, seconds above 0")
+    stated = {name: rate for name, rate in file.info.rates or () if rate}
+    requests = tuple(
+        MuxserveRequest(at_s - first_s, r.model_name, r.data[1], r.data[2]) for at_s, r in pairs
+    )
+    models = dict.fromkeys([*stated, *(request.model for request in requests)])
+    return MuxserveWorkload(tuple(models), stated, duration_s, requests)
+
+
+def read_json(path: Path, target: Any = dict[str, msgspec.Raw]) -> Any:
+    """The JSON file `path` as a `target`. Raises ConfigError with the place of what is wrong."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=target)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        wrong, _, place = str(error).partition(" - at `$")
+        # Keys that a file may choose are "[...]" to msgspec: they tell nobody anything.
+        place = place.removesuffix("`").replace("[...]", "").lstrip(".")
+        where = f"{place}: " if place else ""
+        raise ConfigError(f"{path}: {where}{wrong[:1].lower()}{wrong[1:]}") from None

@@ -1,4 +1,7 @@
-"""Measured step times: a table of cells, and the file that says where it comes from."""
+"""Measured step times: a table of cells, and the file that says where it comes from.
+
+MuxServe's own profile (`examples/placement/llama.json`) is read as well.
+"""
 
 import csv
 from collections.abc import Iterator
@@ -9,6 +12,8 @@ import msgspec
 
 from muxrt.config.document import KeyedError, read_document
 from muxrt.config.model import ModelShape
+from muxrt.config.muxserve import GPU as MUXSERVE_GPU
+from muxrt.config.muxserve import read_json
 from muxrt.config.placement import Name
 from muxrt.config.presets import preset
 from muxrt.config.schema import convert
@@ -78,10 +83,17 @@ class _ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 def load_profile(path: Path) -> Profile:
-    """The profile that the YAML file `path` describes.
+    """The profile that the YAML file `path` describes, or MuxServe's JSON.
 
     Raises ConfigError (one line: file, line or key, found, expected).
     """
+    if path.suffix == ".json":
+        return _of_muxserve(path)
+    if path.suffix == ".csv":
+        raise ConfigError(
+            f"{path}: found a table, expected the YAML file that names it with its GPU, its source"
+            " and the shapes of its models"
+        )
     document = read_document(path)
     file = convert(document, _ProfileFile)
     shapes = {}
@@ -137,6 +149,8 @@ def _cells(path: Path, file: Iterator[str]) -> Iterator[Cell]:
 
 def _cell(path: Path, number: int, line: dict[str, str]) -> Cell:
     try:
+        if None in line or None in line.values():  # more or fewer values than columns
+            raise ValueError
         cell = Cell(
             line["model"],
             int(line["tp"]),
@@ -165,3 +179,53 @@ def _is_sound(cell: Cell) -> bool:
     counts = min(cell.tp, cell.sm_pct, cell.batch, cell.seq_len)
     times = [time for time in (cell.prefill_s, cell.decode_s) if time is not None]
     return counts >= 1 and cell.sm_pct <= 100 and all(0 < time < float("inf") for time in times)
+
+
+class _Times(msgspec.Struct, frozen=True):
+    prefill: float  # ms; -1 = not measured
+    decoding: float
+
+
+# Model, GPUs, per cent of the SMs, sequences, tokens of each.
+_Json = dict[str, dict[str, dict[str, dict[str, dict[str, _Times]]]]]
+
+
+def _of_muxserve(path: Path) -> Profile:
+    """A profile of models that are presets, on the only GPU that MuxServe ran on."""
+    cells = tuple(_muxserve_cells(path, read_json(path, _Json)))
+    if not cells:
+        raise ConfigError(f"{path}: the profile has no cells")
+    shapes = {}
+    for name in dict.fromkeys(cell.model for cell in cells):
+        try:
+            shapes[name] = preset(name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {name}: {error.message}") from None
+    return Profile(path.name, str(path), "not stated", MUXSERVE_GPU, shapes, cells)
+
+
+def _muxserve_cells(path: Path, file: _Json) -> Iterator[Cell]:
+    for model, by_tp in file.items():
+        for tp, by_pct in by_tp.items():
+            for pct, by_batch in by_pct.items():
+                for batch, by_length in by_batch.items():
+                    for length, times in by_length.items():
+                        key = (model, tp, pct, batch, length)
+                        cell = _muxserve_cell(path, key, times)
+                        if (cell.prefill_s, cell.decode_s) != (None, None):
+                            yield cell
+
+
+def _muxserve_cell(path: Path, key: tuple[str, str, str, str, str], times: _Times) -> Cell:
+    measured = [None if time == -1 else time / 1000 for time in (times.prefill, times.decoding)]
+    try:
+        cell = Cell(key[0], *(int(number) for number in key[1:]), *measured)
+    except ValueError:
+        cell = None
+    if cell is None or not _is_sound(cell):
+        raise ConfigError(
+            f"{path}: {'.'.join(key)}: found prefill {times.prefill:g} and decoding"
+            f" {times.decoding:g}, expected GPUs, sm_percent (at most 100), batch and length as"
+            " whole numbers above 0, and times in ms above 0 or -1"
+        )
+    return cell

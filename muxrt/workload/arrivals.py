@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
 
+from muxrt.errors import ConfigError
 from muxrt.workload.spec import Diurnal, Lengths, Trace, Traffic, Workload
 from muxrt.workload.trace import TraceRow
 
@@ -78,7 +79,11 @@ def _replay(workload: Workload, trace: Trace, rows: Sequence[TraceRow]) -> Itera
     for row in rows:
         at_s = (row.at_s - trace.start_s) / trace.speed
         if 0 <= at_s < workload.duration_s:
-            (model,) = rng.choices(list(dealt), list(dealt.values()))
+            model = row.model or rng.choices(list(dealt), list(dealt.values()))[0]
+            if model not in dealt:
+                raise ConfigError(
+                    f"{trace.file}: asks for {model!r}, the workload has: {', '.join(dealt)}"
+                )
             prompt = _scaled(row.prompt_tokens, trace.prompt_scale, trace.max_prompt_tokens)
             output = _scaled(row.output_tokens, trace.output_scale, trace.max_output_tokens)
             yield Arrival(at_s, model, prompt, output)

@@ -36,8 +36,9 @@ def offered(
 ) -> list[Offered]:
     """What each model gets; `rows` is the trace where there is one, `hour` None is the busiest.
 
-    A trace's lengths are the same for all models, as its requests are dealt to them at random.
-    Raises ConfigError where a model has no targets, or the trace no requests in the time asked for.
+    A trace that does not name models has the same lengths for all of them, as its requests are
+    dealt at random; one that does has its own for each. Raises ConfigError where a model has no
+    targets, or the trace no requests in the time asked for.
     """
     found = []
     replayed = arrivals(workload, rows) if workload.trace is not None else []
@@ -48,8 +49,11 @@ def offered(
                 f"{model.name} has no slo, expected ttft_s and tpot_s for the model or the workload"
             )
         if workload.trace is not None:
-            rate_rps = len(replayed) * shares(workload)[model.name] / workload.duration_s
-            prompt, output = _of_trace(workload, replayed)
+            named = any(row.model for row in rows)
+            own = [a for a in replayed if a.model == model.name] if named else replayed
+            part = 1.0 if named else shares(workload)[model.name]
+            rate_rps = model.rate_rps or len(own) * part / workload.duration_s
+            prompt, output = _of_trace(workload, own or replayed)
         else:
             rate_rps = rates(workload)[model.name] * _busiest(workload, hour)
             prompt = moments(model.prompt or workload.prompt)

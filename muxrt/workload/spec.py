@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from muxrt.config.document import Key, KeyedError, read_document
+from muxrt.config.muxserve import is_muxserve_workload, load_muxserve_workload
 from muxrt.config.placement import Count, Index, Name, NotNegative, Positive, Share, Slo
 from muxrt.config.schema import convert
 from muxrt.errors import ConfigError
@@ -30,9 +31,9 @@ class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A recorded hour of somebody's service: `TIMESTAMP,ContextTokens,GeneratedTokens`."""
+    """Recorded requests: CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`), or MuxServe's JSON."""
 
-    file: Name  # CSV; relative paths are relative to the YAML
+    file: Name  # relative paths are relative to the YAML
     start_s: NotNegative = 0.0  # where in the trace to begin
     speed: Positive = 1.0  # 2 = the requests of two seconds arrive in one
     prompt_scale: Positive = 1.0
@@ -85,7 +86,9 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def load_workload(path: Path) -> Workload:
-    """The workload in `path`. Raises ConfigError (one line: file, key, found, expected)."""
+    """The workload in `path`, a MuxServe one included. Raises ConfigError (one line)."""
+    if is_muxserve_workload(path):
+        return _of_muxserve(path)
     document = read_document(path)
     workload = convert(document, Workload)
     for problem in (*_problems(workload), *_shape_problems(workload)):
@@ -95,6 +98,17 @@ def load_workload(path: Path) -> Workload:
     file = path.absolute().parent / Path(workload.trace.file).expanduser()
     trace = msgspec.structs.replace(workload.trace, file=str(file))
     return msgspec.structs.replace(workload, trace=trace)
+
+
+def _of_muxserve(path: Path) -> Workload:
+    """The trace, with the rates that it states."""
+    found = load_muxserve_workload(path)
+    return Workload(
+        title=path.name,
+        duration_s=found.duration_s,
+        models=tuple(Traffic(name=n, rate_rps=found.rates.get(n)) for n in found.models),
+        trace=Trace(file=str(path.absolute())),
+    )
 
 
 def _problems(workload: Workload) -> Iterator[KeyedError]:

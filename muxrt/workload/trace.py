@@ -1,4 +1,4 @@
-"""Reading request traces in the format of Azure's LLM inference traces."""
+"""Reading request traces: Azure's LLM inference traces, and MuxServe's workloads."""
 
 import csv
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from muxrt.config.muxserve import is_muxserve_workload, load_muxserve_workload
 from muxrt.errors import ConfigError
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -18,10 +19,14 @@ class TraceRow:
     at_s: float
     prompt_tokens: int
     output_tokens: int
+    model: str | None = None  # None: the trace does not say
 
 
 def read_trace(path: Path) -> list[TraceRow]:
     """The rows in order of time. Raises ConfigError with file and line where one is malformed."""
+    if is_muxserve_workload(path):
+        found = load_muxserve_workload(path).requests
+        return [TraceRow(r.at_s, r.prompt_tokens, r.output_tokens, r.model) for r in found]
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = sorted(_rows(path, file), key=lambda row: row.at_s)

@@ -1,17 +1,17 @@
 """MuxServe's placement as published: Algorithms 1 and 2 (ICML 2024, section 3.2 and appendix).
 
-Algorithm 2 gives each model at most one candidate per tp: the smallest share of SMs that meets its
-rate. Algorithm 1 tries ways to cut the cluster into meshes; for each it places models by demand,
-largest first, on the mesh where the unit's throughput grows most. What the published code does
-otherwise (rate-weighted means, gains looked up for the wrong mesh, no look at whether the rate is
-met) is not copied. No replicas, tp = the mesh's size, and no notion of waiting: that is the
-algorithm.
+Algorithm 2 gives each model at most one candidate per tp that was profiled: the smallest share of
+SMs that meets its rate. Algorithm 1 tries ways to cut the cluster into meshes, large meshes first;
+for each it places models by demand, largest first, on the mesh where the unit's throughput grows
+most. No replicas, tp = the mesh's size, and no notion of waiting: that is the algorithm. What the
+published code does otherwise (rate-weighted means, gains looked up for the wrong mesh, no look at
+whether the rate is met) is not copied: docs/planner.md says what that changes.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 from muxrt.cost.memory import num_params
+from muxrt.cost.roofline import Roofline
 from muxrt.errors import ConfigError
 from muxrt.planner.draft import Draft, Group, Part
 from muxrt.planner.meshes import Mesh, MeshGroup, mesh_groups, smallest_mesh
@@ -19,56 +19,86 @@ from muxrt.planner.search import Search
 from muxrt.planner.throughput import Guest, throughput_rps
 from muxrt.planner.workload import Problem
 
-SM_PCTS = tuple(range(30, 101, 10))  # what MuxServe profiled
+# What MuxServe gives decodes; prefills are taken to have all SMs.
+SM_PCTS = tuple(range(30, 91, 10))
+# Shares of a mesh may add up to more than 100 by this much (MuxServe's overload threshold: 2 of 10
+# SM tokens). Without a limit decodes could not overlap as its estimator takes them to.
+OVERLOAD_PCT = 20
 MAX_MESH_GROUPS = 2000
 # The search is models x mesh groups x distinct meshes: beyond this many tries fewer groups are cut.
 MAX_TRIES = 200_000
 # A prefill must run on something: MuxServe's smallest SM token.
 LEAST_PREFILL_PCT = 10
+TIE_RPS = 1e-9
 
 
 def muxserve(problem: Problem, search: Search) -> Draft:
     """Place each model once, for the highest sum of throughputs. Raises ConfigError."""
-    candidates = {model: parallel_candidates(problem, model) for model in problem.demands}
-    order = sorted(problem.demands, key=lambda model: (-_demand(problem, model), model))
+    units = _best(problem, search, every=False) or _best(problem, search, every=True)
+    if units is None:
+        raise ConfigError(
+            f"no way to cut {problem.num_gpus} GPUs into meshes holds {len(problem.demands)} models"
+            f" once each with at least {SM_PCTS[0]} % of the SMs: more GPUs, fewer models, or a"
+            " smaller max_model_len would; strategy auto knows other ways to share"
+        )
+    return tuple(_group(mesh, guests) for mesh, guests in units)
+
+
+def _best(problem: Problem, search: Search, *, every: bool) -> "_Units | None":
+    """The units of the best mesh group; `every` lets in degrees that do not meet the rate."""
+    candidates = {m: parallel_candidates(problem, m, every=every) for m in problem.demands}
+    order = sorted(problem.demands, key=lambda model: (-computation(problem, model), model))
     groups = _pruned(problem, candidates)
-    best: _Units | None = None
     greedy = _Greedy(problem)
+    best, best_rps = None, -1.0
     for done, meshes in enumerate(groups):
         search.tell("muxserve: mesh groups", done, len(groups))
         units = greedy.place(meshes, order, candidates)
-        if units is not None and (best is None or units.total_rps > best.total_rps):
-            best = units
+        if units is not None and (rps := greedy.total_rps(units)) > best_rps + TIE_RPS:
+            best, best_rps = units, rps
         if best is not None and search.is_over():
             break
-    if best is None:
-        raise ConfigError(
-            f"no way to cut {problem.num_gpus} GPUs into meshes holds {len(order)} models once"
-            " each: more GPUs, fewer models, or a smaller max_model_len would"
-        )
-    return tuple(_group(mesh, guests) for mesh, guests in best.units if guests)
+    return best
 
 
-def parallel_candidates(problem: Problem, model: str) -> dict[Mesh, Guest]:
-    """Algorithm 2: per mesh the smallest share of SMs that meets the rate, else all of them."""
+def parallel_candidates(problem: Problem, model: str, *, every: bool = False) -> dict[Mesh, Guest]:
+    """Algorithm 2: per mesh the smallest share of SMs that meets the rate.
+
+    Meshes that do not meet it give their largest share; they count where no mesh does, or with
+    `every`, so that an overloaded cluster has a placement too.
+    """
     smallest_mesh(problem, model)  # raises where there is none
-    found = {}
+    meets, misses = {}, {}
     rate = problem.demands[model].rate_rps
-    for pool in problem.pools:
-        for tp in problem.tps(model, pool.index):
-            if not problem.fits(pool.index, tp, (model,)):
-                continue
-            guests = [Guest(model, pct) for pct in SM_PCTS]
-            meets = (
-                guest
-                for guest in guests
-                if throughput_rps(problem, pool.index, tp, [guest])[0] >= rate
-            )
-            found[pool.index, tp] = next(meets, guests[-1])
-    return found
+    for mesh in _degrees(problem, model):
+        guests = [Guest(model, pct) for pct in SM_PCTS]
+        enough = (guest for guest in guests if throughput_rps(problem, *mesh, [guest])[0] >= rate)
+        found = next(enough, None)
+        if found is None:
+            misses[mesh] = guests[-1]
+        else:
+            meets[mesh] = found
+    return {**misses, **meets} if every or not meets else meets
 
 
-def _demand(problem: Problem, model: str) -> float:
+def _degrees(problem: Problem, model: str) -> list[Mesh]:
+    """Meshes that hold the model: those that were profiled, if any were."""
+    fit = [
+        (pool.index, tp)
+        for pool in problem.pools
+        for tp in problem.tps(model, pool.index)
+        if problem.fits(pool.index, tp, (model,))
+    ]
+    shape = problem.demands[model].shape
+    profiled = [
+        (pool, tp)
+        for pool, tp in fit
+        if not isinstance(problem.cost.steps(shape, tp, problem.pools[pool].gpu), Roofline)
+    ]
+    return profiled or fit
+
+
+def computation(problem: Problem, model: str) -> float:
     """Computation that a model asks for: rate x size."""
     demand = problem.demands[model]
     return demand.rate_rps * num_params(demand.shape)
@@ -84,16 +114,14 @@ def _pruned(problem: Problem, candidates: dict[str, dict[Mesh, Guest]]) -> list[
         for meshes in groups
         if max(size for _, size in meshes) >= least and sum(meshes.values()) <= len(candidates)
     ]
-    kept = kept or groups
+    # At a tie the first group stays, so this order is part of the algorithm (as in its code).
+    sizes = sorted({mesh for meshes in groups for mesh in meshes}, key=lambda m: (-m[1], m[0]))
+    kept = sorted(kept or groups, key=lambda meshes: [-meshes[mesh] for mesh in sizes])
     return kept[:: -(-len(kept) // most)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Units:
-    """Meshes with their guests."""
-
-    units: tuple[tuple[Mesh, tuple[Guest, ...]], ...]
-    total_rps: float
+_Units = tuple[tuple[Mesh, tuple[Guest, ...]], ...]  # meshes that are used, with their guests
+_Place = tuple[float, Mesh, tuple[Guest, ...]]  # gain, and the unit that a model would join
 
 
 class _Greedy:
@@ -111,15 +139,13 @@ class _Greedy:
         for mesh, count in meshes.items():
             units[mesh, ()] += count
         for model in order:
-            best: tuple[float, Mesh, tuple[Guest, ...]] | None = None
+            best: _Place | None = None
             for mesh, guests in units:  # alike units are one entry
                 guest = candidates[model].get(mesh)
-                names = (*(g.model for g in guests), model)
-                if guest is None or not self._problem.fits(*mesh, names):
+                if guest is None or not self._holds(mesh, (*guests, guest)):
                     continue
                 gain = self._total(mesh, (*guests, guest)) - self._total(mesh, guests)
-                # At a tie the mesh with fewer GPUs: the larger ones are for who needs them.
-                if best is None or (gain, -mesh[1]) > (best[0] + 1e-9, -best[1][1]):
+                if best is None or self._is_better((gain, mesh, guests), best):
                     best = gain, mesh, guests
             if best is None:
                 return None
@@ -127,8 +153,28 @@ class _Greedy:
             units[mesh, guests] -= 1
             units += Counter()  # drops what is at zero
             units[mesh, (*guests, candidates[model][mesh])] += 1
-        placed = tuple(units.elements())
-        return _Units(placed, sum(self._total(*unit) for unit in placed))
+        return tuple(unit for unit, count in units.items() if unit[1] for _ in range(count))
+
+    def total_rps(self, units: _Units) -> float:
+        """The sum of all throughputs."""
+        return sum(self._total(*unit) for unit in units)
+
+    def _holds(self, mesh: Mesh, guests: tuple[Guest, ...]) -> bool:
+        shares = sum(guest.decode_pct for guest in guests)
+        names = tuple(guest.model for guest in guests)
+        return shares <= 100 + OVERLOAD_PCT and self._problem.fits(*mesh, names)
+
+    def _is_better(self, place: _Place, other: _Place) -> bool:
+        """The larger gain; at a tie fewer GPUs, which others need less, then less load."""
+        (gain, mesh, guests), (other_gain, other_mesh, other_guests) = place, other
+        if abs(gain - other_gain) > TIE_RPS:
+            return gain > other_gain
+        load, other_load = self._load(mesh, guests), self._load(other_mesh, other_guests)
+        return (mesh[1], load) < (other_mesh[1], other_load)
+
+    def _load(self, mesh: Mesh, guests: tuple[Guest, ...]) -> float:
+        """Computation asked for, per GPU."""
+        return sum(computation(self._problem, guest.model) for guest in guests) / mesh[1]
 
     def _total(self, mesh: Mesh, guests: tuple[Guest, ...]) -> float:
         key = (mesh, guests)
