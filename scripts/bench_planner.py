@@ -5,8 +5,9 @@
     python scripts/bench_planner.py scale    # 19 models on 32 GPUs to 1,000 on 4,096
     python scripts/bench_planner.py plot
 
-Goodput is what the queueing estimator says (muxrt/planner/queueing.py). Times include the fit of the
-profile, but not the compilation of the estimator: a machine's first plan takes some seconds longer.
+Goodput is what the queueing estimator says (muxrt/planner/queueing.py). Times include the fit of
+the profile, but not the compilation of the estimator: a machine's first plan takes some seconds
+longer.
 """
 
 import json

@@ -177,7 +177,7 @@ def draw_planner_scale(data: dict[str, Any], out: Path) -> None:
         ):
             heights = [row[key] for row in sizes]
             axes.plot(gpus, heights, "o-", color="#1f6feb")
-            for x, height, row in zip(gpus, heights, sizes, strict=True):
+            for x, height in zip(gpus, heights, strict=True):
                 axes.annotate(
                     f"{height:g}", (x, height), (0, 7), textcoords="offset points", ha="center"
                 )

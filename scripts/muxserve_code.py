@@ -1,8 +1,8 @@
 """The choices of MuxServe's published planner that the paper does not state, each as a switch.
 
-muxrt's own `muxserve` strategy is the published algorithm. This is the planner of its repository
-(muxserve/muxsched/placement.py, June 2024), rebuilt from a description of what it computes, to find
-out which of its choices give its logged placements their structure.
+muxrt's own `muxserve` strategy is the published algorithm. This computes what the planner of its
+repository does (muxserve/muxsched/placement.py, June 2024), written anew, to find out which of its
+choices give its logged placements their structure.
 """
 
 from bisect import bisect_left

@@ -34,6 +34,7 @@ BROKEN = {
     "no targets": ("slo: {ttft_s: 1, tpot_s: 0.1}", "", "hot has no slo, expected ttft_s"),
     "too long a sequence": ("max_model_len: 1024", "max_model_len: 9999", "cold: found max_model"),
     "an unknown GPU": ("a100-80g", "b100", "cluster.nodes[0].gpu: found 'b100', expected one of"),
+    "too many GPUs": ("gpus: 2", "gpus: 800000", "cluster.nodes[0].gpus"),
     "a workload for others": (
         "power_law: {alpha: 2.0, top_rate_rps: 8}",
         "models: [{name: warm, rate_rps: 1}]",
@@ -89,6 +90,40 @@ def test_what_cannot_be_planned_gets_one_error(
     path = write(tmp_path, PLAN.replace(old, new), TRAFFIC.replace(old, new))
     answer = command_line("plan", path)
     assert answer.code == 2 and expected in answer.err and answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--out", "nowhere/placement.yaml"], "found no folder nowhere, expected it to exist"),
+        (["--picture", "nowhere/gpus.svg"], "found no folder nowhere, expected it to exist"),
+        (["--hour", "14"], "found hour 14, but the workload is the same all day"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_the_search(
+    options: list[str],
+    expected: str,
+    command_line: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("muxrt.planner.strategies.STRATEGIES", {})  # none is asked
+    answer = command_line("plan", write(tmp_path), *options)
+    assert answer.code == 2 and expected in answer.err and answer.err.count("\n") == 1
+
+
+def test_units_are_numbered_as_they_lie_in_the_nodes(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    data = json.loads(command_line("plan", write(tmp_path), "--json").out)
+    places = [
+        (unit["unit"]["mesh"]["node"], unit["unit"]["mesh"]["gpus"]) for unit in data["units"]
+    ]
+    assert places == sorted(places)
+    assert [unit["unit"]["name"] for unit in data["units"]] == [
+        f"unit-{number}" for number in range(len(places))
+    ]
 
 
 def test_muxserves_own_input(command_line: CommandLine, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from muxrt.planner.pack import pack
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.search import Search
 from muxrt.planner.strategies import STRATEGIES
-from muxrt.planner.strategies.auto import auto
+from muxrt.planner.strategies.auto import auto, tidy
 from muxrt.planner.strategies.muxserve import muxserve, parallel_candidates
 from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.strategies.temporal import temporal
@@ -166,6 +166,18 @@ def test_an_interrupted_search_gives_the_best_so_far() -> None:
     judge = QueueingJudge(world)
     draft = auto(world, Search(judge, judge, is_over=lambda: True))
     check_draft(draft, world)
+
+
+def test_replicas_that_gain_nothing_are_dropped() -> None:
+    world = problem([demand("a", 1.0), demand("b", 1.0)], gpus=2)
+    layout = layout_of(
+        world,
+        Group(0, 1, (Part("a", 0.5), Part("b", 0.5))),
+        Group(0, 1, (Part("a", 0.5), Part("b", 0.5))),
+    )
+    tidy(layout, search(world))
+    assert sorted(group.models for group in layout.draft) == [("a",), ("b",)]
+    check_draft(layout.draft, world)
 
 
 def test_progress_is_told() -> None:

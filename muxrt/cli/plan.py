@@ -63,12 +63,15 @@ def plan(
     from muxrt.cli.plan_input import load_problem
     from muxrt.cli.show import console
     from muxrt.config.placement import Slo
+    from muxrt.planner.assign import in_order
     from muxrt.planner.capacity import Capacity
     from muxrt.planner.feasible import check_feasible
     from muxrt.planner.queueing import QueueingJudge
     from muxrt.planner.search import Search
     from muxrt.planner.strategies import STRATEGIES
 
+    wanted = _Wanted(out, picture, explain, as_json)
+    wanted.check()
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     asked = load_problem(file, workload, slo, hour)
     judge = QueueingJudge(asked.problem)
@@ -76,8 +79,8 @@ def plan(
     check_feasible(asked.problem, capacity)
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
         search = Search(judge, judge, is_over, tell)
-        draft = STRATEGIES[strategy.value](asked.problem, search)
-    _report(asked, capacity, draft, judge(draft), _Wanted(out, picture, explain, as_json))
+        draft = in_order(asked.problem, STRATEGIES[strategy.value](asked.problem, search))
+    _report(asked, capacity, draft, judge(draft), wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,17 @@ class _Wanted:
     picture: Path | None
     explain: bool
     as_json: bool
+
+    def check(self) -> None:
+        """Raise ConfigError for a file that cannot be written, before anybody searches for long."""
+        from muxrt.cli.plan_picture import check_name
+        from muxrt.errors import ConfigError
+
+        for path in (self.out, self.picture):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ConfigError(f"{path}: found no folder {path.parent}, expected it to exist")
+        if self.picture is not None:
+            check_name(self.picture)
 
 
 def _report(
@@ -148,6 +162,7 @@ def _searching(
         console=console,
         transient=True,
         refresh_per_second=4,
+        disable=not console.is_terminal,
     )
     before = signal.signal(signal.SIGINT, interrupt)
     try:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 from math import log
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,19 @@ class Node:
         return sum(block.rate_rps for block in self.blocks)
 
 
-def draw(path: Path, problem: Problem, draft: Draft, score: Score, placement: Placement) -> None:
-    """Write an SVG or PNG, as the name ends. Raises ConfigError where that cannot be."""
+def check_name(path: Path) -> None:
+    """Raise ConfigError where no picture of that name can be drawn."""
     if path.suffix not in (".svg", ".png"):
         raise ConfigError(f"found {path}, expected a picture named *.svg or *.png")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install muxrt[plot]") from None
+    if find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib: pip install muxrt[plot]")
+
+
+def draw(path: Path, problem: Problem, draft: Draft, score: Score, placement: Placement) -> None:
+    """Write an SVG or PNG, as the name ends. Raises ConfigError where that cannot be."""
+    check_name(path)
+    from matplotlib.figure import Figure
+
     every = nodes(problem, draft, score, placement)
     shown = busiest(every)
     columns = in_columns(shown)

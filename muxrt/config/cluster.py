@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator
 from difflib import get_close_matches
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from muxrt.config.document import Key, KeyedError
 from muxrt.config.placement import Count, Name, NotNegative, Positive
+
+MAX_GPUS_PER_NODE, MAX_NODES = 128, 10_000  # beyond what is built; a plan would take hours
 
 
 class GpuKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -26,8 +30,8 @@ class NodeGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """Identical machines."""
 
     gpu: Name  # a kind
-    gpus: Count = 8  # per node
-    count: Count = 1
+    gpus: Annotated[int, Meta(ge=1, le=MAX_GPUS_PER_NODE)] = 8  # per node
+    count: Annotated[int, Meta(ge=1, le=MAX_NODES)] = 1
 
 
 class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

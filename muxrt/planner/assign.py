@@ -31,6 +31,15 @@ def to_placement(problem: Problem, draft: Draft, score: Score) -> Placement:
     return Placement(tuple(units))
 
 
+def in_order(problem: Problem, draft: Draft) -> Draft:
+    """The groups as they will lie in the nodes: the widest first, then by traffic."""
+
+    def rate_rps(group: Group) -> float:
+        return sum(problem.demands[part.model].rate_rps * part.traffic for part in group.parts)
+
+    return tuple(sorted(draft, key=lambda group: (group.pool, -group.size, -rate_rps(group))))
+
+
 def positions(problem: Problem, draft: Draft) -> list[Mesh]:
     """A mesh for each group: largest first, each in the first node with room.
 

@@ -28,6 +28,7 @@ def moves(layout: Layout, number: int, releases: list[Release]) -> Iterator[Move
     """Changes that begin at one group of a kind."""
     partners = _partners(layout, number)
     yield from growth(layout, number)
+    yield from drops(layout, number)
     yield from _narrower(layout, number)
     for part in layout.kinds[number].group.parts:
         for other in partners:
@@ -103,12 +104,18 @@ def _growth(group: Group, number: int, pool: int, free: int) -> Iterator[Move]:
         yield Move("widen", (number,), (group.with_size(2 * group.size),))
 
 
-def _narrower(layout: Layout, number: int) -> Iterator[Move]:
-    """The group on half of its GPUs, as two meshes, or without a model that lives elsewhere."""
+def drops(layout: Layout, number: int) -> Iterator[Move]:
+    """The group without a model that lives elsewhere."""
     group = layout.kinds[number].group
     for part in group.parts:
-        without = group.with_parts(p for p in group.parts if p is not part)
-        yield Move("drop", (number,), _whole(without))
+        if _has_others(layout, part.model, number):
+            without = group.with_parts(p for p in group.parts if p is not part)
+            yield Move("drop", (number,), _whole(without))
+
+
+def _narrower(layout: Layout, number: int) -> Iterator[Move]:
+    """The group on half of its GPUs, or as two meshes."""
+    group = layout.kinds[number].group
     if group.size == 1:
         return
     half = group.with_size(group.size // 2)

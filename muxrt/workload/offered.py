@@ -40,6 +40,8 @@ def offered(
     dealt at random; one that does has its own for each. Raises ConfigError where a model has no
     targets, or the trace no requests in the time asked for.
     """
+    if hour is not None and workload.diurnal is None:
+        raise ConfigError(f"found hour {hour}, but the workload is the same all day: no `diurnal`")
     found = []
     replayed = arrivals(workload, rows) if workload.trace is not None else []
     for model in workload.models:

@@ -15,7 +15,7 @@ from muxrt.errors import ConfigError
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, num_gpus
 from muxrt.planner.layout import Layout
-from muxrt.planner.moves import Release, growth, moves, releases, tilts
+from muxrt.planner.moves import Release, drops, growth, moves, releases, tilts
 from muxrt.planner.pack import pack
 from muxrt.planner.search import Search, Strategy
 from muxrt.planner.strategies.muxserve import muxserve
@@ -57,7 +57,8 @@ def auto(problem: Problem, search: Search) -> Draft:
             layouts.append(other)
             best = other
     for layout in layouts:
-        use_idle(layout)
+        use_idle(layout, search)
+        tidy(layout, search)
     return choose(problem, search, [*(layout.draft for layout in layouts), *starts])
 
 
@@ -120,9 +121,23 @@ def shake(layout: Layout, rng: Random) -> None:
             layout.make(rng.choice(proposals), -inf)
 
 
-def use_idle(layout: Layout) -> None:
+def tidy(layout: Layout, search: Search) -> None:
+    """Drop replicas from shared groups where they gain next to nothing: simpler is better."""
+    loss = LEAST_GAIN * layout.value / layout.problem.num_gpus
+    tried: set[int] = set()
+    while (left := layout.kinds.keys() - tried) and not search.is_over():
+        number = min(left)
+        tried.add(number)
+        for move in drops(layout, number):
+            proposal = layout.propose(move) if move.come else None
+            # Traffic that is dealt anew may empty another group: its GPUs would be idle.
+            if proposal is not None and proposal.more_gpus == 0 and layout.make(proposal, -loss):
+                break
+
+
+def use_idle(layout: Layout, search: Search) -> None:
     """Replicas or wider meshes on GPUs that are left, even where no estimate asks for them."""
-    while layout.has_free_gpus:
+    while layout.has_free_gpus and not search.is_over():
         by_load = sorted(layout.kinds, key=lambda number: (-layout.loads[number], number))
         if not any(_grow(layout, number) for number in by_load):
             return
