@@ -73,7 +73,8 @@ BROKEN = {
     "no GPUs": (
         "count: 2",
         "count: 0",
-        ":3: cluster.nodes[0].count: found 0, expected a whole number of at least 1 and at most 10000",
+        ":3: cluster.nodes[0].count: found 0, expected a whole number of at least 1"
+        " and at most 10000",
     ),
 }
 

@@ -170,11 +170,8 @@ def test_an_interrupted_search_gives_the_best_so_far() -> None:
 
 def test_replicas_that_gain_nothing_are_dropped() -> None:
     world = problem([demand("a", 1.0), demand("b", 1.0)], gpus=2)
-    layout = layout_of(
-        world,
-        Group(0, 1, (Part("a", 0.5), Part("b", 0.5))),
-        Group(0, 1, (Part("a", 0.5), Part("b", 0.5))),
-    )
+    both = Group(0, 1, (Part("a", 0.5), Part("b", 0.5)))
+    layout = layout_of(world, both, both)
     tidy(layout, search(world))
     assert sorted(group.models for group in layout.draft) == [("a",), ("b",)]
     check_draft(layout.draft, world)
@@ -249,7 +246,7 @@ def test_any_moves_leave_a_draft_that_fits(seed: int, steps: int) -> None:
             assert layout.free_gpus(0) == free - proposal.more_gpus
         check_draft(layout.draft, world)
         fresh = layout_of(world, *layout.draft)
-        assert layout.value == pytest.approx(fresh.value)
+        assert layout.value == pytest.approx(fresh.value, rel=1e-3)  # rates to four digits
 
 
 def test_a_model_with_one_place_loses_all_elsewhere() -> None:
