@@ -126,6 +126,19 @@ def test_units_are_numbered_as_they_lie_in_the_nodes(
     ]
 
 
+def test_what_is_overloaded_refuses_what_would_be_late(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    out = tmp_path / "placement.yaml"
+    busy = write(tmp_path, traffic=TRAFFIC.replace("top_rate_rps: 8", "top_rate_rps: 110"))
+    answer = command_line("plan", busy, "--out", out)
+    timeouts = {model.name: model.queue_timeout_s for model in load(out).models}
+    assert answer.code == 0 and timeouts["hot"] == 1.0
+    assert "more traffic than is served in time: hot (1 s)" in answer.out
+    assert command_line("plan", write(tmp_path), "--out", out).code == 0
+    assert {model.queue_timeout_s for model in load(out).models} == {None}
+
+
 def test_muxserves_own_input(command_line: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "models.yaml"
     path.write_text(

@@ -250,6 +250,7 @@ def test_a_placement_names_gpus_once_and_loads_again(tmp_path: Path) -> None:
     taken = [(u.mesh.node, gpu) for u in placement.units for gpu in u.mesh.gpus or ()]
     assert len(taken) == len(set(taken)) == 7 and set(dict(taken)) == {0, 1}
     shared = placement.units[0]
+    assert shared.scheduling.prefill_tokens == world.engine.memory.prefill_tokens  # as estimated
     assert shared.lanes.sm_pct == (30, 70) and [m.traffic for m in shared.models] == [0.25, 1.0]
     assert sum(model.quota or 0 for model in shared.models) <= 1
     assert shared.memory.kv_bytes == world.kv_bytes(0, 1, ("a", "b"))

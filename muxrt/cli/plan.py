@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from muxrt.cli.plan_input import Asked
+    from muxrt.config.placement import ModelSpec
     from muxrt.planner.capacity import Capacity
     from muxrt.planner.draft import Draft
     from muxrt.planner.queueing import Score
@@ -109,28 +110,43 @@ def _report(
 ) -> None:
     import msgspec
 
-    from muxrt.cli.plan_tables import as_data, print_plan, print_second_best
+    from muxrt.cli.plan_tables import as_data, print_overloaded, print_plan, print_second_best
     from muxrt.cli.show import console
     from muxrt.config.load import dump
     from muxrt.config.serve import ServeConfig
-    from muxrt.planner.assign import to_placement
+    from muxrt.planner.assign import overloaded, to_placement
     from muxrt.planner.explain import second_best
 
     problem = asked.problem
     placement = to_placement(problem, draft, score)
     others = second_best(problem, capacity, draft) if wanted.explain else []
+    impatient = overloaded(score)
+    models = tuple(_refusing(m) if m.name in impatient else m for m in asked.models)
     if wanted.out is not None:
-        wanted.out.write_text(dump(ServeConfig(models=asked.models, units=placement.units)))
+        wanted.out.write_text(dump(ServeConfig(models=models, units=placement.units)))
     if wanted.as_json:
         data = as_data(problem, capacity, draft, score, placement, others)
         print(msgspec.json.format(msgspec.json.encode(data)).decode())
     else:
         print_plan(console(), problem, capacity, draft, score, placement)
+        print_overloaded(console(), impatient, models)
         print_second_best(console(), others)
     if wanted.picture is not None:
         from muxrt.cli.plan_picture import draw
 
         draw(wanted.picture, problem, draft, score, placement)
+
+
+def _refusing(model: "ModelSpec") -> "ModelSpec":
+    """The model with requests refused once they are late, unless its file says otherwise.
+
+    The estimate of an overloaded unit assumes it: a backlog makes everybody late.
+    """
+    import msgspec
+
+    if model.queue_timeout_s is not None or model.slo is None:
+        return model
+    return msgspec.structs.replace(model, queue_timeout_s=model.slo.ttft_s)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A placement for people, and for machines."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from muxrt.config.placement import Placement, UnitSpec
+from muxrt.config.placement import ModelSpec, Placement, UnitSpec
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, Group, Part, num_gpus
 from muxrt.planner.explain import SecondBest, group_facts
@@ -64,6 +64,22 @@ def print_plan(
     for table in _fitting(console, rows):
         console.print(table)
     console.print(FOOTNOTE, highlight=False)
+
+
+def print_overloaded(console: Console, names: Set[str], models: Sequence[ModelSpec]) -> None:
+    """Who gets more traffic than the placement serves, and what is done about it."""
+    listed = ", ".join(
+        f"{model.name} ({model.queue_timeout_s:g} s)"
+        for model in models
+        if model.name in names and model.queue_timeout_s is not None
+    )
+    if not listed:
+        return
+    console.print(
+        f"[bold]more traffic than is served in time:[/bold] {listed}; requests that wait longer"
+        " than this for their first token are refused (queue_timeout_s)",
+        highlight=False,
+    )
 
 
 def _fitting(console: Console, rows: Sequence[_Unit]) -> list[Table]:
