@@ -1,12 +1,19 @@
 """`muxrt plan` as people run it."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from command_line import CommandLine
 
 from muxrt.config.load import load
+from muxrt.planner.draft import Draft
+from muxrt.planner.search import Search
+from muxrt.planner.strategies import STRATEGIES
+from muxrt.planner.strategies.auto import auto
+from muxrt.planner.workload import Problem
 
 PLAN = """\
 cluster: {nodes: [{gpu: a100-80g, gpus: 2}]}
@@ -124,6 +131,23 @@ def test_units_are_numbered_as_they_lie_in_the_nodes(
     assert [unit["unit"]["name"] for unit in data["units"]] == [
         f"unit-{number}" for number in range(len(places))
     ]
+
+
+def test_ctrl_c_keeps_the_best_so_far(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(problem: Problem, search: Search) -> Draft:
+        assert not search.is_over()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert search.is_over()
+        return auto(problem, search)
+
+    monkeypatch.setitem(STRATEGIES, "auto", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    answer = command_line("plan", write(tmp_path))
+    assert answer.code == 0 and "requests/s within SLO" in answer.out
+    assert "interrupted: the best placement so far" in answer.err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_overloaded_refuses_what_would_be_late(

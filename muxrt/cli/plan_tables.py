@@ -19,6 +19,7 @@ from muxrt.planner.workload import Problem
 
 GB = 1e9
 WIDEST = 10_000  # columns
+MAX_LISTED = 8  # names in a sentence
 FOOTNOTE = (
     "lanes: % of the SMs for prefills / decodes while both run, or one lane for both in turns;"
     " weights and KV: GB on each GPU; headroom: how many times its traffic a unit could take"
@@ -68,13 +69,15 @@ def print_plan(
 
 def print_overloaded(console: Console, names: Set[str], models: Sequence[ModelSpec]) -> None:
     """Who gets more traffic than the placement serves, and what is done about it."""
-    listed = ", ".join(
+    found = [
         f"{model.name} ({model.queue_timeout_s:g} s)"
         for model in models
         if model.name in names and model.queue_timeout_s is not None
-    )
-    if not listed:
+    ]
+    if not found:
         return
+    more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+    listed = ", ".join(found[:MAX_LISTED]) + more
     console.print(
         f"[bold]more traffic than is served in time:[/bold] {listed}; requests that wait longer"
         " than this for their first token are refused (queue_timeout_s)",
