@@ -77,8 +77,9 @@ def plan(
     asked = load_problem(file, workload, slo, hour)
     judge = QueueingJudge(asked.problem)
     capacity = Capacity(asked.problem, judge)
-    check_feasible(asked.problem, capacity)
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
+        tell("step times (the first plan on a machine compiles for some seconds)", 0, 1)
+        check_feasible(asked.problem, capacity)
         search = Search(judge, judge, is_over, tell)
         draft = in_order(asked.problem, STRATEGIES[strategy.value](asked.problem, search))
     _report(asked, capacity, draft, judge(draft), wanted)
