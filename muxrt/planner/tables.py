@@ -36,11 +36,13 @@ class Tables:
         rest = 1.0 if prefill_pct is None else 1 - share
         whole = problem.steps(model, *mesh, 1.0)
         decode, context = problem.steps(model, *mesh, rest), demand.context
+        aside = problem.steps(model, *mesh, share)
         times = self.times
         for column, b in enumerate(BATCHES.tolist()):
             control_s = engine.control_s * b
             times.alone_s[row, column] = whole.decode_s(b, b * context) + control_s
             times.beside_s[row, column] = slower * decode.decode_s(b, b * context) + control_s
+            times.aside_s[row, column] = slower * aside.decode_s(b, b * context) + control_s
         prefills = self._prefills(model, mesh, share, slower)
         times.prefill[row, : len(prefills)] = prefills
         sequence = problem.bytes(model, mesh[1]).kv_per_token * context
@@ -80,7 +82,8 @@ def _empty(rows: int) -> Times:
     def zeros(*shape: int) -> Floats:
         return np.zeros((rows, *shape))
 
-    return Times(zeros(MAX_SIZES, 5), zeros(len(BATCHES)), zeros(len(BATCHES)), zeros(7))
+    alone_s, beside_s, aside_s = (zeros(len(BATCHES)) for _ in range(3))
+    return Times(zeros(MAX_SIZES, 5), alone_s, beside_s, aside_s, zeros(7))
 
 
 def _doubled(times: Times) -> Times:
