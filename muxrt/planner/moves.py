@@ -1,6 +1,6 @@
 """Small changes of a draft: shift, swap, split, merge, replicate, drop, change of tp, trade."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
@@ -24,7 +24,7 @@ class Release:
     gpus: int
 
 
-def moves(layout: Layout, number: int, releases: list[Release]) -> Iterator[Move]:
+def moves(layout: Layout, number: int, releases: Sequence[Release]) -> Iterator[Move]:
     """Changes that begin at one group of a kind."""
     partners = _partners(layout, number)
     yield from growth(layout, number)

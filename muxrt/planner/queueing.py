@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from muxrt.planner.draft import Draft, Group
-from muxrt.planner.station import Floats, Peak, best_load, goodputs
+from muxrt.planner.station import PRECISION, Floats, Peak, best_load, goodputs
 from muxrt.planner.tables import Tables
 from muxrt.planner.workload import Problem
 
@@ -153,5 +153,5 @@ class QueueingJudge:
         capacity = float(self.problem.kv_bytes(*mesh, group.models))
         answer = np.empty((len(rated), 5))
         times = self.tables.times
-        peak = best_load(times, which, rates, pct is not None, capacity, answer)
+        peak = best_load(times, which, rates, pct is not None, capacity, PRECISION, answer)
         return Found(Peak(*peak), answer)

@@ -325,9 +325,10 @@ def best_load(
     offered: Floats,
     is_split: bool,
     capacity: float,
+    precision: float,
     answer: Floats,
 ) -> Peak:
-    """Admit what serves most of the traffic; the rest is refused."""
+    """Admit what serves most of the traffic, found to that relative precision; refuse the rest."""
     best = at_load(times, which, offered, is_split, capacity, 1.0, answer)
     attainment = 1.0
     for model in range(len(which)):
@@ -346,7 +347,7 @@ def best_load(
         if found.goodput_rps > best.goodput_rps:
             best = found
     step, tries = STEP / 2, 0
-    while abs(step) > PRECISION / 2:
+    while abs(step) > precision / 2:
         load = best.load * (1 + step)
         if load <= 1:
             found = at_load(times, which, offered, is_split, capacity, load, answer)
@@ -379,5 +380,7 @@ def goodputs(
             for model in range(n):
                 rows[model] = which[lanes, model]
                 rates[model] = offered[model] * multiples[column]
-            peak = best_load(times, rows, rates, splits[lanes] > 0, capacity, answer)
+            # What may come some day need not be known as precisely as what comes now.
+            precision = PRECISION if column == 0 else 2 * STEP
+            peak = best_load(times, rows, rates, splits[lanes] > 0, capacity, precision, answer)
             found[lanes, column] = peak.goodput_rps
