@@ -23,7 +23,7 @@ from muxrt.planner.strategies.muxserve import muxserve
 from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.workload import Problem
 
-LEAST_GAIN = 0.01  # of the value of one GPU, on average; below it two placements are the same
+LEAST_GAIN = 0.02  # of the value of one GPU, on average; below it two placements are the same
 LARGEST_LOSS = 1e-3  # relative; what headroom on an idle GPU may cost
 CLOSE = 1e-5  # candidates within this share of the best are told apart by robustness
 NUM_WRONG, WRONG = 4, 2.0  # scenarios of wrong rates, and by how much
