@@ -28,6 +28,7 @@ from planner_worlds import ALPHAS, CASES, MUXSERVE_CONTROL_S, Case, large, small
 from rich.console import Console
 from rich.table import Table
 
+from muxrt.errors import ConfigError
 from muxrt.planner.draft import Draft, check_draft, num_gpus
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.search import Search
@@ -127,7 +128,11 @@ def sustained_rps(name: str, alpha: float, control_s: float) -> float:
     for _ in range(NUM_HALVINGS):
         middle = (low + high) / 2
         problem = synthetic(Case(alpha, middle), control_s)
-        draft, _ = place(name, problem)
+        try:
+            draft, _ = place(name, problem)
+        except ConfigError:  # `muxserve` finds no way to place so much
+            high = middle
+            continue
         offered_rps = sum(demand.rate_rps for demand in problem.demands.values())
         enough = QueueingJudge(problem)(draft).goodput_rps >= ENOUGH * offered_rps
         low, high = (middle, high) if enough else (low, middle)
