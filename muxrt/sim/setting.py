@@ -1,0 +1,19 @@
+"""What placements are simulated in: everything that is not the placement and not the traffic."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from muxrt.config.cluster import KINDS, GpuKind
+from muxrt.config.model import ModelShape
+from muxrt.config.plan import EngineFacts
+from muxrt.cost.model import CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Shapes by model, step times, GPUs by kind, and what the engine costs beside the steps."""
+
+    shapes: Mapping[str, ModelShape]
+    cost: CostModel
+    engine: EngineFacts = field(default_factory=EngineFacts)
+    gpus: Mapping[str, GpuKind] = field(default_factory=lambda: dict(KINDS))
