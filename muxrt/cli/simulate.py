@@ -28,6 +28,9 @@ def simulate(
     duration: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds of load, instead of the file's.")
     ] = None,
+    warmup: Annotated[
+        float, typer.Option(min=0, help="Seconds of load at the start that are not counted.")
+    ] = 0.0,
     speed: Annotated[float, typer.Option(min=0.001, help="Multiplies every rate.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the file's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
@@ -52,7 +55,12 @@ def simulate(
     facts = Facts(tuple(profile or ()), plan, control, interference)
     case = load_case(config, workload, facts, duration_s=duration, speed=speed, seed=seed)
     done = run(case.config, case.setting, case.arrivals)
-    report = make_report(done.served, done.units, case.slos, case.duration_s)
+    if warmup >= case.duration_s:
+        raise typer.BadParameter(
+            f"found {warmup:g}, expected less than the {case.duration_s:g} s of load",
+            param_hint="--warmup",
+        )
+    report = make_report(done.served, done.units, case.slos, case.duration_s, warmup)
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(as_data(report))).decode())
     else:

@@ -48,8 +48,8 @@ class Report:
     rows: tuple[Row, ...]
     total: Row
     units: tuple[UnitUse, ...]
-    duration_s: float  # in which requests came
-    wall_s: float  # until the last token
+    duration_s: float  # in which the counted requests came
+    wall_s: float  # from then until the last token
 
 
 def make_report(
@@ -57,14 +57,19 @@ def make_report(
     units: Sequence[UnitUse],
     slos: Mapping[str, Slo | None],
     duration_s: float,
+    warmup_s: float = 0.0,
 ) -> Report:
     """Figures of requests that came over `duration_s` seconds; `slos` by model.
 
-    Raises ValueError unless `duration_s` > 0.
+    Those of the first `warmup_s` met an emptier system than the rest: they are not counted. Raises
+    ValueError unless `duration_s` > `warmup_s` >= 0.
     """
-    if duration_s <= 0:
-        raise ValueError(f"figures need a duration: duration_s={duration_s}")
-    wall_s = max((one.last_s for one in served if one.last_s is not None), default=0.0)
+    if not 0 <= warmup_s < duration_s:
+        raise ValueError(f"figures need time: duration_s={duration_s}, warmup_s={warmup_s}")
+    served = [one for one in served if one.at_s >= warmup_s]
+    duration_s -= warmup_s
+    last_s = max((one.last_s for one in served if one.last_s is not None), default=warmup_s)
+    wall_s = last_s - warmup_s
     preempted: dict[str, int] = dict.fromkeys(slos, 0)
     for unit in units:
         for use in unit.models:

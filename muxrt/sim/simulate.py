@@ -84,12 +84,16 @@ class SimJudge:
         arrivals: Sequence[Arrival],
         duration_s: float,
         slos: Mapping[str, Slo | None] | None = None,
+        warmup_s: float = 0.0,
     ) -> None:
-        """Requests come over `duration_s` seconds; `slos` None takes those of the models."""
+        """Requests come over `duration_s` seconds; those of the first `warmup_s` do not count.
+
+        `slos` None takes those of the models.
+        """
         self._models = tuple(models)
         self._setting = setting
         self._arrivals = tuple(arrivals)
-        self._duration_s = duration_s
+        self._duration_s, self._warmup_s = duration_s, warmup_s
         self._slos = targets(models) if slos is None else slos
         self._kept: dict[tuple[UnitSpec, ...], GroupResult] = {}
 
@@ -101,7 +105,7 @@ class SimJudge:
         """All figures of a placement."""
         config = ServeConfig(models=self._models, units=placement.units)
         run = simulate(config, self._setting, self._arrivals, self._map)
-        return make_report(run.served, run.units, self._slos, self._duration_s)
+        return make_report(run.served, run.units, self._slos, self._duration_s, self._warmup_s)
 
     def _map(
         self, run: Callable[[Task], GroupResult], asked: Iterable[Task]
