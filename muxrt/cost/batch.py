@@ -1,14 +1,13 @@
 """The time of any batch from the times of pure prefills and decodes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from muxrt.core import Batch, BatchEntry, Phase
 from muxrt.cost.steps import Steps
 
 
-@dataclass(frozen=True, slots=True)
-class BatchWork:
+class BatchWork(NamedTuple):
     """What the time of one forward pass depends on; the arguments of `Steps`."""
 
     prefill_tokens: int = 0

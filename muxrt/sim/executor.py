@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -39,7 +40,7 @@ class Tokens:
     """What the sequences in the slots of a unit still have to say."""
 
     def __init__(self) -> None:
-        self._remaining: dict[tuple[str, int], int] = {}  # by (model, slot)
+        self.remaining: dict[tuple[str, int], int] = {}  # by (model, slot)
 
     def run(self, work: Work, elapsed_s: float) -> Result:
         """The result of `work`."""
@@ -53,15 +54,15 @@ class Tokens:
 
     def _open(self, model: str, opened: SlotOpen) -> None:
         prompt = msgspec.msgpack.decode(opened.payload, type=SimPrompt)
-        self._remaining[model, opened.slot] = prompt.output_tokens
+        self.remaining[model, opened.slot] = prompt.output_tokens
 
     def _draw(self, model: str, entry: BatchEntry) -> int | None:
         """A sampled token: how many are still to come after it; None if nothing is sampled."""
         if not entry.samples:
             return None
         # Past its end a sequence draws what nobody will read, as the real one does.
-        remaining = max(0, self._remaining[model, entry.slot] - 1)
-        self._remaining[model, entry.slot] = remaining
+        remaining = max(0, self.remaining[model, entry.slot] - 1)
+        self.remaining[model, entry.slot] = remaining
         return remaining
 
 
@@ -87,21 +88,24 @@ class SimExecutor:
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
-    """The batch that a lane computes now."""
+class Job:
+    """A batch on its way through a lane, and whom its end concerns."""
 
-    batch: Batch
-    done: Done
+    lane: int
     runner: Runner
     work: BatchWork
-    started_s: float
-    since_s: float  # when `left` was true
+    landed: "Landed"
+    started_s: float = 0.0
+    since_s: float = 0.0  # when `left` was true
     left: float = 1.0  # share of the batch that is still to be computed
     whole_s: float = 0.0  # the whole batch would take that long as it runs now
     end: Event | None = None
 
 
-class MeshExecutor:
+Landed = Callable[[Job, float], None]  # a job, and the seconds since it was started
+
+
+class MeshLanes:
     """The lanes of one mesh: batches beside each other share its compute.
 
     When a neighbour starts or ends, what a batch has left takes as long as it takes from then on.
@@ -110,62 +114,91 @@ class MeshExecutor:
     def __init__(self, loop: EventLoop, cost: MeshCost) -> None:
         self._loop = loop
         self._cost = cost
-        self._tokens = Tokens()
-        self._queued: dict[int, deque[tuple[Batch, Done]]] = {}  # by lane, behind what runs
-        self._running: dict[int, _Running] = {}  # by lane
-        self._copies_end_s = 0.0
+        self._queued: dict[int, deque[Job]] = {}  # by lane, behind what runs
+        self._running: dict[int, Job] = {}  # by lane
         self._is_held = False  # more may start at this instant: shares are dealt once, after it
         self.busy_s: dict[int, float] = {}  # by lane
         self.num_batches = 0
 
-    def launch(self, work: Work, done: Done) -> None:
-        """Finish `work` when its lane has had time for it."""
-        if isinstance(work, Copy):
-            self._copy(work, done)
-        elif work.lane in self._running:
-            self._queued.setdefault(work.lane, deque()).append((work, done))
-        else:
-            self._start(work, done)
-            if not self._is_held:
-                self._deal()
+    def launch(self, job: Job) -> None:
+        """Start `job` when its lane is free."""
+        if job.lane in self._running:
+            self._queued.setdefault(job.lane, deque()).append(job)
+            return
+        self._start(job)
+        if not self._is_held:
+            self._deal()
 
-    def _copy(self, copy: Copy, done: Done) -> None:
-        seconds = self._cost.copy_s(copy)
-        self._copies_end_s = max(self._copies_end_s, self._loop.now_s) + seconds
-        result = self._tokens.run(copy, seconds)
-        self._loop.at(self._copies_end_s, lambda: done(copy, result), FINISH)
-
-    def _start(self, batch: Batch, done: Done) -> None:
-        now, runner = self._loop.now_s, Runner(batch.model, batch.phase)
-        self._running[batch.lane] = _Running(batch, done, runner, BatchWork.of(batch), now, now)
+    def _start(self, job: Job) -> None:
+        job.started_s = self._loop.now_s
+        self._running[job.lane] = job
 
     def _deal(self) -> None:
         """Give every running batch its share, and find out when it ends with it."""
-        now, running = self._loop.now_s, list(self._running.values())
-        if not running:
+        jobs = list(self._running.values())
+        if not jobs:
             return
-        is_alone = len(running) == 1
-        shares = self._cost.shares([run.runner for run in running])
-        for run, share in zip(running, shares, strict=True):
-            whole_s = self._cost.batch_s(run.batch.model, run.work, share, is_alone)
-            if run.end is not None:
-                if whole_s == run.whole_s:
+        now, is_alone = self._loop.now_s, len(jobs) == 1
+        shares = self._cost.shares([job.runner for job in jobs])
+        for job, share in zip(jobs, shares, strict=True):
+            whole_s = self._cost.batch_s(job.runner.model, job.work, share, is_alone)
+            if job.end is not None:
+                if whole_s == job.whole_s:
                     continue
-                run.left = max(0.0, run.left - (now - run.since_s) / run.whole_s)
-                run.end.cancel()
-            run.since_s, run.whole_s = now, whole_s
-            run.end = self._loop.at(now + run.left * whole_s, lambda r=run: self._end(r), FINISH)  # type: ignore[misc]
+                job.left = max(0.0, job.left - (now - job.since_s) / job.whole_s)
+                job.end.cancel()
+            job.since_s, job.whole_s = now, whole_s
+            job.end = self._loop.at(now + job.left * whole_s, partial(self._end, job), FINISH)
 
-    def _end(self, run: _Running) -> None:
-        lane, now = run.batch.lane, self._loop.now_s
-        elapsed_s = now - run.started_s
+    def _end(self, job: Job) -> None:
+        lane, elapsed_s = job.lane, self._loop.now_s - job.started_s
         self.busy_s[lane] = self.busy_s.get(lane, 0.0) + elapsed_s
         self.num_batches += 1
         del self._running[lane]
         queued = self._queued.get(lane)
         if queued:
-            self._start(*queued.popleft())
+            self._start(queued.popleft())
         self._is_held = True
-        run.done(run.batch, self._tokens.run(run.batch, elapsed_s))
+        job.landed(job, elapsed_s)
         self._is_held = False
         self._deal()
+
+
+@dataclass(slots=True, eq=False)
+class BatchJob(Job):
+    """A batch of the brain."""
+
+    batch: Batch | None = None
+    done: Done | None = None
+
+
+class MeshExecutor:
+    """A mesh behind the brain's seam."""
+
+    def __init__(self, loop: EventLoop, cost: MeshCost) -> None:
+        self._loop = loop
+        self._cost = cost
+        self.lanes = MeshLanes(loop, cost)
+        self.tokens = Tokens()
+        self._copies_end_s = 0.0
+
+    def launch(self, work: Work, done: Done) -> None:
+        """Finish `work` when its lane has had time for it."""
+        if isinstance(work, Copy):
+            self._copy(work, done)
+            return
+        runner = Runner(work.model, work.phase)
+        self.lanes.launch(
+            BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
+        )
+
+    def _copy(self, copy: Copy, done: Done) -> None:
+        seconds = self._cost.copy_s(copy)
+        self._copies_end_s = max(self._copies_end_s, self._loop.now_s) + seconds
+        result = self.tokens.run(copy, seconds)
+        self._loop.at(self._copies_end_s, lambda: done(copy, result), FINISH)
+
+    def land(self, job: Job, elapsed_s: float) -> None:
+        """Tell the brain that a batch is done."""
+        assert isinstance(job, BatchJob) and job.batch is not None and job.done is not None
+        job.done(job.batch, self.tokens.run(job.batch, elapsed_s))

@@ -159,7 +159,7 @@ class SimUnit:
     def use(self, wall_s: float) -> UnitUse:
         """How busy it was in `wall_s` seconds."""
         stats, gauge = self.unit.stats(), self.gauge
-        busy = self.executor.busy_s
+        busy = self.executor.lanes.busy_s
         num_lanes = self.unit.scheduler.limits.num_lanes
         return UnitUse(
             unit=self.unit.name,
@@ -169,7 +169,7 @@ class SimUnit:
             lanes_busy=tuple(
                 busy.get(lane, 0.0) / wall_s if wall_s else 0.0 for lane in range(num_lanes)
             ),
-            num_batches=self.executor.num_batches,
+            num_batches=self.executor.lanes.num_batches,
             models=tuple(
                 ModelUse(m.model, m.preemptions_swap, m.preemptions_recompute, m.blocks_quota)
                 for m in stats.models

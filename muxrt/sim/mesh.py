@@ -16,13 +16,13 @@ Assumptions, each of which a measurement on GPUs may replace:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import UnitSpec
 from muxrt.config.plan import EngineFacts
-from muxrt.core import ID_BYTES, Batch, Copy, Phase
+from muxrt.core import ID_BYTES, Copy, Phase
 from muxrt.cost.batch import BatchWork, batch_s
 from muxrt.cost.model import CostModel
 from muxrt.cost.steps import SharedSteps, Steps
@@ -32,8 +32,7 @@ from muxrt.errors import ConfigError
 HOST_LINK_BYTES_PER_S = 25.6e9
 
 
-@dataclass(frozen=True, slots=True)
-class Runner:
+class Runner(NamedTuple):
     """A batch on a lane, as far as shares depend on it."""
 
     model: str
@@ -71,6 +70,7 @@ class MeshCost:
             model.name: cost.steps(shapes[model.name], tp, gpus[kind]) for model in spec.models
         }
         self._at: dict[tuple[str, float], Steps] = {}
+        self._shares: dict[tuple[Runner, ...], list[float]] = {}
         self._slower = 1 + facts.interference
         self._control_s = facts.control_s
         self._copy_bytes_per_s = HOST_LINK_BYTES_PER_S * tp
@@ -78,6 +78,12 @@ class MeshCost:
 
     def shares(self, runners: Sequence[Runner]) -> list[float]:
         """What each of the batches that run now has of the SMs, in (0, 1]."""
+        key = tuple(runners)
+        if key not in self._shares:
+            self._shares[key] = self._deal(runners)
+        return self._shares[key]
+
+    def _deal(self, runners: Sequence[Runner]) -> list[float]:
         if self._kind == "mps":
             return _within_one([self._limit(runner) for runner in runners])
         if len(runners) == 1:
@@ -111,11 +117,6 @@ class MeshCost:
         """Seconds to move the blocks between the arena and host memory."""
         num_blocks = len(copy.blocks) // ID_BYTES
         return num_blocks * self._block_bytes / self._copy_bytes_per_s
-
-    def alone_s(self, batch: Batch) -> float:
-        """Seconds of a batch with nothing beside it."""
-        (share,) = self.shares([Runner(batch.model, batch.phase)])
-        return self.batch_s(batch.model, BatchWork.of(batch), share, is_alone=True)
 
 
 def _within_one(shares: list[float]) -> list[float]:
