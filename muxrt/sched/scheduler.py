@@ -41,6 +41,9 @@ class Policy(Protocol):
     def next_batch(self, scheduler: "Scheduler", lane: int, now: float) -> Batch | None:
         """A batch made by `scheduler.prefill` or `scheduler.decode`, or None to leave it idle."""
 
+    def is_steady(self) -> bool:
+        """Decode steps alone change nothing of it but whose turn it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

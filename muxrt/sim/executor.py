@@ -112,11 +112,12 @@ class MeshLanes:
     """
 
     def __init__(self, loop: EventLoop, cost: MeshCost) -> None:
-        self._loop = loop
-        self._cost = cost
+        self.loop = loop
+        self.cost = cost
         self._queued: dict[int, deque[Job]] = {}  # by lane, behind what runs
         self._running: dict[int, Job] = {}  # by lane
         self._is_held = False  # more may start at this instant: shares are dealt once, after it
+        self.sprint: Callable[[], None] | None = None  # takes over where it can, after a batch
         self.busy_s: dict[int, float] = {}  # by lane
         self.num_batches = 0
 
@@ -130,7 +131,7 @@ class MeshLanes:
             self._deal()
 
     def _start(self, job: Job) -> None:
-        job.started_s = self._loop.now_s
+        job.started_s = self.loop.now_s
         self._running[job.lane] = job
 
     def _deal(self) -> None:
@@ -138,20 +139,20 @@ class MeshLanes:
         jobs = list(self._running.values())
         if not jobs:
             return
-        now, is_alone = self._loop.now_s, len(jobs) == 1
-        shares = self._cost.shares([job.runner for job in jobs])
+        now, is_alone = self.loop.now_s, len(jobs) == 1
+        shares = self.cost.shares([job.runner for job in jobs])
         for job, share in zip(jobs, shares, strict=True):
-            whole_s = self._cost.batch_s(job.runner.model, job.work, share, is_alone)
+            whole_s = self.cost.batch_s(job.runner.model, job.work, share, is_alone)
             if job.end is not None:
                 if whole_s == job.whole_s:
                     continue
                 job.left = max(0.0, job.left - (now - job.since_s) / job.whole_s)
                 job.end.cancel()
             job.since_s, job.whole_s = now, whole_s
-            job.end = self._loop.at(now + job.left * whole_s, partial(self._end, job), FINISH)
+            self.ends(job, now + job.left * whole_s)
 
     def _end(self, job: Job) -> None:
-        lane, elapsed_s = job.lane, self._loop.now_s - job.started_s
+        lane, elapsed_s = job.lane, self.loop.now_s - job.started_s
         self.busy_s[lane] = self.busy_s.get(lane, 0.0) + elapsed_s
         self.num_batches += 1
         del self._running[lane]
@@ -162,6 +163,19 @@ class MeshLanes:
         job.landed(job, elapsed_s)
         self._is_held = False
         self._deal()
+        if self.sprint is not None:
+            self.sprint()
+
+    def ends(self, job: Job, at_s: float) -> None:
+        """The running `job` ends at that time."""
+        job.end = self.loop.at(at_s, partial(self._end, job), FINISH)
+
+    def alone(self) -> "tuple[Job, deque[Job]] | None":
+        """The only batch that runs, and those behind it on its lane; None if others run too."""
+        if len(self._running) != 1:
+            return None
+        (job,) = self._running.values()
+        return job, self._queued.get(job.lane) or deque()
 
 
 @dataclass(slots=True, eq=False)

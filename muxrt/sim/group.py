@@ -12,6 +12,7 @@ from muxrt.engine.requests import Ledger
 from muxrt.engine.router import Replica, choose
 from muxrt.errors import BadRequest, Overloaded
 from muxrt.sim.executor import MeshExecutor, SimPrompt
+from muxrt.sim.folding import FoldingExecutor
 from muxrt.sim.loop import ARRIVE, PLAN, Event, EventLoop
 from muxrt.sim.mesh import MeshCost
 from muxrt.sim.setting import Setting
@@ -122,8 +123,15 @@ class SimUnit:
         cost = MeshCost(
             spec, setting.shapes, setting.gpus, setting.cost, setting.engine, block_bytes
         )
-        self.executor = MeshExecutor(self._loop, cost)
+        folding = None
+        if setting.fold:
+            folding = FoldingExecutor(self._loop, cost, group.advance, self._horizon)
+        self.executor = folding or MeshExecutor(self._loop, cost)
+        self._group = group
         self.unit = build_unit(self.plan, self.executor, self._now, group.emit)
+        if folding is not None:
+            folding.attach(self.unit)
+        self._folding = folding
         self.gauge = _Gauge()
         self._timer: Event | None = None
         self._timer_s: float | None = None
@@ -131,10 +139,26 @@ class SimUnit:
     def _now(self) -> float:
         return self._loop.now_s
 
+    def _horizon(self) -> float:
+        """The next request or sample of the group, or the unit's own timer."""
+        group_s = self._group.horizon()
+        return group_s if self._timer_s is None else min(group_s, self._timer_s)
+
     def add(self, request: Request) -> None:
         """A request arrives; its deadline may be the next thing to look at."""
+        self.settle()
         self.unit.add(request)
         self._arm()
+
+    def settle(self) -> None:
+        """All that happened so far is written down."""
+        if self._folding is not None:
+            self._folding.settle()
+
+    def publish(self) -> None:
+        """The router may count the tokens that were generated so far."""
+        if self._folding is not None:
+            self._folding.publish()
 
     def _arm(self) -> None:
         next_s = self.unit.next_timer()
@@ -148,6 +172,7 @@ class SimUnit:
         self._timer = self._timer_s = None
         next_s = self.unit.next_timer()
         if next_s is not None and next_s <= self._loop.now_s:
+            self.settle()
             self.unit.tick()
         self._arm()
 
@@ -212,12 +237,13 @@ class Simulation:
             for name, replicas in self._replicas.items()
         }
         self._coming = _Arrivals([])
+        self._next_sample_s = SAMPLE_S
 
     def run(self, arrivals: Sequence[tuple[int, Arrival]]) -> GroupResult:
         """Serve `arrivals` (place, arrival), in order of time, until the last one has ended."""
         self._coming = _Arrivals(arrivals)
         self._expect()
-        self.loop.at(SAMPLE_S, self._sample, PLAN)
+        self.loop.at(self._next_sample_s, self._sample, PLAN)
         while self._live or self._coming.next < len(arrivals):
             if not self.loop.step():
                 raise AssertionError("requests wait and nothing is going to happen")
@@ -228,7 +254,15 @@ class Simulation:
     def _sample(self) -> None:
         for unit in self.units.values():
             unit.sample()
-        self.loop.after(SAMPLE_S, self._sample, PLAN)
+        self._next_sample_s = self.loop.now_s + SAMPLE_S
+        self.loop.at(self._next_sample_s, self._sample, PLAN)
+
+    def horizon(self) -> float:
+        """When units are looked at or given something next."""
+        coming = self._coming
+        if coming.next < len(coming.items):
+            return min(self._next_sample_s, coming.items[coming.next][1].at_s)
+        return self._next_sample_s
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -257,7 +291,11 @@ class Simulation:
         if queued and queued + 1 > spec.max_queue:
             served.finish, served.refused = FinishReason.ERROR, Overloaded.status
             return
-        replica = choose(self._replicas[arrival.model], self.ledger)
+        replicas = self._replicas[arrival.model]
+        if len(replicas) > 1:  # the router counts the tokens of each
+            for candidate in replicas:
+                self.units[candidate.unit].publish()
+        replica = choose(replicas, self.ledger)
         assert replica is not None, "a model of a placement is in one of its units"
         timeout_s = spec.queue_timeout_s
         request = Request(
@@ -274,6 +312,13 @@ class Simulation:
         self._live[request.id] = served
         self.ledger.open(request, replica.unit)
         self.units[replica.unit].add(request)
+
+    def advance(self, request_id: int, num_tokens: int, last_s: float) -> None:
+        """A request got more tokens, the last of them at `last_s`; it goes on."""
+        served = self._live[request_id]
+        served.output_tokens += num_tokens
+        served.last_s = last_s
+        self.ledger.add_tokens(request_id, num_tokens)
 
     def emit(self, outputs: tuple[Output, ...]) -> None:
         """Tokens and ends, as the client sees them."""

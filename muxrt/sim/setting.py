@@ -17,3 +17,4 @@ class Setting:
     cost: CostModel
     engine: EngineFacts = field(default_factory=EngineFacts)
     gpus: Mapping[str, GpuKind] = field(default_factory=lambda: dict(KINDS))
+    fold: bool = True  # runs of decode steps, for speed; results are the same either way
