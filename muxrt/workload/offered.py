@@ -36,11 +36,13 @@ def offered(
 ) -> list[Offered]:
     """What each model gets; `rows` is the trace where there is one, `hour` None is the busiest.
 
-    A trace's lengths are the same for all models, as its requests are dealt to them at random.
+    A trace without models deals its requests at random: lengths are the same for all. Gaps between
+    requests and drift are not asked: rates are those of the first day.
     Raises ConfigError where a model has no targets, or the trace no requests in the time asked for.
     """
     found = []
     replayed = arrivals(workload, rows) if workload.trace is not None else []
+    names = any(row.model is not None for row in rows)
     for model in workload.models:
         slo = model.slo or workload.slo
         if slo is None:
@@ -48,8 +50,10 @@ def offered(
                 f"{model.name} has no slo, expected ttft_s and tpot_s for the model or the workload"
             )
         if workload.trace is not None:
-            rate_rps = len(replayed) * shares(workload)[model.name] / workload.duration_s
-            prompt, output = _of_trace(workload, replayed)
+            mine = [a for a in replayed if a.model == model.name] if names else replayed
+            share = 1.0 if names else shares(workload)[model.name]
+            rate_rps = len(mine) * share / workload.duration_s
+            prompt, output = _of_trace(workload, mine)
         else:
             rate_rps = rates(workload)[model.name] * _busiest(workload, hour)
             prompt = moments(model.prompt or workload.prompt)
