@@ -111,3 +111,43 @@ def test_too_long_a_warm_up_is_misuse(command_line: CommandLine, files: tuple[Pa
     answer = command_line("simulate", *files, "--warmup", 10)
     assert answer.code == 2
     assert "less than the 10 s of load" in answer.err
+
+
+def test_processes_change_nothing(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    units = files[0].read_text()
+    apart = units.replace(", {name: cold}]", "]") + "  - name: second\n" + "".join(
+        line.replace("name: hot", "name: cold") + "\n"
+        for line in units.replace(", {name: cold}]", "]").splitlines()[5:]
+    )  # fmt: skip
+    files[0].write_text(apart)
+    one, two = (command_line("simulate", *files, "--json", "--processes", n) for n in (1, 2))
+    assert one.code == two.code == 0
+    assert one.out == two.out
+    assert len(json.loads(one.out)["units"]) == 2
+
+
+def test_placements_are_compared_and_drawn(
+    command_line: CommandLine, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(CONFIG.replace("gpus: [0]", "gpus: [0, 1]"))
+    more = ("--compare", other, "--speed", 1, "--speed", 9, "--plot", tmp_path / "curves.svg")
+    answer = command_line("simulate", *files, *more)
+    assert answer.code == 0
+    assert answer.out.count("other.yaml") == 2
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    data = json.loads(command_line("simulate", *files, "--json", *more).out)
+    slow, fast = (data[str(path)]["9"]["total"]["tpot_s"]["p50"] for path in (files[0], other))
+    assert fast < slow
+
+
+def test_the_largest_rate_is_found(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    answer = command_line("simulate", *files, "--find-goodput", 0.9, "--json", "--duration", 5)
+    (found,) = json.loads(answer.out).values()
+    assert 1 < found["speed"] < found["too_fast"] <= 1.02 * found["speed"]
+    assert found["rate_rps"] > 5
+
+
+def test_several_speeds_want_a_plot(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    answer = command_line("simulate", *files, "--speed", 1, "--speed", 2)
+    assert (answer.code, "several are for --plot" in answer.err) == (2, True)

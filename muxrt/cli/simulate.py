@@ -31,8 +31,22 @@ def simulate(
     warmup: Annotated[
         float, typer.Option(min=0, help="Seconds of load at the start that are not counted.")
     ] = 0.0,
-    speed: Annotated[float, typer.Option(min=0.001, help="Multiplies every rate.")] = 1.0,
+    speed: Annotated[
+        list[float] | None,
+        typer.Option(min=0.001, help="Multiplies every rate; several for --plot."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the file's.")] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Other placements, under the same requests.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Attainment by rate and by SLO scale: .svg or .png.")
+    ] = None,
+    find_goodput: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Find the largest rate with this attainment: 0.9."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Units are spread over so many.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Serve requests with a placement on a virtual clock: no GPU, the same scheduler.
@@ -43,25 +57,9 @@ def simulate(
     Example: muxrt simulate placement.yaml configs/workloads/muxserve.yaml
     --plan configs/plans/muxserve.yaml --duration 60
     """
-    import msgspec
-
-    from muxrt.cli.show import console
-    from muxrt.cli.simulate_input import Facts, load_case
-    from muxrt.cli.simulate_table import print_report
-    from muxrt.sim.report import as_json as as_data
-    from muxrt.sim.report import make_report
-    from muxrt.sim.simulate import simulate as run
+    from muxrt.cli.simulate_input import Facts, Load
+    from muxrt.cli.simulate_run import Asked, run
 
     facts = Facts(tuple(profile or ()), plan, control, interference)
-    case = load_case(config, workload, facts, duration_s=duration, speed=speed, seed=seed)
-    done = run(case.config, case.setting, case.arrivals)
-    if warmup >= case.duration_s:
-        raise typer.BadParameter(
-            f"found {warmup:g}, expected less than the {case.duration_s:g} s of load",
-            param_hint="--warmup",
-        )
-    report = make_report(done.served, done.units, case.slos, case.duration_s, warmup)
-    if as_json:
-        print(msgspec.json.format(msgspec.json.encode(as_data(report))).decode())
-    else:
-        print_report(console(), report)
+    load = Load(workload, duration, tuple(speed or (1.0,)), seed, warmup)
+    run(Asked((config, *(compare or ())), facts, load, find_goodput, plot, processes, as_json))

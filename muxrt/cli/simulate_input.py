@@ -33,6 +33,17 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """The requests, as the command line has them."""
+
+    workload: Path
+    duration_s: float | None = None  # None: the file's
+    speeds: tuple[float, ...] = (1.0,)
+    seed: int | None = None
+    warmup_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """A placement, what it is simulated in, and its requests."""
 
@@ -43,15 +54,7 @@ class Case:
     duration_s: float  # in which requests come
 
 
-def load_case(
-    config_file: Path,
-    workload_file: Path,
-    facts: Facts,
-    *,
-    duration_s: float | None,
-    speed: float,
-    seed: int | None,
-) -> Case:
+def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -> Case:
     """Read and join everything.
 
     Raises ConfigError: one line with file, key, what was found and what was expected.
@@ -64,12 +67,12 @@ def load_case(
         }
     except KeyedError as problem:
         raise file.document.locate(problem) from None
-    workload = with_models(load_workload(workload_file), [m.name for m in file.config.models])
-    workload = adjusted(workload, duration_s=duration_s, speed=speed, seed=seed)
+    workload = with_models(load_workload(load.workload), [m.name for m in file.config.models])
+    workload = adjusted(workload, duration_s=load.duration_s, speed=speed, seed=load.seed)
     rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
     found = arrivals(workload, rows)
     if not found:
-        raise ConfigError(f"{workload_file}: no request comes in {workload.duration_s:g} s")
+        raise ConfigError(f"{load.workload}: no request comes in {workload.duration_s:g} s")
     gpus, engine, profiles = _known(facts)
     cost = CostModel([load_profile(path) for path in profiles], gpus)
     setting = Setting(shapes, cost, engine, gpus)

@@ -1,10 +1,13 @@
 """A simulated run as tables for people."""
 
+from collections.abc import Mapping, Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from muxrt.sim.report import Report, Row, Spread
+from muxrt.sim.search import Found
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -25,6 +28,52 @@ def print_report(console: Console, report: Report) -> None:
     )
     console.print(_models(report))
     console.print(_units(report))
+
+
+def print_comparison(
+    console: Console, speeds: Sequence[float], curves: Mapping[str, Sequence[Report]]
+) -> None:
+    """A line per placement and speed."""
+    table = _table(
+        "placement", "speed", "requests/s", "in SLO", "goodput/s", "TTFT ms\np50 / p99",
+        "TPOT ms\np50 / p99", "tokens/s", "preempted", "refused",
+    )  # fmt: skip
+    for name, reports in curves.items():
+        for speed, report in zip(speeds, reports, strict=True):
+            total = report.total
+            table.add_row(
+                name,
+                f"{speed:g}",
+                f"{total.requests / report.duration_s:.1f}",
+                "-" if total.attainment is None else f"{total.attainment:.1%}",
+                "-" if total.goodput_rps is None else f"{total.goodput_rps:.1f}",
+                _pair(total.ttft_s, 1e3, 0),
+                _pair(total.tpot_s, 1e3, 1),
+                f"{total.output_tokens_per_s:.0f}",
+                str(total.preemptions),
+                str(total.refused),
+            )
+    console.print(table)
+
+
+def print_found(
+    console: Console, target: float, found: Mapping[str, Found], rates: Mapping[str, float]
+) -> None:
+    """A line per placement."""
+    for name, one in found.items():
+        if one.speed:
+            console.print(
+                f"{name}: [bold]{rates[name]:.1f} requests/s[/bold] with {target:.0%} within SLO:"
+                f" {one.speed:.3g} times the rates given ({one.too_fast:.3g} is too much;"
+                f" {one.num_tried} tried)",
+                highlight=False,
+            )
+        else:
+            console.print(
+                f"{name}: less than {target:.0%} within SLO even at {one.too_fast:.2g} times the"
+                " rates given",
+                highlight=False,
+            )
 
 
 def _models(report: Report) -> Table:

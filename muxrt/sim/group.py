@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -210,11 +211,23 @@ class _Arrivals:
     next: int = field(default=0)
 
 
+class Watch(Protocol):
+    """Is told of every request that ends, and may have seen enough."""
+
+    def ended(self, served: Served) -> None:
+        """A request got its last token, or was refused."""
+
+    @property
+    def is_certain(self) -> bool:
+        """The simulation may stop."""
+
+
 class Simulation:
     """Router, units and clock of one group."""
 
-    def __init__(self, group: Group, setting: Setting) -> None:
+    def __init__(self, group: Group, setting: Setting, watch: Watch | None = None) -> None:
         """Raises ConfigError where a unit cannot be laid out or costed."""
+        self._watch = watch
         self.loop = EventLoop()
         self.ledger = Ledger()
         self.served: list[Served] = []
@@ -245,6 +258,8 @@ class Simulation:
         self._expect()
         self.loop.at(self._next_sample_s, self._sample, PLAN)
         while self._live or self._coming.next < len(arrivals):
+            if self._watch is not None and self._watch.is_certain:
+                break
             if not self.loop.step():
                 raise AssertionError("requests wait and nothing is going to happen")
         wall_s = max((s.last_s for s in self.served if s.last_s is not None), default=0.0)
@@ -285,11 +300,11 @@ class Simulation:
         self.served.append(served)
         room = self._lengths[arrival.model] - arrival.prompt_tokens
         if room < 1:
-            served.finish, served.refused = FinishReason.ERROR, BadRequest.status
+            self._turn_away(served, BadRequest.status)
             return
         queued = self.ledger.queued(arrival.model)
         if queued and queued + 1 > spec.max_queue:
-            served.finish, served.refused = FinishReason.ERROR, Overloaded.status
+            self._turn_away(served, Overloaded.status)
             return
         replicas = self._replicas[arrival.model]
         if len(replicas) > 1:  # the router counts the tokens of each
@@ -312,6 +327,11 @@ class Simulation:
         self._live[request.id] = served
         self.ledger.open(request, replica.unit)
         self.units[replica.unit].add(request)
+
+    def _turn_away(self, served: Served, status: int) -> None:
+        served.finish, served.refused = FinishReason.ERROR, status
+        if self._watch is not None:
+            self._watch.ended(served)
 
     def advance(self, request_id: int, num_tokens: int, last_s: float) -> None:
         """A request got more tokens, the last of them at `last_s`; it goes on."""
@@ -337,3 +357,5 @@ class Simulation:
                     served.refused = output.refusal.status
                 del live[output.request_id]
                 self.ledger.close(output.request_id)
+                if self._watch is not None:
+                    self._watch.ended(served)
