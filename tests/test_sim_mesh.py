@@ -1,10 +1,10 @@
 """What work costs on lanes: batches of every phase, shares, neighbours that come and go."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
-from sim_world import COST, setting, steps, unit
+from sim_world import setting, steps, unit
 
 from muxrt.config.placement import Lanes, Mesh, UnitModel, UnitSpec
 from muxrt.config.plan import EngineFacts
@@ -27,8 +27,7 @@ def batch(phase: Phase, *entries: tuple[int, int], lane: int = 0, number: int = 
 
 
 def mesh_cost(spec: UnitSpec, facts: EngineFacts | None = None) -> MeshCost:
-    known = setting("a", "b")
-    return MeshCost(spec, known.shapes, known.gpus, COST, facts or EngineFacts(), 1 << 20)
+    return MeshCost(spec, setting("a", "b", facts=facts), 1 << 20)
 
 
 def test_a_prefill_in_chunks_attends_to_as_much_as_whole() -> None:
@@ -80,6 +79,10 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
     step_s = steps(0.5).decode_s(4, 400)
     assert cost.batch_s("a", work, 0.5, is_alone=True) == pytest.approx(step_s + 0.004)
     assert cost.batch_s("a", work, 0.5, is_alone=False) == pytest.approx(1.2 * step_s + 0.004)
+    own = replace(setting("a", "b"), control_s={"a": 0.002})
+    cost = MeshCost(unit("a", "b"), own, 1 << 20)
+    assert cost.batch_s("a", work, 0.5, is_alone=True) == pytest.approx(step_s + 0.008)
+    assert cost.batch_s("b", work, 0.5, is_alone=True) == pytest.approx(step_s)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +120,8 @@ class Bench:
     elapsed: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = setting("a")
         self.loop = EventLoop()
-        cost = Halves(unit("a"), known.shapes, known.gpus, COST, EngineFacts(), 1 << 20)
-        self.mesh = MeshExecutor(self.loop, cost)
+        self.mesh = MeshExecutor(self.loop, Halves(unit("a"), setting("a"), 1 << 20))
 
     def launch(self, number: int, lane: int, seconds: int, at_s: float = 0.0) -> None:
         work = batch(Phase.PREFILL, (0, seconds), lane=lane, number=number)

@@ -121,9 +121,7 @@ class SimUnit:
         self._loop = group.loop
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         block_bytes = self.plan.arena.block_bytes
-        cost = MeshCost(
-            spec, setting.shapes, setting.gpus, setting.cost, setting.engine, block_bytes
-        )
+        cost = MeshCost(spec, setting, block_bytes)
         folding = None
         if setting.fold:
             folding = FoldingExecutor(self._loop, cost, group.advance, self._horizon)

@@ -15,18 +15,15 @@ Assumptions, each of which a measurement on GPUs may replace:
 * Copies between the arena and host memory run at the links' speed and slow nobody down.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from muxrt.config.cluster import GpuKind
-from muxrt.config.model import ModelShape
 from muxrt.config.placement import UnitSpec
-from muxrt.config.plan import EngineFacts
 from muxrt.core import ID_BYTES, Copy, Phase
 from muxrt.cost.batch import BatchWork, batch_s
-from muxrt.cost.model import CostModel
 from muxrt.cost.steps import SharedSteps, Steps
 from muxrt.errors import ConfigError
+from muxrt.sim.setting import Setting
 
 # PCIe 4.0 x16, as A100's data sheet has it (32e9), at the 80 % that large copies reach.
 HOST_LINK_BYTES_PER_S = 25.6e9
@@ -45,13 +42,11 @@ class MeshCost:
     def __init__(
         self,
         spec: UnitSpec,
-        shapes: Mapping[str, ModelShape],
-        gpus: Mapping[str, GpuKind],
-        cost: CostModel,
-        facts: EngineFacts,
+        setting: Setting,
         block_bytes: int,
     ) -> None:
-        """`shapes` by model, `gpus` by kind. Raises ConfigError for a mesh without GPUs."""
+        """Raises ConfigError for a mesh without GPUs, or of a kind that nobody knows."""
+        gpus = setting.gpus
         kind, numbers = spec.mesh.kind, spec.mesh.gpus
         if spec.mesh.device != "gpu" or kind is None or kind not in gpus or not numbers:
             raise ConfigError(
@@ -67,12 +62,16 @@ class MeshCost:
         self._lanes = spec.lanes.sm_pct or (100,)
         tp = len(numbers)
         self._steps: dict[str, SharedSteps] = {
-            model.name: cost.steps(shapes[model.name], tp, gpus[kind]) for model in spec.models
+            model.name: setting.cost.steps(setting.shapes[model.name], tp, gpus[kind])
+            for model in spec.models
         }
         self._at: dict[tuple[str, float], Steps] = {}
         self._shares: dict[tuple[Runner, ...], list[float]] = {}
-        self._slower = 1 + facts.interference
-        self._control_s = facts.control_s
+        self._slower = 1 + setting.engine.interference
+        self._control_s = {
+            model.name: setting.control_s.get(model.name, setting.engine.control_s)
+            for model in spec.models
+        }
         self._copy_bytes_per_s = HOST_LINK_BYTES_PER_S * tp
         self._block_bytes = block_bytes
 
@@ -111,7 +110,7 @@ class MeshCost:
         seconds = batch_s(steps, work)
         if not is_alone:
             seconds *= self._slower
-        return seconds + self._control_s * work.decodes
+        return seconds + self._control_s[model] * work.decodes
 
     def copy_s(self, copy: Copy) -> float:
         """Seconds to move the blocks between the arena and host memory."""

@@ -17,4 +17,5 @@ class Setting:
     cost: CostModel
     engine: EngineFacts = field(default_factory=EngineFacts)
     gpus: Mapping[str, GpuKind] = field(default_factory=lambda: dict(KINDS))
+    control_s: Mapping[str, float] = field(default_factory=dict)  # by model, before the engine's
     fold: bool = True  # runs of decode steps, for speed; results are the same either way
