@@ -21,6 +21,7 @@ from muxrt.sched.quota import Demand, initial_quotas
 from muxrt.sched.scheduler import Limits, Scheduler
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+ONE_DEVICE = ("green", "mps", "stream")  # lanes that are parts of it, not cores of their own
 # Until the first copy was measured: memcpy of a two-channel server, read and write.
 HOST_COPY_BYTES_PER_S = 4e9
 
@@ -97,7 +98,9 @@ def _served(unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelSha
             f" {shape.max_positions} positions"
         )
     max_sequences = unit.scheduling.max_sequences
-    return ServedModel(spec.name, arena.models[spec.name], length, max_sequences, spec.slo)
+    is_one_device = unit.lanes.kind in ONE_DEVICE
+    layout = arena.models[spec.name]
+    return ServedModel(spec.name, layout, length, max_sequences, spec.slo, is_one_device)
 
 
 def _demands(

@@ -184,11 +184,11 @@ class DecodeRun:
 
     def can_decode(self, model: str, lane: int) -> bool:
         """Some cohort may run on `lane`."""
-        return any(not c.in_flight or c.lane == lane for c in self._cohorts[model])
+        return bool(self._ready(model, lane))
 
     def decode(self, model: str, lane: int) -> FoldedJob | None:
         """One step of every cohort of `model` that may run on `lane`; raises `_Over`."""
-        chosen = [c for c in self._cohorts[model] if not c.in_flight or c.lane == lane]
+        chosen = self._ready(model, lane)
         if not chosen:
             return None
         self._grow(model, chosen)
@@ -207,8 +207,15 @@ class DecodeRun:
         job = FoldedJob(lane, runner, work, self._land, id=number, cohorts=chosen)
         self._scheduler._flights[number] = _Flight(cast(Batch, job))
         self._scheduler._lane_load[lane] += 1
+        decodes = self.queues[model].decodes
+        decodes[lane] = decodes.get(lane, 0) + 1
         self._folded[number] = job
         return job
+
+    def _ready(self, model: str, lane: int) -> list[Cohort]:
+        if self.queues[model].is_elsewhere(lane):
+            return []
+        return [c for c in self._cohorts[model] if not c.in_flight or c.lane == lane]
 
     def _grow(self, model: str, chosen: list[Cohort]) -> None:
         """Take the groups that sequences need for their next token, all or none."""
@@ -267,6 +274,7 @@ class DecodeRun:
             self._executor.disown(number)
         del scheduler._flights[number]
         scheduler._lane_load[job.lane] -= 1
+        scheduler.queues[model].decodes[job.lane] -= 1
         scheduler.latency.observe(model, BatchShape(work.decodes, work.context), elapsed_s)
         scheduler.counters[model].output_tokens += work.decodes
         now = self._loop.now_s
