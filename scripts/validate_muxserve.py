@@ -161,9 +161,11 @@ class Simulated:
 
 def run(case: Case, system: str, options: argparse.Namespace, cost: CostModel) -> Simulated:
     placed = units(case, system, read(options.data / "synthetic_placements.csv"), options)
+    logged = {part.name for one in placed for part in one.models}  # a few logs are missing
     models = tuple(
         ModelSpec(name=llm, preset=model, rate_rps=case.rates[llm], max_queue=NO_LIMIT)
         for llm, model in case.models.items()
+        if llm in logged
     )
     setting = Setting(
         {llm: PRESETS[model] for llm, model in case.models.items()},
@@ -173,13 +175,13 @@ def run(case: Case, system: str, options: argparse.Namespace, cost: CostModel) -
             llm: options.control_scale * CONTROL_S[model] for llm, model in case.models.items()
         },
     )
-    asked = requests(case, options.seed)
+    asked = [one for one in requests(case, options.seed) if one.model in logged]
     done = simulate(ServeConfig(models=models, units=tuple(placed)), setting, asked)
     last_s: dict[str, float] = {}
     for served in done.served:
         assert served.is_answered and served.last_s is not None, served
         last_s[served.model] = max(last_s.get(served.model, 0.0), served.last_s)
-    rates = {llm: case.counts[llm] / last_s[llm] for llm in case.models}
+    rates = {llm: case.counts[llm] / end_s for llm, end_s in last_s.items()}
     uses = [use for placed_unit in done.units for use in placed_unit.models]
     return Simulated(rates, sum(u.preemptions_recompute for u in uses))
 
@@ -236,7 +238,7 @@ def write(
         lines = csv.writer(file)
         for llm, model in case.models.items():
             measured_rps = known.get((case.alpha, case.scale, system, llm))
-            if measured_rps is None:
+            if measured_rps is None or llm not in simulated.rates:
                 continue
             totals[0] += measured_rps
             totals[1] += simulated.rates[llm]

@@ -68,7 +68,7 @@ class FoldingExecutor(MeshExecutor):
         assert isinstance(job, BatchJob) and job.batch is not None
         del self._jobs[job.batch.id]
         super().land(job, elapsed_s)
-        if job.runner.phase is Phase.DECODE and self._unit is not None and is_quiet(self._unit):
+        if self._unit is not None and is_quiet(self._unit):
             self._fold(self._unit)
 
     def settle(self) -> None:

@@ -340,15 +340,17 @@ class Simulation:
 
     def emit(self, outputs: tuple[Output, ...]) -> None:
         """Tokens and ends, as the client sees them."""
-        now, live, add_tokens = self.loop.now_s, self._live, self.ledger.add_tokens
+        now, live, replicas = self.loop.now_s, self._live, self._replicas
         for output in outputs:
             served = live[output.request_id]
             if output.tokens:
+                # The router counts tokens where it has a choice, and who has none yet anywhere.
+                if served.first_s is None or len(replicas[served.model]) > 1:
+                    self.ledger.add_tokens(output.request_id, len(output.tokens))
                 if served.first_s is None:
                     served.first_s = now
                 served.output_tokens += len(output.tokens)
                 served.last_s = now
-                add_tokens(output.request_id, len(output.tokens))
             if output.finish is not None:
                 served.finish = output.finish
                 if output.refusal is not None:
