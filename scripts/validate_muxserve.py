@@ -1,8 +1,7 @@
 """Simulate MuxServe's measured runs on 32 A100 and compare: throughput per model and in all.
 
 Its placements, rates and logged request counts are read from CSV files (`--data`); what was not
-logged is assumed, and stated in docs/validation.md: lengths (lognormal with ShareGPT's means), the
-decode processes' MPS percentage, KV bytes.
+logged is assumed, and stated in docs/validation.md: lengths, arrival times, MPS limits, KV bytes.
 
     python scripts/validate_muxserve.py --data FOLDER --out validation.csv
 """
@@ -41,6 +40,7 @@ PROFILE = Path(__file__).parent.parent / "configs" / "profiles" / "llama_a100.ya
 SYSTEMS = ("spatial", "temporal", "muxserve")
 # Its code's own allowance for scheduling, per sequence and decode step.
 CONTROL_S = {"llama-7b": 1e-4, "llama-13b": 0.8e-4, "llama-30b": 0.7e-4, "llama-65b": 0.7e-4}
+GPU, DECODE_PCTS, BATCHES = "a100-80g", range(30, 100, 10), [2**k for k in range(9)]
 PREFILL_PCT = {"llama-7b": 80, "llama-13b": 90, "llama-30b": 100, "llama-65b": 100}
 PROMPT = Lengths(mean_tokens=161, cv=1.0, min_tokens=4, max_tokens=1024)
 OUTPUT = Lengths(mean_tokens=338, cv=0.7, min_tokens=4, max_tokens=1023)
@@ -97,8 +97,29 @@ def requests(case: Case, seed: int) -> list[Arrival]:
     return sorted(found, key=lambda arrival: arrival.at_s)
 
 
-def units(case: Case, system: str, rows: Rows, options: argparse.Namespace) -> list[UnitSpec]:
+def decode_pct(case: Case, llm: str, gpus: int, cost: CostModel) -> int:
+    """The MPS limit that its planner (Algorithm 2) gives decodes: the least that meets the rate.
+
+    Where none does, the one with the highest throughput.
+    """
+    model, best = case.models[llm], (0.0, DECODE_PCTS[0])
+    shared = cost.steps(PRESETS[model], gpus, KINDS[GPU])
+    prompt, output = float(PROMPT.mean_tokens or 0), float(OUTPUT.mean_tokens or 0)
+    for pct in DECODE_PCTS:
+        steps = shared.at(pct / 100)
+        for batch in BATCHES:
+            prefill_s = shared.at(1.0).prefill_s(batch * prompt, batch * prompt**2)
+            step_s = steps.decode_s(batch, batch * (prompt + output / 2))
+            rate = batch / (prefill_s + output * (step_s + CONTROL_S[model] * batch))
+            best = max(best, (rate, pct))
+        if best[0] >= case.rates[llm]:
+            break
+    return best[1]
+
+
+def units(case: Case, system: str, options: argparse.Namespace, cost: CostModel) -> list[UnitSpec]:
     """The logged meshes; temporal has MuxServe's."""
+    rows = read(options.data / "synthetic_placements.csv")
     placed = "spatial" if system == "spatial" else "muxserve"
     meshes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
@@ -109,7 +130,7 @@ def units(case: Case, system: str, rows: Rows, options: argparse.Namespace) -> l
         ):
             meshes[row["mesh_idx"], row["mesh_gpus"]].append(row["llm"])
     return [
-        unit(case, system, f"mesh-{index}", int(gpus), llms, options)
+        unit(case, system, f"mesh-{index}", int(gpus), llms, options, cost)
         for (index, gpus), llms in meshes.items()
     ]
 
@@ -121,26 +142,26 @@ def unit(
     gpus: int,
     llms: Sequence[str],
     options: argparse.Namespace,
+    cost: CostModel,
 ) -> UnitSpec:
-    decode_pct = options.decode_pct
     weights = sum(2 * num_params(PRESETS[case.models[llm]]) for llm in llms)
     kv_bytes = int(gpus * (GPU_BYTES - PROCESS_BYTES * len(llms)) - weights)
     is_split = system == "muxserve"
     lanes = Lanes(kind="stream", depth=1)
     if is_split:
         # Ten tokens of SMs and two on loan: a prefill and a decode, or decodes alone.
-        lanes = Lanes(kind="mps", sm_pct=(90, decode_pct, decode_pct), depth=1)
+        lanes = Lanes(kind="mps", sm_pct=(90, 40, 40), depth=1)
     return UnitSpec(
         name=name,
         models=tuple(
             UnitModel(
                 name=llm,
-                sm_pct=(PREFILL_PCT[case.models[llm]], decode_pct) if is_split else None,
+                sm_pct=_shares(case, llm, gpus, options, cost) if is_split else None,
             )
             for llm in llms
         ),
         memory=Memory(kv_bytes=kv_bytes, plane_tokens=32),
-        mesh=Mesh(device="gpu", kind="a100-80g", node=0, gpus=tuple(range(gpus))),
+        mesh=Mesh(device="gpu", kind=GPU, node=0, gpus=tuple(range(gpus))),
         lanes=lanes,
         scheduling=Scheduling(
             policy="adbs" if is_split else options.temporal_policy,
@@ -159,8 +180,15 @@ class Simulated:
     preemptions: int
 
 
+def _shares(
+    case: Case, llm: str, gpus: int, options: argparse.Namespace, cost: CostModel
+) -> tuple[int, int]:
+    pct = options.decode_pct or decode_pct(case, llm, gpus, cost)
+    return PREFILL_PCT[case.models[llm]], pct
+
+
 def run(case: Case, system: str, options: argparse.Namespace, cost: CostModel) -> Simulated:
-    placed = units(case, system, read(options.data / "synthetic_placements.csv"), options)
+    placed = units(case, system, options, cost)
     logged = {part.name for one in placed for part in one.models}  # a few logs are missing
     models = tuple(
         ModelSpec(name=llm, preset=model, rate_rps=case.rates[llm], max_queue=NO_LIMIT)
@@ -203,7 +231,7 @@ def main() -> None:
     parser.add_argument("--alpha", nargs="*", default=["1.3", "1.7", "0.7"])
     parser.add_argument("--scale", nargs="*", default=["0.5", "0.75", "1.0", "1.25"])
     parser.add_argument("--system", nargs="*", default=SYSTEMS, choices=SYSTEMS)
-    parser.add_argument("--decode-pct", type=int, default=40)
+    parser.add_argument("--decode-pct", type=int, help="of every model; else as its planner does")
     parser.add_argument(
         "--temporal-policy", default="fcfs", choices=["adbs", "fcfs", "round-robin"]
     )
