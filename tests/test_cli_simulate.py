@@ -148,6 +148,17 @@ def test_the_largest_rate_is_found(command_line: CommandLine, files: tuple[Path,
     assert found["rate_rps"] > 5
 
 
+def test_who_would_be_late_is_refused(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    files[1].write_text(TRAFFIC.replace("rate_rps: 4", "rate_rps: 60"))
+    patient, strict = (
+        json.loads(command_line("simulate", *files, "--json", *more).out)["rows"][0]
+        for more in ([], ["--refuse-late"])
+    )
+    assert strict["refused"] > patient["refused"]
+    assert strict["ttft_s"]["p99"] < 1.2 < patient["ttft_s"]["p99"]
+    assert strict["goodput_rps"] > patient["goodput_rps"]
+
+
 def test_several_speeds_want_a_plot(command_line: CommandLine, files: tuple[Path, Path]) -> None:
     answer = command_line("simulate", *files, "--speed", 1, "--speed", 2)
     assert (answer.code, "several are for --plot" in answer.err) == (2, True)

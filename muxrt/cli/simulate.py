@@ -35,6 +35,9 @@ def simulate(
         list[float] | None,
         typer.Option(min=0.001, help="Multiplies every rate; several for --plot."),
     ] = None,
+    refuse_late: Annotated[
+        bool, typer.Option("--refuse-late", help="Whose first token would miss its target: 429.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the file's.")] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Other placements, under the same requests.")
@@ -61,5 +64,5 @@ def simulate(
     from muxrt.cli.simulate_run import Asked, run
 
     facts = Facts(tuple(profile or ()), plan, control, interference)
-    load = Load(workload, duration, tuple(speed or (1.0,)), seed, warmup)
+    load = Load(workload, duration, tuple(speed or (1.0,)), seed, warmup, refuse_late)
     run(Asked((config, *(compare or ())), facts, load, find_goodput, plot, processes, as_json))

@@ -41,6 +41,7 @@ class Load:
     speeds: tuple[float, ...] = (1.0,)
     seed: int | None = None
     warmup_s: float = 0.0
+    refuse_late: bool = False  # models without a queue_timeout_s get that of their TTFT target
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,19 @@ def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -
     cost = CostModel([load_profile(path) for path in profiles], gpus)
     setting = Setting(shapes, cost, engine, gpus)
     slos = _slos(file.config, workload)
-    return Case(file.config, setting, found, slos, workload.duration_s)
+    config = _refusing(file.config, slos) if load.refuse_late else file.config
+    return Case(config, setting, found, slos, workload.duration_s)
+
+
+def _refusing(config: ServeConfig, slos: Mapping[str, Slo | None]) -> ServeConfig:
+    """`config` where who cannot have a first token in time is refused."""
+    models = []
+    for model in config.models:
+        slo = slos[model.name]
+        if slo is not None and model.queue_timeout_s is None:
+            model = msgspec.structs.replace(model, queue_timeout_s=slo.ttft_s)
+        models.append(model)
+    return msgspec.structs.replace(config, models=tuple(models))
 
 
 def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, tuple[Path, ...]]:
