@@ -33,6 +33,10 @@ VERBS = {
         "muxrt.cli.plan:plan",
         "Choose which models live together, on how many GPUs, and say why.",
     ),
+    "simulate": Verb(
+        "muxrt.cli.simulate:simulate",
+        "Serve requests with a placement on a virtual clock: no GPU, the same scheduler.",
+    ),
     "models": Verb(
         "muxrt.cli.models:models",
         "List the models of a configuration or of a live endpoint.",
