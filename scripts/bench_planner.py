@@ -1,6 +1,7 @@
 """How good are placements, and how long do they take?
 
     python scripts/bench_planner.py cases    # MuxServe's synthetic cases: auto, muxserve, spatial
+    python scripts/bench_planner.py simulated  # the same by the simulator
     python scripts/bench_planner.py sustained  # the traffic of which each strategy serves 90 %
     python scripts/bench_planner.py small    # auto against the best of all placements
     python scripts/bench_planner.py scale    # 19 models on 32 GPUs to 1,000 on 4,096
@@ -24,11 +25,21 @@ from typing import Annotated, Any
 import typer
 from bench_record import FOLDER, Record, draw
 from exhaustive import best_goodput_rps
-from planner_worlds import ALPHAS, CASES, MUXSERVE_CONTROL_S, Case, large, small, synthetic
+from planner_worlds import (
+    ALPHAS,
+    CASES,
+    MUXSERVE_CONTROL_S,
+    Case,
+    large,
+    sim_judge,
+    small,
+    synthetic,
+)
 from rich.console import Console
 from rich.table import Table
 
 from muxrt.errors import ConfigError
+from muxrt.planner.assign import in_order, to_placement
 from muxrt.planner.draft import Draft, check_draft, num_gpus
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.search import Search
@@ -39,6 +50,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of the JSON and the plots.")]
 
 COMPARED = ("spatial", "muxserve", "auto")
+LOAD_S, WARMUP_S = 70.0, 25.0  # simulated; an answer of 338 tokens takes 20 s
 ENOUGH, NUM_HALVINGS = 0.9, 7
 NUM_WRONG, WRONG = 8, 2.0  # rates that are twice or half of what was planned for
 SCALES = ((19, 32), (50, 128), (100, 256), (300, 1024), (1000, 4096))
@@ -104,6 +116,28 @@ def cases(out: Out = FOLDER) -> None:
         }
         record.add("summary", {"control_s": control_s, **summary})
         _show_cases(rows, summary, control_s)
+
+
+@app.command()
+def simulated(
+    alphas: Annotated[str, typer.Option(help="Which cases.")] = "0.7,1.3,1.7",
+    out: Out = FOLDER,
+) -> None:
+    """The cases with MuxServe's control cost, by the simulator: another judge than the search's."""
+    wanted = {float(alpha) for alpha in alphas.split(",")}
+    record = Record(out / "planner_simulated.json", {"load_s": LOAD_S, "warmup_s": WARMUP_S})
+    for case in (case for case in CASES if case.alpha in wanted):
+        problem = synthetic(case, MUXSERVE_CONTROL_S)
+        judge = sim_judge(case, MUXSERVE_CONTROL_S, LOAD_S, WARMUP_S)
+        row: dict[str, Any] = {"alpha": case.alpha, "top_rps": case.top_rps}
+        for name in COMPARED:
+            draft = in_order(problem, place(name, problem)[0])
+            score = QueueingJudge(problem)(draft)
+            total = judge.report(to_placement(problem, draft, score)).total
+            row[name] = {"goodput_rps": total.goodput_rps, "attainment": total.attainment}
+            row[name]["estimated_rps"] = score.goodput_rps
+        record.add("cases", row)
+        Console().print(row)
 
 
 @app.command()

@@ -136,8 +136,9 @@ def _replay(workload: Workload, trace: Trace, rows: Sequence[TraceRow]) -> Itera
         if 0 <= at_s < workload.duration_s:
             model = row.model or rng.choices(list(dealt), list(dealt.values()))[0]
             if model not in dealt:
+                known = ", ".join(dealt)
                 raise ConfigError(
-                    f"{trace.file}: asks for {model!r}, the workload has: {', '.join(dealt)}"
+                    f"{trace.file}: the trace asks for {model!r}, the workload has: {known}"
                 )
             prompt = _scaled(row.prompt_tokens, trace.prompt_scale, trace.max_prompt_tokens)
             output = _scaled(row.output_tokens, trace.output_scale, trace.max_output_tokens)
