@@ -9,7 +9,7 @@ import pytest
 from command_line import CommandLine
 
 from muxrt.config.load import load
-from muxrt.planner.draft import Draft
+from muxrt.planner.draft import Draft, Group, Part
 from muxrt.planner.search import Search
 from muxrt.planner.strategies import STRATEGIES
 from muxrt.planner.strategies.auto import auto
@@ -131,6 +131,27 @@ def test_units_are_numbered_as_they_lie_in_the_nodes(
     assert [unit["unit"]["name"] for unit in data["units"]] == [
         f"unit-{number}" for number in range(len(places))
     ]
+
+
+def test_the_simulator_may_choose(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked about whole drafts, and what it prefers is taken."""
+    asked: list[float] = []
+
+    def least(problem: Problem, search: Search) -> Draft:
+        apart = STRATEGIES["spatial"](problem, search)
+        together = (Group(0, 1, (Part("cold"), Part("hot"))),)
+        asked.extend(search.judge(draft).goodput_rps for draft in (apart, together))
+        return apart
+
+    monkeypatch.setitem(STRATEGIES, "auto", least)
+    traffic = TRAFFIC.replace("top_rate_rps: 8", "top_rate_rps: 60")
+    plan = write(tmp_path, PLAN.replace("llama-13b", "llama-7b"), traffic)
+    answer = command_line("plan", plan, "--judge", "simulator")
+    assert answer.code == 0, answer.err
+    apart, together = asked
+    assert together < 0.9 * apart < 80  # 75 requests/s are offered
 
 
 def test_ctrl_c_keeps_the_best_so_far(

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from muxrt.config.placement import ModelSpec
     from muxrt.planner.capacity import Capacity
     from muxrt.planner.draft import Draft
-    from muxrt.planner.queueing import Score
+    from muxrt.planner.queueing import QueueingJudge, Score
+    from muxrt.planner.search import Judge
+
+
+class JudgeName(StrEnum):
+    """Who decides between the best candidates of a search."""
+
+    QUEUEING = "queueing"
+    SIMULATOR = "simulator"
 
 
 class StrategyName(StrEnum):
@@ -34,6 +42,9 @@ def plan(
         Path | None, typer.Argument(help="Instead of the file's: configs/workloads/*.yaml.")
     ] = None,
     strategy: Annotated[StrategyName, typer.Option(help="How to place.")] = StrategyName.AUTO,
+    judge: Annotated[
+        JudgeName, typer.Option(help="Who chooses between the final candidates of auto.")
+    ] = JudgeName.QUEUEING,
     out: Annotated[Path | None, typer.Option(help="Write the placement to this file.")] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what every other place would cost.")
@@ -75,14 +86,22 @@ def plan(
     wanted.check()
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     asked = load_problem(file, workload, slo, hour)
-    judge = QueueingJudge(asked.problem)
-    capacity = Capacity(asked.problem, judge)
+    estimator = QueueingJudge(asked.problem)
+    capacity = Capacity(asked.problem, estimator)
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
         tell("step times (the first plan on a machine compiles for some seconds)", 0, 1)
         check_feasible(asked.problem, capacity)
-        search = Search(judge, judge, is_over, tell)
+        search = Search(estimator, _judge(judge, asked, estimator), is_over, tell)
         draft = in_order(asked.problem, STRATEGIES[strategy.value](asked.problem, search))
-    _report(asked, capacity, draft, judge(draft), wanted)
+    _report(asked, capacity, draft, estimator(draft), wanted)
+
+
+def _judge(name: JudgeName, asked: "Asked", estimator: "QueueingJudge") -> "Judge":
+    if name is JudgeName.QUEUEING:
+        return estimator
+    from muxrt.cli.plan_judge import simulator
+
+    return simulator(asked, estimator)
 
 
 @dataclass(frozen=True, slots=True)

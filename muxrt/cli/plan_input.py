@@ -1,5 +1,6 @@
 """From the files of `muxrt plan` to a problem."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from muxrt.config.cluster import GpuKind
 from muxrt.config.document import read_document
 from muxrt.config.muxserve import is_muxserve, load_muxserve
 from muxrt.config.placement import ModelSpec, Slo
-from muxrt.config.plan import PlanInput, load_plan
+from muxrt.config.plan import EngineFacts, PlanInput, load_plan
 from muxrt.cost.memory import MemoryRules
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import Profile, load_profile
@@ -18,7 +19,7 @@ from muxrt.planner.workload import Demand, Engine, Lengths, Problem
 from muxrt.workload.offered import Moments, Offered, offered
 from muxrt.workload.spec import Lengths as LengthSpec
 from muxrt.workload.spec import Traffic, Workload, load_workload
-from muxrt.workload.trace import read_trace
+from muxrt.workload.trace import TraceRow, read_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,9 @@ class Asked:
 
     problem: Problem
     models: tuple[ModelSpec, ...]
+    workload: Workload
+    rows: Sequence[TraceRow]  # of its trace
+    engine: EngineFacts
 
 
 def load_problem(
@@ -94,7 +98,7 @@ def _join(plan: PlanInput, workload: Workload, hour: int | None) -> Asked:
         msgspec.structs.replace(specs[found.model], rate_rps=found.rate_rps, slo=found.slo)
         for found in traffic
     )
-    return Asked(problem, models)
+    return Asked(problem, models, workload, rows, plan.file.engine)
 
 
 def _gpu(plan: PlanInput, profile: Profile) -> GpuKind:
