@@ -9,6 +9,8 @@ import pytest
 from command_line import CommandLine
 
 from muxrt.config.load import load
+from muxrt.config.placement import ModelSpec
+from muxrt.config.presets import model_shape
 from muxrt.planner.draft import Draft, Group, Part
 from muxrt.planner.search import Search
 from muxrt.planner.strategies import STRATEGIES
@@ -182,6 +184,16 @@ def test_what_is_overloaded_refuses_what_would_be_late(
     assert "more traffic than is served in time: hot (1 s)" in answer.out
     assert command_line("plan", write(tmp_path), "--out", out).code == 0
     assert {model.queue_timeout_s for model in load(out).models} == {None}
+
+
+def test_a_folder_with_rope_scaling_is_planned(command_line: CommandLine, tmp_path: Path) -> None:
+    """It raised TypeError: a shape with a dict in it was no key."""
+    folders = Path(__file__).parent.parent / "configs" / "demo_models"
+    plan = PLAN.replace("preset: llama-7b", f"path: {folders / 'pydoc-m'}")
+    plan = plan.replace("preset: llama-13b, max_model_len: 1024", f"path: {folders / 'pydoc-s'}")
+    assert model_shape(ModelSpec(name="m", path=str(folders / "pydoc-m")), ()).rope_scaling
+    answer = command_line("plan", write(tmp_path, plan))
+    assert answer.code == 0 and "10.0 of 10.0 requests/s" in answer.out
 
 
 def test_muxserves_own_input(command_line: CommandLine, tmp_path: Path) -> None:

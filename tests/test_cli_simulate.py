@@ -94,6 +94,11 @@ def test_the_plan_tells_gpus_and_engine(
         ("preset: llama-13b", "preset: llama-13", "did you mean llama-13b"),
         ("kv_bytes: 30GiB", "kv_bytes: 1GiB", "one sequence of maximum length per model"),
         ("device: gpu", "device: cpu", "both: found a mesh of"),
+        (
+            "gpus: [0]",
+            "gpus: [0, 1, 2]",
+            "both: found hot on a mesh of 3 GPUs, which do not divide",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(

@@ -9,10 +9,12 @@ import msgspec
 from muxrt.config.cluster import KINDS, GpuKind
 from muxrt.config.document import KeyedError
 from muxrt.config.load import load_file
+from muxrt.config.model import ModelShape
 from muxrt.config.placement import Slo
 from muxrt.config.plan import EngineFacts, load_plan
 from muxrt.config.presets import model_shape
 from muxrt.config.serve import ServeConfig
+from muxrt.cost.memory import allowed_tps
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import load_profile
 from muxrt.errors import ConfigError
@@ -68,6 +70,7 @@ def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -
         }
     except KeyedError as problem:
         raise file.document.locate(problem) from None
+    _check_meshes(file.config, shapes)
     workload = with_models(load_workload(load.workload), [m.name for m in file.config.models])
     workload = adjusted(workload, duration_s=load.duration_s, speed=speed, seed=load.seed)
     rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
@@ -80,6 +83,21 @@ def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -
     slos = _slos(file.config, workload)
     config = _refusing(file.config, slos) if load.refuse_late else file.config
     return Case(config, setting, found, slos, workload.duration_s)
+
+
+def _check_meshes(config: ServeConfig, shapes: Mapping[str, ModelShape]) -> None:
+    """Raise ConfigError for a mesh that does not divide a model of its unit."""
+    for unit in config.units:
+        size = len(unit.mesh.gpus or (0,))
+        for model in unit.models:
+            shape = shapes[model.name]
+            allowed = allowed_tps(shape)
+            if size not in allowed:
+                raise ConfigError(
+                    f"{unit.name}: found {model.name} on a mesh of {size} GPUs, which do not divide"
+                    f" its {shape.num_heads} heads and intermediate_size {shape.intermediate_size};"
+                    f" expected {', '.join(map(str, allowed))}"
+                )
 
 
 def _refusing(config: ServeConfig, slos: Mapping[str, Slo | None]) -> ServeConfig:
