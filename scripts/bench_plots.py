@@ -183,10 +183,10 @@ def draw_planner_scale(data: dict[str, Any], out: Path) -> None:
                 axes.annotate(f"{height:.3g}", (x, height), where, **near)
             axes.set_xscale("log")
             axes.set_xlim(gpus[0] / 2.5, gpus[-1] * 1.3)
-            axes.set_xticks(gpus, [f"{row['models']}\non {row['gpus']}" for row in sizes])
+            axes.set_xticks(gpus, [f"{row['models']}\n{row['gpus']}" for row in sizes])
             axes.minorticks_off()
             axes.set_ylim(0, 1.2 * max(heights))
-            axes.set(title=what, xlabel="models on GPUs")
+            axes.set(title=what, xlabel="models (above) on GPUs (below)")
         _close(figure, data, "one placement by `auto`, one core", out)
 
 
