@@ -156,6 +156,19 @@ def test_the_simulator_may_choose(
     assert together < 0.9 * apart < 80  # 75 requests/s are offered
 
 
+def test_the_simulator_judges_by_a_short_trace(command_line: CommandLine, tmp_path: Path) -> None:
+    """It raised ValueError: the warm-up was longer than the trace."""
+    (tmp_path / "trace.csv").write_text(
+        "time,prompt,output\n" + "".join(f"{n / 10},100,20\n" for n in range(60))
+    )
+    traffic = (
+        "trace: {file: trace.csv}\nduration_s: 6\npower_law: {alpha: 1}\n"
+        "slo: {ttft_s: 1, tpot_s: 0.1}\n"
+    )
+    answer = command_line("plan", write(tmp_path, traffic=traffic), "--judge", "simulator")
+    assert answer.code == 0 and "10.0 of 10.0 requests/s" in answer.out
+
+
 def test_ctrl_c_keeps_the_best_so_far(
     command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

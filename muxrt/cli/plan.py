@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from muxrt.cli.plan_input import Asked
-    from muxrt.config.placement import ModelSpec
     from muxrt.planner.capacity import Capacity
     from muxrt.planner.draft import Draft
     from muxrt.planner.queueing import QueueingJudge, Score
@@ -140,8 +139,9 @@ def _report(
     problem = asked.problem
     placement = to_placement(problem, draft, score)
     others = second_best(problem, capacity, draft) if wanted.explain else []
+    # The estimate of an overloaded unit assumes it: a backlog makes everybody late.
     impatient = overloaded(score)
-    models = tuple(_refusing(m) if m.name in impatient else m for m in asked.models)
+    models = tuple(m.refusing_late() if m.name in impatient else m for m in asked.models)
     if wanted.out is not None:
         wanted.out.write_text(dump(ServeConfig(models=models, units=placement.units)))
     if wanted.as_json:
@@ -155,18 +155,6 @@ def _report(
         from muxrt.cli.plan_picture import draw
 
         draw(wanted.picture, problem, draft, score, placement)
-
-
-def _refusing(model: "ModelSpec") -> "ModelSpec":
-    """The model with requests refused once they are late, unless its file says otherwise.
-
-    The estimate of an overloaded unit assumes it: a backlog makes everybody late.
-    """
-    import msgspec
-
-    if model.queue_timeout_s is not None or model.slo is None:
-        return model
-    return msgspec.structs.replace(model, queue_timeout_s=model.slo.ttft_s)
 
 
 @contextmanager

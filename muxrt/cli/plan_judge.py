@@ -14,7 +14,8 @@ from muxrt.sim.simulate import SimJudge
 from muxrt.workload.arrivals import arrivals
 from muxrt.workload.spec import Traffic, Workload
 
-LOAD_S, WARMUP_S = 60.0, 15.0  # of traffic, and what of it does not count
+LOAD_S = 60.0  # of traffic that is drawn; a trace is as long as its workload says
+WARMUP = 0.25  # of the time: requests that meet an emptier system do not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +28,13 @@ class Simulated:
 def simulator(asked: Asked, estimator: QueueingJudge) -> Callable[[Draft], Simulated]:
     """Serves every draft the same requests on a virtual clock; who is late is refused."""
     workload, problem = _steady(asked), asked.problem
-    slos = {model.name: model.slo for model in asked.models}
-    models = [
-        msgspec.structs.replace(model, queue_timeout_s=model.queue_timeout_s or model.slo.ttft_s)
-        for model in asked.models
-        if model.slo is not None
-    ]
+    models = [model.refusing_late() for model in asked.models]
     shapes = {name: demand.shape for name, demand in problem.demands.items()}
     gpus = {pool.gpu.name: pool.gpu for pool in problem.pools}
     setting = Setting(shapes, problem.cost, asked.engine, gpus)
     requests = arrivals(workload, asked.rows)
-    judge = SimJudge(models, setting, requests, workload.duration_s, slos, WARMUP_S)
+    warmup_s = WARMUP * workload.duration_s
+    judge = SimJudge(models, setting, requests, workload.duration_s, warmup_s=warmup_s)
 
     def judged(draft: Draft) -> Simulated:
         ordered = in_order(problem, draft)

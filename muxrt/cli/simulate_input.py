@@ -81,7 +81,10 @@ def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -
     cost = CostModel([load_profile(path) for path in profiles], gpus)
     setting = Setting(shapes, cost, engine, gpus)
     slos = _slos(file.config, workload)
-    config = _refusing(file.config, slos) if load.refuse_late else file.config
+    config = file.config
+    if load.refuse_late:
+        models = tuple(model.refusing_late(slos[model.name]) for model in config.models)
+        config = msgspec.structs.replace(config, models=models)
     return Case(config, setting, found, slos, workload.duration_s)
 
 
@@ -98,17 +101,6 @@ def _check_meshes(config: ServeConfig, shapes: Mapping[str, ModelShape]) -> None
                     f" its {shape.num_heads} heads and intermediate_size {shape.intermediate_size};"
                     f" expected {', '.join(map(str, allowed))}"
                 )
-
-
-def _refusing(config: ServeConfig, slos: Mapping[str, Slo | None]) -> ServeConfig:
-    """`config` where who cannot have a first token in time is refused."""
-    models = []
-    for model in config.models:
-        slo = slos[model.name]
-        if slo is not None and model.queue_timeout_s is None:
-            model = msgspec.structs.replace(model, queue_timeout_s=slo.ttft_s)
-        models.append(model)
-    return msgspec.structs.replace(config, models=tuple(models))
 
 
 def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, tuple[Path, ...]]:

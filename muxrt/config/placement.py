@@ -59,6 +59,16 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     queue_timeout_s: Positive | None = None  # first token by then, or 429; None = wait
     max_queue: Index = 256  # requests waiting for this model; beyond it 429
 
+    def refusing_late(self, slo: Slo | None = None) -> "ModelSpec":
+        """Itself with a first token that is late refused, where it says nothing of that itself.
+
+        `slo` goes before its own; without any nobody is late.
+        """
+        target = slo or self.slo
+        if self.queue_timeout_s is not None or target is None:
+            return self
+        return msgspec.structs.replace(self, queue_timeout_s=target.ttft_s)
+
     @property
     def folder(self) -> Path:
         """Where its weights are. Raises ConfigError where it has none."""

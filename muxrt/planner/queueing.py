@@ -6,11 +6,13 @@ A unit is a prefill server and a decode server, on two lanes or in turns on one:
   shortest; the wait's tail is exponential with that mean. TTFT = wait + the batch's prefill.
 * Decodes go round: each model's running batch takes one step per round, so a token takes the
   round. A model's batch is rate x output tokens x time per token (Little's law), which makes the
-  round a fixed point; near saturation there is none, and the unit cannot keep up.
+  round a fixed point; near saturation there is none, and the unit cannot keep up. Where no prefill
+  has the other lane, two models decode side by side.
 * KV: the sequences that run are Poisson in number; those that do not fit miss their TTFT.
 
-An overloaded unit admits the share of its traffic that gives the most goodput and refuses the rest,
-as its scheduler does. What is not modelled: bursts beyond Poisson, prefix reuse, preemption.
+An overloaded unit refuses what it cannot serve in time, as its scheduler does: models take turns,
+so each is admitted up to the same rate, the one that gives the most goodput. What is not modelled:
+bursts beyond Poisson, prefix reuse, preemption.
 """
 
 from collections.abc import Sequence
@@ -154,4 +156,4 @@ class QueueingJudge:
         answer = np.empty((len(rated), 5))
         times = self.tables.times
         peak = best_load(times, which, rates, pct is not None, capacity, PRECISION, answer)
-        return Found(Peak(*peak), answer)
+        return Found(peak, answer)
