@@ -30,7 +30,7 @@ from muxrt.planner.workload import Problem
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import planner_worlds
-from exhaustive import best_goodput_rps
+from exhaustive import MAX_STATES, best_goodput_rps
 
 PRESETS = ("llama-7b", "llama-7b", "llama-13b", "llama-30b")
 
@@ -139,9 +139,9 @@ def test_auto_is_close_to_the_best_of_all_placements(seed: int) -> None:
 
 def test_the_exhaustive_search_sees_every_placement() -> None:
     """Held against plain enumeration, where there is little of it."""
-    world = problem([demand("a", 12.0), demand("b", 3.0)], gpus=2)
+    world = problem([demand("a", 90.0), demand("b", 20.0, "llama-13b")], gpus=2)
     judge = QueueingJudge(world)
-    parts = 30  # of a model's traffic: what two models are cut into
+    parts = int(MAX_STATES**0.5) - 1  # of a model's traffic: what two models are cut into
     found = []
     for a, b in product(range(parts + 1), repeat=2):
         shares = (
@@ -159,6 +159,8 @@ def test_the_exhaustive_search_sees_every_placement() -> None:
     wide = (Part("a"), Part("b"))
     found += [judge.goodput_rps(Group(0, 2, wide, pct)) for pct in PREFILL_PCTS]
     assert best_goodput_rps(world) == pytest.approx(max(found))
+    assert max(found) < 0.9 * 110  # not all is served: how traffic is split matters
+    assert sorted(found)[len(found) // 2] < 0.9 * max(found)
 
 
 def test_an_interrupted_search_gives_the_best_so_far() -> None:
