@@ -33,6 +33,10 @@ VERBS = {
         "muxrt.cli.plan:plan",
         "Choose which models live together, on how many GPUs, and say why.",
     ),
+    "profile": Verb(
+        "muxrt.cli.profile:profile",
+        "Measure prefills and decode steps of each model on the cores that this process may use.",
+    ),
     "models": Verb(
         "muxrt.cli.models:models",
         "List the models of a configuration or of a live endpoint.",

@@ -1,5 +1,6 @@
 """From the files of `muxrt plan` to a problem."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import msgspec
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.document import read_document
+from muxrt.config.model import ModelShape
 from muxrt.config.muxserve import is_muxserve, load_muxserve
-from muxrt.config.placement import ModelSpec, Slo
+from muxrt.config.placement import ModelSpec, Scheduling, Slo
 from muxrt.config.plan import PlanInput, load_plan
-from muxrt.cost.memory import MemoryRules
-from muxrt.cost.model import CostModel
+from muxrt.cost.memory import MemoryRules, ModelBytes, activation_bytes, kv_token_bytes
+from muxrt.cost.model import CostModel, arithmetic
 from muxrt.cost.profile import Profile, load_profile
+from muxrt.engine.build import DTYPE_BYTES, kv_dtype, linear_dtype, weight_bytes, weight_dtype
 from muxrt.errors import ConfigError
 from muxrt.planner.workload import Demand, Engine, Lengths, Problem
 from muxrt.workload.offered import Moments, Offered, offered
@@ -86,7 +89,9 @@ def _join(plan: PlanInput, workload: Workload, hour: int | None) -> Asked:
     profiles = [load_profile(Path(name)) for name in plan.file.profiles]
     kinds = {group.gpu: plan.file.cluster.kind(group.gpu) for group in plan.file.cluster.nodes}
     kinds |= {profile.gpu: _gpu(plan, profile) for profile in profiles}
-    engine = _engine(plan)
+    if plan.file.cluster.is_cpu:
+        _check_dtypes(plan, profiles)
+    engine = _engine(plan, profiles)
     problem = Problem(
         plan.file.cluster, demands, CostModel(profiles, kinds), engine, plan.file.largest_tp
     )
@@ -129,21 +134,80 @@ def _demand(found: Offered, spec: ModelSpec, plan: PlanInput) -> Demand:
             f"{found.model}: prompts and answers of {prompt.mean + output.mean:.0f} tokens on"
             f" average do not fit its {most} positions"
         )
-    return Demand(found.model, shape, found.rate_rps, prompt, output, found.slo, most)
+    held = _held(spec, shape, plan) if plan.file.cluster.is_cpu else None
+    return Demand(found.model, shape, found.rate_rps, prompt, output, found.slo, most, held)
+
+
+def _held(spec: ModelSpec, shape: ModelShape, plan: PlanInput) -> ModelBytes:
+    """What a model takes on a CPU: weights and KV in its own dtypes, activations in float32."""
+    facts = plan.file.engine
+    rules = MemoryRules(
+        dtype_bytes=DTYPE_BYTES["float32"],
+        prefill_tokens=_prefill_tokens(plan),
+        max_sequences=facts.max_sequences,
+    )
+    stated = facts.activation_bytes
+    return ModelBytes(
+        weights=weight_bytes(spec, shape),
+        activations=activation_bytes(shape, 1, rules) if stated is None else stated,
+        runtime=0,
+        kv_per_token=kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)]),
+    )
+
+
+def _check_dtypes(plan: PlanInput, profiles: Sequence[Profile]) -> None:
+    """Raise ConfigError for a model whose times were measured with other dtypes."""
+    for spec in plan.file.models:
+        shape = plan.shapes[spec.name]
+        asked = (linear_dtype(spec, shape), weight_dtype(spec, shape), kv_dtype(spec, shape))
+        measured = [
+            (model.weights, model.dtype, model.kv_dtype)
+            for profile in profiles
+            if profile.file is not None
+            for model in profile.file.models
+            if arithmetic(profile.shapes[model.name]) == arithmetic(shape)
+        ]
+        if measured and measured[0] not in (asked, (None, None, None)):
+            raise ConfigError(
+                f"{spec.name}: found weights, dtype and kv_dtype {', '.join(asked)}, but its times"
+                f" were measured with {', '.join(map(str, measured[0]))}: profile it as it is"
+            )
 
 
 def _lengths(moments: Moments) -> Lengths:
     return Lengths(moments.mean, moments.mean_square)
 
 
-def _engine(plan: PlanInput) -> Engine:
+def _stated(plan: PlanInput) -> dict[str, object]:
+    """What the file itself says under `engine`."""
+    stated: dict[str, object] = plan.document.value.get("engine") or {}
+    return stated
+
+
+def _prefill_tokens(plan: PlanInput) -> int:
+    """Of one batch: on a CPU what `muxrt serve` has by default, where the plan says nothing."""
+    if plan.file.cluster.is_cpu and "prefill_tokens" not in _stated(plan):
+        return Scheduling().prefill_tokens
+    return plan.file.engine.prefill_tokens
+
+
+def _engine(plan: PlanInput, profiles: Sequence[Profile]) -> Engine:
+    """What the plan states goes before what a profile measured, and that before the defaults."""
     facts = plan.file.engine
     default = MemoryRules()
     memory = MemoryRules(
         runtime_bytes=default.runtime_bytes if facts.runtime_bytes is None else facts.runtime_bytes,
         activation_bytes=facts.activation_bytes,
-        prefill_tokens=facts.prefill_tokens,
+        prefill_tokens=_prefill_tokens(plan),
         max_sequences=facts.max_sequences,
         source=facts.source or default.source,
     )
-    return Engine(memory, facts.control_s, facts.interference)
+    stated = _stated(plan)
+    measured = [profile.file.engine for profile in profiles if profile.file is not None]
+    control = [engine.control_s for engine in measured if engine.control_s is not None]
+    slower = [engine.interference for engine in measured if engine.interference is not None]
+    return Engine(
+        memory,
+        facts.control_s if "control_s" in stated or not control else control[0],
+        facts.interference if "interference" in stated or not slower else slower[0],
+    )

@@ -5,7 +5,7 @@ the family's own class in `transformers`, because that is what the publisher tes
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -49,7 +49,8 @@ class RopeScaling:
 
     kind: RopeKind
     factor: float
-    parameters: dict[str, Any]  # the rest of the published dict, checked at load
+    # The rest of the published dict, checked at load; a shape must be a key of dicts.
+    parameters: dict[str, Any] = field(hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,9 +58,14 @@ def squares_per_token(shape: ModelShape) -> float:
     share is 1 % there); it matters for long prompts.
     """
     q_width = shape.num_heads * shape.head_dim
-    kv_width = shape.num_kv_heads * shape.head_dim
-    weights = shape.hidden_size * (2 * q_width + 2 * kv_width + 3 * shape.intermediate_size)
-    return (4 * q_width / 2) / (2 * weights)
+    return (4 * q_width / 2) / (2 * linear_params(shape) / shape.num_layers)
+
+
+def linear_params(shape: ModelShape) -> int:
+    """Weights of all layers that each token of a prefill is multiplied with; not the head's."""
+    q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    widths = 2 * q_width + 2 * kv_width + 3 * shape.intermediate_size
+    return shape.num_layers * shape.hidden_size * widths
 
 
 def fit(cells: Sequence[Cell], shape: ModelShape, source: str) -> Fitted:
