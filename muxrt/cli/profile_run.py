@@ -124,7 +124,7 @@ def measure(subject: Subject, cores: tuple[int, ...], effort: Effort, console: C
             clock = _Clock(begun_s, effort.budget_s, is_interrupted, show)
             _measure_cells(probe, grids, effort, clock, found)
             if len(cores) > 1:
-                _measure_beside(probe, grids, halves, len(effort.lanes), clock, found)
+                _measure_beside(probe, grids, halves, effort, clock, found)
             if not is_interrupted():
                 found.control = measure_control(subject)
             found.elapsed_s = monotonic() - begun_s
@@ -220,15 +220,16 @@ def _measure_beside(
     probe: Probe,
     grids: dict[str, list[list[Pass]]],
     halves: tuple[tuple[int, ...], tuple[int, ...]],
-    first_lane: int,
+    effort: Effort,
     clock: _Clock,
     found: Found,
 ) -> None:
     """Each model's prefill beside decodes of the next one, on two halves of the cores."""
+    first_lane = len(effort.lanes)
     names = list(grids)
     pairs = list(zip(names, [*names[1:], names[0]], strict=True))
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    while clock.goes_on(1.0, "side by side") and len(ratios.get(pairs[-1], [])) < BURSTS:
+    while clock.goes_on(1.0, "side by side") and len(ratios.get(pairs[-1], [])) < effort.num_bursts:
         for pair in pairs:
             if not clock.goes_on(1.0, f"{pair[0]} beside {pair[1]}"):
                 break

@@ -12,7 +12,7 @@ from muxrt.core import Phase
 BATCHES = (1, 8, 32, 4, 16, 2, 64)  # of decodes; the first three are level 0
 NUM_CORNERS = 3
 PREFILL_TOKENS = 512  # of a prefill batch: the scheduler's default, longer prompts go in chunks
-PROMPTS = (64, 256, 16, 128, 512, 32)  # tokens of one, down to the shortest that matter
+PROMPTS = (1.0, 0.125, 0.5, 0.03125, 0.25, 0.0625)  # of the longest one
 SEVERAL = ((4, 64), (8, 32), (2, 256), (4, 128), (16, 16))  # prompts of so many tokens each
 CONTEXTS = (0.25, 0.03125, 0.0625, 1.0, 0.125, 0.5)  # of the longest one
 LONGEST_CONTEXT = 4096
@@ -47,21 +47,20 @@ def levels(max_tokens: int, kv_tokens: int) -> list[list[Pass]]:
 
 
 def _fits(one: Pass, max_tokens: int, kv_tokens: int) -> bool:
-    # A decode step needs room for the token that it draws.
-    longest = max_tokens - (one.phase is Phase.DECODE)
-    return 1 <= one.seq_len <= longest and one.tokens <= kv_tokens
+    # There must be room for the token that is drawn.
+    return 1 <= one.seq_len < max_tokens and one.tokens <= kv_tokens
 
 
 def _level(level: int, max_tokens: int) -> Iterator[Pass]:
     reach = min(LONGEST_CONTEXT, max_tokens)
     contexts = [max(1, round(part * reach) - (part == 1.0)) for part in CONTEXTS]
     longest_prompt = min(PREFILL_TOKENS, max_tokens - 1)
-    prompts = [tokens for tokens in PROMPTS if tokens < longest_prompt]
+    prompts = [max(1, round(part * longest_prompt)) for part in PROMPTS]
     corners = BATCHES[:NUM_CORNERS]
     if level == 0:
-        yield Pass(Phase.PREFILL, 1, longest_prompt)
+        yield Pass(Phase.PREFILL, 1, prompts[0])
         yield from (Pass(Phase.DECODE, batch, contexts[0]) for batch in corners)
-        yield from (Pass(Phase.PREFILL, 1, tokens) for tokens in prompts[:2])
+        yield from (Pass(Phase.PREFILL, 1, tokens) for tokens in prompts[1:3])
         yield from (Pass(Phase.DECODE, batch, contexts[1]) for batch in corners)
     elif level == 1:
         yield from (Pass(Phase.DECODE, batch, contexts[0]) for batch in BATCHES)
