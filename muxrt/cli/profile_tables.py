@@ -1,6 +1,6 @@
 """A profile for people and for machines, with how well its fit predicts unseen cells."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,7 @@ def _check_fit(profile: Profile, model: str) -> FitCheck:
         fit(cells, profile.shapes[model], profile.title)
     except ConfigError as error:
         return FitCheck(model, len(cells), None, None, error.message)
-    one = Profile(
-        profile.title,
-        profile.source,
-        profile.licence,
-        profile.gpu,
-        {model: profile.shapes[model]},
-        cells,
-    )
+    one = replace(profile, shapes={model: profile.shapes[model]}, cells=cells)
     try:
         found = errors(held_out(one))
     except ConfigError:

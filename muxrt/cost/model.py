@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from muxrt.config.cluster import GpuKind
 from muxrt.config.model import ModelShape
 from muxrt.cost.calibrate import calibrate
-from muxrt.cost.fitted import fit
+from muxrt.cost.fitted import fit, fit_lanes
 from muxrt.cost.profile import Profile
 from muxrt.cost.roofline import Efficiency, Roofline
 from muxrt.cost.steps import SharedSteps
@@ -51,7 +51,8 @@ class CostModel:
                 same = profile.gpu == gpu.name and arithmetic(profiled) == arithmetic(shape)
                 cells = profile.of(name, tp) if same else ()
                 if cells:
-                    return fit(cells, shape, profile.title)
+                    made = fit_lanes if profile.is_cpu else fit
+                    return made(cells, shape, profile.title)
         return Roofline(shape, tp, gpu, self.efficiency)
 
 

@@ -64,6 +64,13 @@ class Profile:
         return tuple(cell for cell in self.cells if (cell.model, cell.tp) == (model, tp))
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether its shares are lanes of cores."""
+        return (
+            self.file is not None and self.file.kind is not None and self.file.kind.device == "cpu"
+        )
+
+    @property
     def keys(self) -> tuple[tuple[str, int], ...]:
         """What was measured, as (model, tp), in order."""
         return tuple(sorted({(cell.model, cell.tp) for cell in self.cells}))
