@@ -156,6 +156,16 @@ def test_sets_of_cores_are_units_of_their_own(muxrt: CommandLine, tmp_path: Path
     assert {data["times_from"] for data in json.loads(answer.out)["units"]} == {"made up"}
 
 
+def test_no_mesh_is_wider_than_a_set_of_cores(tmp_path: Path) -> None:
+    from muxrt.cli.plan_input import load_problem
+    from muxrt.planner.meshes import mesh_groups
+
+    plan = write(tmp_path, 2, PLAN.replace("gpus: 1", "gpus: 2"))
+    problem = load_problem(plan, None, None, None).problem
+    assert problem.tps("hot", 0) == (1,)
+    assert mesh_groups(problem, 100) == [{(0, 1): 2}]
+
+
 def test_memory_is_counted_in_the_models_own_dtypes(muxrt: CommandLine, tmp_path: Path) -> None:
     plan = write(tmp_path, 2)
     (data,) = json.loads(muxrt("plan", plan, "--json").out)["units"]
