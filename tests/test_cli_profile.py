@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
         return 1e-3 + 1e-6 * one.tokens
 
     monkeypatch.setattr(Probe, "burst", burst)
-    monkeypatch.setattr(Probe, "beside", lambda *_: Beside(1.2, 1.1))
+    monkeypatch.setattr(Probe, "beside", lambda *_: Beside(1e-2, 1e-3, 1.2e-2, 1.1e-3))
     return asked
 
 
@@ -160,6 +161,37 @@ def test_ctrl_c_keeps_what_was_measured(
     data = json.loads(answer.out)
     assert not data["is_whole"] and data["engine"]["control_s"] is None
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_budget_ends_it_with_the_most_telling_cells(
+    muxrt: CommandLine,
+    home: Path,
+    tmp_path: Path,
+    steady: list[Pass],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A clock that moves by a second whenever it is read."""
+    seconds = count()
+    monkeypatch.setattr(profile_run, "monotonic", lambda: float(next(seconds)))
+    out = tmp_path / "p.yaml"
+    answer = muxrt("profile", home / "tiny", "--out", out, "--lanes", 1, "--budget", 10, "--json")
+    assert answer.code == 0 and not json.loads(answer.out)["is_whole"]
+    assert steady == levels(256, 10**6)[0][:8]
+
+
+@pytest.mark.parametrize(("load", "warns"), [(0.1, False), (2.5, True)])
+def test_a_busy_machine_is_said_to_be_busy(
+    load: float,
+    warns: bool,
+    muxrt: CommandLine,
+    home: Path,
+    tmp_path: Path,
+    steady: list[Pass],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    answer = muxrt("profile", home / "tiny", "--out", tmp_path / "p.yaml", "--quick")
+    assert answer.code == 0 and ("other work ran" in answer.out) == warns
 
 
 BAD = {

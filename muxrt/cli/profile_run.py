@@ -23,7 +23,7 @@ from muxrt.engine.messages import Loading
 from muxrt.errors import ConfigError, MuxrtError
 from muxrt.metrics import percentile
 from muxrt.worker.load import load_model
-from muxrt.worker.probe import Probe, Slots
+from muxrt.worker.probe import Beside, Probe, Slots
 
 BURSTS, QUICK_BURSTS = 9, 3  # of each cell, if the time allows
 QUICK_LEVELS = 2
@@ -228,19 +228,19 @@ def _measure_beside(
     first_lane = len(effort.lanes)
     names = list(grids)
     pairs = list(zip(names, [*names[1:], names[0]], strict=True))
-    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    while clock.goes_on(1.0, "side by side") and len(ratios.get(pairs[-1], [])) < effort.num_bursts:
+    rounds: dict[tuple[str, str], list[Beside]] = {}
+    while clock.goes_on(1.0, "side by side") and len(rounds.get(pairs[-1], [])) < effort.num_bursts:
         for pair in pairs:
             if not clock.goes_on(1.0, f"{pair[0]} beside {pair[1]}"):
                 break
-            slower = probe.beside(
+            times = probe.beside(
                 (first_lane, pair[0], _beside_prefill(grids[pair[0]])),
                 (first_lane + 1, pair[1], _beside_decode(grids[pair[1]])),
                 BESIDE_S,
             )
-            ratios.setdefault(pair, []).append(slower)
+            rounds.setdefault(pair, []).append(times)
     found.side_by_side = tuple(
-        _side_by_side(pair, several, grids, halves) for pair, several in ratios.items()
+        _side_by_side(pair, several, grids, halves) for pair, several in rounds.items()
     )
 
 
@@ -257,12 +257,12 @@ def _beside_decode(grid: list[list[Pass]]) -> Pass:
 
 def _side_by_side(
     pair: tuple[str, str],
-    ratios: list[tuple[float, float]],
+    rounds: list[Beside],
     grids: dict[str, list[list[Pass]]],
     halves: tuple[tuple[int, ...], tuple[int, ...]],
 ) -> SideBySide:
     decode = _beside_decode(grids[pair[1]])
-    slower = [round(statistics.median(column), 4) for column in zip(*ratios, strict=True)]
+    times = Beside(*(_estimate(list(column)) for column in zip(*rounds, strict=True)))
     return SideBySide(
         prefill=pair[0],
         prefill_tokens=_beside_prefill(grids[pair[0]]).tokens,
@@ -270,8 +270,8 @@ def _side_by_side(
         batch=decode.batch,
         context=decode.seq_len,
         lanes=(len(halves[0]), len(halves[1])),
-        prefill_slowdown=slower[0],
-        decode_slowdown=slower[1],
+        prefill_slowdown=round(times.first_s / times.first_alone_s, 4),
+        decode_slowdown=round(times.second_s / times.second_alone_s, 4),
     )
 
 

@@ -18,6 +18,8 @@ from muxrt.cost.held_out import Error, errors, held_out
 from muxrt.cost.profile import Profile
 from muxrt.errors import ConfigError
 
+BUSY = 0.5  # load average of the machine from which on figures are not its own
+
 
 @dataclass(frozen=True, slots=True)
 class FitCheck:
@@ -93,6 +95,12 @@ def print_found(
         f" {measured.bursts} bursts each, {measured.seconds:.0f} s",
         highlight=False,
     )
+    if measured.load_average > BUSY:
+        console.print(
+            f"other work ran on this machine (load {measured.load_average:g}): measure again when"
+            " it is quiet before you trust these figures, side by side least of all",
+            highlight=False,
+        )
     for name, kept in subject.alike.items():
         console.print(f"{name} costs what {kept} does: the same shape and dtypes", highlight=False)
     console.print(

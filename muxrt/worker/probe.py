@@ -41,10 +41,12 @@ UNIT = "profile"
 
 
 class Beside(NamedTuple):
-    """Times of two passes beside each other over their times alone."""
+    """Seconds of two passes, each alone and while the other runs."""
 
-    first: float
-    second: float
+    first_alone_s: float
+    second_alone_s: float
+    first_s: float
+    second_s: float
 
 
 class Slots:
@@ -123,25 +125,16 @@ class Probe:
     def beside(
         self, first: tuple[int, str, Pass], second: tuple[int, str, Pass], wanted_s: float
     ) -> Beside:
-        """How much slower (lane, model, pass) are beside each other, within about `wanted_s`.
-
-        Alone, together, alone: so that what the machine does meanwhile is not taken for it.
-        """
-        parts = (first, second)
-        before = [self.burst(*part) for part in parts]
-        counts = [max(2, round(wanted_s / time_s)) for time_s in before]
-        batches = [
-            [self._batch(*part)] * number for part, number in zip(parts, counts, strict=True)
-        ]
-        times = self._run([batch for several in batches for batch in several])
-        split = (times[: counts[0]], times[counts[0] :])
+        """(Lane, model, pass) alone, the other alone, both together: about `wanted_s` each."""
+        several = []
+        for part in (first, second):
+            steps = max(2, round(wanted_s / self.burst(*part)))
+            several.append([self._batch(*part)] * steps)
+        alone = [statistics.median(self._run(batches)) for batches in several]
+        times = self._run([*several[0], *several[1]])
+        split = (times[: len(several[0])], times[len(several[0]) :])
         overlap_s = min(sum(split[0]), sum(split[1]))
-        after = [self.burst(*part) for part in parts]
-        slower = [
-            statistics.median(_within(found, overlap_s)) / statistics.mean(alone)
-            for found, *alone in zip(split, before, after, strict=True)
-        ]
-        return Beside(*slower)
+        return Beside(*alone, *(statistics.median(_within(part, overlap_s)) for part in split))
 
     def close(self) -> None:
         """End the lanes and give their memory back."""
