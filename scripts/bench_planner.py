@@ -1,6 +1,8 @@
 """How good are placements, and how long do they take?
 
     python scripts/bench_planner.py cases    # MuxServe's synthetic cases: auto, muxserve, spatial
+    python scripts/bench_planner.py simulated  # the same by the simulator
+    python scripts/bench_planner.py sustained  # the traffic of which each strategy serves 90 %
     python scripts/bench_planner.py small    # auto against the best of all placements
     python scripts/bench_planner.py scale    # 19 models on 32 GPUs to 1,000 on 4,096
     python scripts/bench_planner.py plot
@@ -23,10 +25,21 @@ from typing import Annotated, Any
 import typer
 from bench_record import FOLDER, Record, draw
 from exhaustive import best_goodput_rps
-from planner_worlds import CASES, MUXSERVE_CONTROL_S, Case, large, small, synthetic
+from planner_worlds import (
+    ALPHAS,
+    CASES,
+    MUXSERVE_CONTROL_S,
+    Case,
+    large,
+    sim_judge,
+    small,
+    synthetic,
+)
 from rich.console import Console
 from rich.table import Table
 
+from muxrt.errors import ConfigError
+from muxrt.planner.assign import in_order, to_placement
 from muxrt.planner.draft import Draft, check_draft, num_gpus
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.search import Search
@@ -37,6 +50,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 Out = Annotated[Path, typer.Option(help="Folder of the JSON and the plots.")]
 
 COMPARED = ("spatial", "muxserve", "auto")
+LOAD_S, WARMUP_S = 70.0, 25.0  # simulated; an answer of 338 tokens takes 20 s
+ENOUGH, NUM_HALVINGS = 0.9, 7
 NUM_WRONG, WRONG = 8, 2.0  # rates that are twice or half of what was planned for
 SCALES = ((19, 32), (50, 128), (100, 256), (300, 1024), (1000, 4096))
 
@@ -101,6 +116,61 @@ def cases(out: Out = FOLDER) -> None:
         }
         record.add("summary", {"control_s": control_s, **summary})
         _show_cases(rows, summary, control_s)
+
+
+@app.command()
+def simulated(
+    alphas: Annotated[str, typer.Option(help="Which cases.")] = "0.7,1.3,1.7",
+    out: Out = FOLDER,
+) -> None:
+    """The cases with MuxServe's control cost, by the simulator: another judge than the search's."""
+    wanted = {float(alpha) for alpha in alphas.split(",")}
+    record = Record(out / "planner_simulated.json", {"load_s": LOAD_S, "warmup_s": WARMUP_S})
+    for case in (case for case in CASES if case.alpha in wanted):
+        problem = synthetic(case, MUXSERVE_CONTROL_S)
+        judge = sim_judge(case, MUXSERVE_CONTROL_S, LOAD_S, WARMUP_S)
+        row: dict[str, Any] = {"alpha": case.alpha, "top_rps": case.top_rps}
+        for name in COMPARED:
+            draft = in_order(problem, place(name, problem)[0])
+            score = QueueingJudge(problem)(draft)
+            total = judge.report(to_placement(problem, draft, score)).total
+            row[name] = {"goodput_rps": total.goodput_rps, "attainment": total.attainment}
+            row[name]["estimated_rps"] = score.goodput_rps
+        record.add("cases", row)
+        Console().print(row)
+
+
+@app.command()
+def sustained(out: Out = FOLDER) -> None:
+    """The largest traffic of which 90 % is served within SLO, placed anew for every rate tried."""
+    record = Record(out / "planner_sustained.json", {"attainment": ENOUGH, "steps": NUM_HALVINGS})
+    for control_s in (MUXSERVE_CONTROL_S, 0.0):
+        for alpha in ALPHAS:
+            rates = {name: sustained_rps(name, alpha, control_s) for name in COMPARED}
+            record.add("rows", {"alpha": alpha, "control_s": control_s, **rates})
+            Console().print(record.data["rows"][-1])
+        rows = [row for row in record.data["rows"] if row["control_s"] == control_s]
+        for other in ("spatial", "muxserve"):
+            mean = statistics.geometric_mean(row["auto"] / row[other] for row in rows)
+            record.add("summary", {"control_s": control_s, "over": other, "mean": round(mean, 3)})
+    Console().print(record.data["summary"])
+
+
+def sustained_rps(name: str, alpha: float, control_s: float) -> float:
+    """Of the most popular model, requests/s; by bisection, to about 2 %."""
+    low, high = 0.0, 160.0
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        problem = synthetic(Case(alpha, middle), control_s)
+        try:
+            draft, _ = place(name, problem)
+        except ConfigError:  # `muxserve` finds no way to place so much
+            high = middle
+            continue
+        offered_rps = sum(demand.rate_rps for demand in problem.demands.values())
+        enough = QueueingJudge(problem)(draft).goodput_rps >= ENOUGH * offered_rps
+        low, high = (middle, high) if enough else (low, middle)
+    return low
 
 
 def _show_cases(rows: list[dict[str, Any]], summary: dict[str, Any], control_s: float) -> None:

@@ -159,6 +159,7 @@ def draw_planner_cases(data: dict[str, Any], out: Path) -> None:
         _bars(axes, groups, colours, "{:.0f}")
         labels = [f"{row['alpha']:g}\n{row['top_rps']:g}/s" for row in measured]
         axes.set_xticks(range(len(measured)), labels)
+        axes.set_yticks(range(0, 101, 20))
         axes.set(title="Requests within their SLO: 19 LLaMAs on 32 A100", ylabel="% of all")
         axes.set_xlabel("popularity's alpha, requests/s of the most popular model")
         axes.legend(ncols=len(names), loc="upper right")
@@ -178,10 +179,10 @@ def draw_planner_scale(data: dict[str, Any], out: Path) -> None:
             heights = [row[key] for row in sizes]
             axes.plot(gpus, heights, "o-", color="#1f6feb")
             for x, height in zip(gpus, heights, strict=True):
-                axes.annotate(
-                    f"{height:g}", (x, height), (0, 7), textcoords="offset points", ha="center"
-                )
+                where, near = (-3, 6), {"textcoords": "offset points", "ha": "right"}
+                axes.annotate(f"{height:.3g}", (x, height), where, **near)
             axes.set_xscale("log")
+            axes.set_xlim(gpus[0] / 2.5, gpus[-1] * 1.3)
             axes.set_xticks(gpus, [f"{row['models']}\non {row['gpus']}" for row in sizes])
             axes.minorticks_off()
             axes.set_ylim(0, 1.2 * max(heights))

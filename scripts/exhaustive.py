@@ -17,7 +17,7 @@ from muxrt.planner.workload import PREFILL_PCTS, Problem
 
 Floats = npt.NDArray[np.float64]
 
-MAX_STATES = 1000  # (parts + 1) ** models: convolutions take its square
+MAX_STATES = 3200  # (parts + 1) ** models: convolutions take its square
 WAYS = {2: ((2,), (1, 1)), 3: ((2, 1), (1, 1, 1)), 4: ((4,), (2, 2), (2, 1, 1), (1, 1, 1, 1))}
 
 

@@ -5,14 +5,20 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+import msgspec
+
 from muxrt.config.cluster import KINDS, Cluster, NodeGroup
-from muxrt.config.placement import Slo
-from muxrt.config.presets import PRESETS
+from muxrt.config.placement import ModelSpec, Slo
+from muxrt.config.plan import EngineFacts
+from muxrt.config.presets import PRESETS, model_shape
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import load_profile
 from muxrt.planner.workload import Demand, Engine, Lengths, Problem
+from muxrt.sim.setting import Setting
+from muxrt.sim.simulate import SimJudge
+from muxrt.workload.arrivals import arrivals
 from muxrt.workload.offered import moments
-from muxrt.workload.spec import load_workload
+from muxrt.workload.spec import PowerLaw, Traffic, load_workload
 
 ROOT = Path(__file__).parent.parent
 GPU = "a100-80g"
@@ -20,6 +26,7 @@ PROFILE = ROOT / "configs" / "profiles" / "llama_a100.yaml"
 WORKLOAD = ROOT / "configs" / "workloads" / "muxserve.yaml"
 # 12 of 7B, 4 of 13B, 2 of 30B, one of 65B, by falling popularity (MuxServe, section 4.2).
 SIZES = ("llama-7b",) * 12 + ("llama-13b",) * 4 + ("llama-30b",) * 2 + ("llama-65b",)
+NAMES = tuple(f"llm-{index}" for index in range(len(SIZES)))
 ALPHAS = (0.7, 1.3, 1.7)
 TOP_RATES = (20.0, 30.0, 40.0, 50.0)  # requests/s of the most popular model
 MUXSERVE_CONTROL_S = 1e-4  # per sequence and decode step: references, 2.7 point 13
@@ -51,6 +58,31 @@ def synthetic(case: Case, control_s: float = 0.0) -> Problem:
     """19 LLaMAs on 32 A100, with the shipped workload's lengths and targets."""
     rates = [case.top_rps * rank**-case.alpha for rank in range(1, len(SIZES) + 1)]
     return Problem(_cluster(32), _demands(SIZES, rates), a100_cost(), Engine(control_s=control_s))
+
+
+def sim_judge(case: Case, control_s: float, duration_s: float, warmup_s: float) -> SimJudge:
+    """The simulator under the case's requests; who cannot have a first token in time is refused."""
+    workload = msgspec.structs.replace(
+        load_workload(WORKLOAD),
+        models=tuple(Traffic(name=name) for name in NAMES),
+        power_law=PowerLaw(alpha=case.alpha, top_rate_rps=case.top_rps),
+        duration_s=duration_s,
+    )
+    slo = workload.slo
+    assert slo is not None
+    models = [
+        ModelSpec(
+            name=name,
+            preset=size,
+            slo=slo,
+            max_model_len=MAX_TOKENS,
+            queue_timeout_s=slo.ttft_s,
+        )
+        for name, size in zip(NAMES, SIZES, strict=True)
+    ]
+    shapes = {model.name: model_shape(model, ()) for model in models}
+    setting = Setting(shapes, a100_cost(), EngineFacts(control_s=control_s))
+    return SimJudge(models, setting, arrivals(workload), duration_s, warmup_s=warmup_s)
 
 
 def large(models: int, gpus: int) -> Problem:

@@ -1,12 +1,19 @@
 """`muxrt plan` as people run it."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from command_line import CommandLine
 
 from muxrt.config.load import load
+from muxrt.planner.draft import Draft, Group, Part
+from muxrt.planner.search import Search
+from muxrt.planner.strategies import STRATEGIES
+from muxrt.planner.strategies.auto import auto
+from muxrt.planner.workload import Problem
 
 PLAN = """\
 cluster: {nodes: [{gpu: a100-80g, gpus: 2}]}
@@ -124,6 +131,57 @@ def test_units_are_numbered_as_they_lie_in_the_nodes(
     assert [unit["unit"]["name"] for unit in data["units"]] == [
         f"unit-{number}" for number in range(len(places))
     ]
+
+
+def test_the_simulator_may_choose(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked about whole drafts, and what it prefers is taken."""
+    asked: list[float] = []
+
+    def least(problem: Problem, search: Search) -> Draft:
+        apart = STRATEGIES["spatial"](problem, search)
+        together = (Group(0, 1, (Part("cold"), Part("hot"))),)
+        asked.extend(search.judge(draft).goodput_rps for draft in (apart, together))
+        return apart
+
+    monkeypatch.setitem(STRATEGIES, "auto", least)
+    traffic = TRAFFIC.replace("top_rate_rps: 8", "top_rate_rps: 60")
+    plan = write(tmp_path, PLAN.replace("llama-13b", "llama-7b"), traffic)
+    answer = command_line("plan", plan, "--judge", "simulator")
+    assert answer.code == 0, answer.err
+    apart, together = asked
+    assert together < 0.9 * apart < 80  # 75 requests/s are offered
+
+
+def test_ctrl_c_keeps_the_best_so_far(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(problem: Problem, search: Search) -> Draft:
+        assert not search.is_over()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert search.is_over()
+        return auto(problem, search)
+
+    monkeypatch.setitem(STRATEGIES, "auto", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    answer = command_line("plan", write(tmp_path))
+    assert answer.code == 0 and "requests/s within SLO" in answer.out
+    assert "interrupted: the best placement so far" in answer.err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_is_overloaded_refuses_what_would_be_late(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    out = tmp_path / "placement.yaml"
+    busy = write(tmp_path, traffic=TRAFFIC.replace("top_rate_rps: 8", "top_rate_rps: 110"))
+    answer = command_line("plan", busy, "--out", out)
+    timeouts = {model.name: model.queue_timeout_s for model in load(out).models}
+    assert answer.code == 0 and timeouts["hot"] == 1.0
+    assert "more traffic than is served in time: hot (1 s)" in answer.out
+    assert command_line("plan", write(tmp_path), "--out", out).code == 0
+    assert {model.queue_timeout_s for model in load(out).models} == {None}
 
 
 def test_muxserves_own_input(command_line: CommandLine, tmp_path: Path) -> None:

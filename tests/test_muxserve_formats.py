@@ -140,7 +140,9 @@ def test_a_wrong_workload_gets_one_error(case: str, tmp_path: Path) -> None:
 def test_a_trace_of_other_models_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, workload())
     spec = load_workload(path)
-    with pytest.raises(ConfigError, match=r"x.json: asks for 'cold', the workload has: hot$"):
+    with pytest.raises(
+        ConfigError, match=r"x.json: the trace asks for 'cold', the workload has: hot$"
+    ):
         arrivals(replace(spec, models=spec.models[:1]), read_trace(path))
 
 

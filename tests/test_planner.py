@@ -201,13 +201,14 @@ def test_a_scaled_problem_has_other_rates_and_the_same_tables() -> None:
 
 def test_all_lanes_at_once_are_each_of_them_in_turn() -> None:
     world = problem([demand("a", 20.0), demand("b", 4.0, "llama-13b")])
-    judge, pcts, multiples = QueueingJudge(world), (None, 30, 70), (0.5, 1.0, 2.0)
-    found = judge.with_lanes(group(1, "a", "b"), pcts, multiples)
-    assert found == [
-        [judge.goodput_rps(group(1, "a", "b", pct=pct), times) for times in multiples]
-        for pct in pcts
-    ]
-    assert len({rps for row in found for rps in row}) > 5
+    judge, pcts = QueueingJudge(world), (None, 30, 70)
+    found = judge.with_lanes(group(1, "a", "b"), pcts, (1.0, 2.0))
+    alone = [group(1, "a", "b", pct=pct) for pct in pcts]
+    assert [first for first, _ in found] == [judge.goodput_rps(each) for each in alone]
+    # Later multiples are found to less precision.
+    doubled = [judge.goodput_rps(each, 2.0) for each in alone]
+    assert [second for _, second in found] == pytest.approx(doubled, rel=0.1)
+    assert len({rps for row in found for rps in row}) > 4
 
 
 def test_capacity_is_the_rate_that_keeps_its_targets() -> None:
@@ -250,6 +251,7 @@ def test_a_placement_names_gpus_once_and_loads_again(tmp_path: Path) -> None:
     taken = [(u.mesh.node, gpu) for u in placement.units for gpu in u.mesh.gpus or ()]
     assert len(taken) == len(set(taken)) == 7 and set(dict(taken)) == {0, 1}
     shared = placement.units[0]
+    assert shared.scheduling.prefill_tokens == world.engine.memory.prefill_tokens  # as estimated
     assert shared.lanes.sm_pct == (30, 70) and [m.traffic for m in shared.models] == [0.25, 1.0]
     assert sum(model.quota or 0 for model in shared.models) <= 1
     assert shared.memory.kv_bytes == world.kv_bytes(0, 1, ("a", "b"))

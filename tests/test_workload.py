@@ -1,7 +1,10 @@
 """Workloads: what a file may say, and which requests follow from it."""
 
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from statistics import mean, stdev
 
 import pytest
 
@@ -11,6 +14,7 @@ from muxrt.workload.arrivals import arrivals, draw, length_at, rates, shares
 from muxrt.workload.offered import moments, offered
 from muxrt.workload.spec import (
     Diurnal,
+    Drift,
     Lengths,
     PowerLaw,
     Quantile,
@@ -63,11 +67,19 @@ BROKEN = {
     "a misspelt key": (
         "durations: 1",
         ":1: durations: unknown key; did you mean duration_s?; allowed here: title, duration_s,"
-        " seed, models, power_law, diurnal, trace, prompt, output, slo",
+        " seed, models, power_law, diurnal, drift, gap_cv, trace, prompt, output, slo",
     ),
     "a trace and a top rate": (
         "trace: {file: x.csv}\npower_law: {alpha: 1, top_rate_rps: 2}",
         ":2: power_law.top_rate_rps: the trace has the rate: remove this or use trace.speed",
+    ),
+    "a trace and bursts": (
+        "trace: {file: x.csv}\ngap_cv: 2",
+        ":2: gap_cv: the trace has its own times: remove one of the two",
+    ),
+    "a trace and a drift": (
+        "trace: {file: x.csv}\ndrift: {sigma: 1}",
+        ":2: drift: the trace has its own times: remove one of the two",
     ),
     "a trace and a curve": (
         "trace: {file: x.csv}\ndiurnal: {hours: [1]}",
@@ -266,8 +278,8 @@ def test_traces_are_read_in_order_of_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", ": no column TIMESTAMP, expected a CSV with the header TIMESTAMP,"),
-        ("TIMESTAMP,ContextTokens\n1,2\n", ": no column GeneratedTokens, expected a CSV"),
+        ("", ": no column of the time, expected a CSV with a header such as TIMESTAMP,"),
+        ("TIMESTAMP,ContextTokens\n1,2\n", ": no column of the output, expected a CSV"),
         (HEADER, ": the trace has no requests"),
         (HEADER + "1,2,3\nsoon,2,3\n", ":3: found soon,2,3, expected a time and two whole numbers"),
         (HEADER + "1,2\n", ":2: found 1,2,None, expected a time and two whole numbers"),
@@ -279,6 +291,56 @@ def test_a_wrong_trace_gets_one_error(text: str, expected: str, tmp_path: Path) 
     with pytest.raises(ConfigError) as caught:
         read_trace(path)
     assert caught.value.message.startswith(f"{path}{expected}")
+
+
+def test_a_trace_may_name_its_models(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("model,Time,output,prompt\nb,10.5,3,7\na,10,2,5\nb,11,1,9\n")
+    rows = read_trace(path)
+    assert rows[1] == TraceRow(0.5, 7, 3, "b")
+    slo = Slo(ttft_s=1, tpot_s=1)
+    workload = Workload(duration_s=2, models=AB, trace=Trace(file="x"), slo=slo)
+    assert [a.model for a in arrivals(workload, rows)] == ["a", "b", "b"]
+    first, second = offered(workload, rows)
+    assert (first.rate_rps, second.rate_rps) == (0.5, 1.0)
+    assert (first.prompt.mean, second.prompt.mean) == (5, 8)
+    alone = Workload(duration_s=2, models=AB[:1], trace=Trace(file="x"), slo=slo)
+    with pytest.raises(ConfigError, match="the trace asks for 'b', the workload has: a"):
+        arrivals(alone, rows)
+
+
+def gaps(workload: Workload) -> list[float]:
+    times = [arrival.at_s for arrival in arrivals(workload)]
+    return [after - before for before, after in pairwise(times)]
+
+
+@pytest.mark.parametrize("cv", [0.5, 3.0])
+def test_gaps_have_the_spread_asked_for(cv: float) -> None:
+    rated = (Traffic(name="a", rate_rps=20.0),)
+    found = gaps(Workload(duration_s=1000, models=rated, gap_cv=cv))
+    assert mean(found) == pytest.approx(0.05, rel=0.06)
+    assert stdev(found) / mean(found) == pytest.approx(cv, rel=0.1)
+
+
+def test_bursts_follow_the_hours() -> None:
+    rated = (Traffic(name="a", rate_rps=20.0),)
+    hours = Diurnal(hours=(2.0, 0.0, 0.5), hour_s=100)
+    workload = Workload(duration_s=600, models=rated, gap_cv=2.0, diurnal=hours)
+    times = [arrival.at_s for arrival in arrivals(workload)]
+    counts = [sum(hour <= t % 300 < hour + 100 for t in times) for hour in (0, 100, 200)]
+    assert counts[1] == 0
+    assert counts[0] == pytest.approx(8000, rel=0.1)
+    assert counts[2] == pytest.approx(2000, rel=0.15)
+
+
+def test_popularity_drifts_and_the_total_stays() -> None:
+    models = tuple(Traffic(name=name, rate_rps=20.0) for name in "abcd")
+    drift = Drift(sigma=1.0, day_s=100)
+    found = arrivals(Workload(duration_s=500, models=models, drift=drift))
+    days = [Counter(a.model for a in found if int(a.at_s / 100) == day) for day in range(5)]
+    assert all(sum(day.values()) == pytest.approx(8000, rel=0.05) for day in days)
+    assert all(days[0][name] == pytest.approx(2000, rel=0.1) for name in "abcd")
+    assert max(days[4].values()) > 2 * min(days[4].values())
 
 
 def test_the_excerpt_has_its_attribution_and_stays_small() -> None:

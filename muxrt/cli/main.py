@@ -37,6 +37,10 @@ VERBS = {
         "muxrt.cli.profile:profile",
         "Measure prefills and decode steps of each model on the cores that this process may use.",
     ),
+    "simulate": Verb(
+        "muxrt.cli.simulate:simulate",
+        "Serve requests with a placement on a virtual clock: no GPU, the same scheduler.",
+    ),
     "models": Verb(
         "muxrt.cli.models:models",
         "List the models of a configuration or of a live endpoint.",

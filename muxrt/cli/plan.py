@@ -13,9 +13,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from muxrt.cli.plan_input import Asked
+    from muxrt.config.placement import ModelSpec
     from muxrt.planner.capacity import Capacity
     from muxrt.planner.draft import Draft
-    from muxrt.planner.queueing import Score
+    from muxrt.planner.queueing import QueueingJudge, Score
+    from muxrt.planner.search import Judge
+
+
+class JudgeName(StrEnum):
+    """Who decides between the best candidates of a search."""
+
+    QUEUEING = "queueing"
+    SIMULATOR = "simulator"
 
 
 class StrategyName(StrEnum):
@@ -33,6 +42,9 @@ def plan(
         Path | None, typer.Argument(help="Instead of the file's: configs/workloads/*.yaml.")
     ] = None,
     strategy: Annotated[StrategyName, typer.Option(help="How to place.")] = StrategyName.AUTO,
+    judge: Annotated[
+        JudgeName, typer.Option(help="Who chooses between the final candidates of auto.")
+    ] = JudgeName.QUEUEING,
     out: Annotated[Path | None, typer.Option(help="Write the placement to this file.")] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say what every other place would cost.")
@@ -74,13 +86,22 @@ def plan(
     wanted.check()
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     asked = load_problem(file, workload, slo, hour)
-    judge = QueueingJudge(asked.problem)
-    capacity = Capacity(asked.problem, judge)
-    check_feasible(asked.problem, capacity)
+    estimator = QueueingJudge(asked.problem)
+    capacity = Capacity(asked.problem, estimator)
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
-        search = Search(judge, judge, is_over, tell)
+        tell("step times (the first plan on a machine compiles for some seconds)", 0, 1)
+        check_feasible(asked.problem, capacity)
+        search = Search(estimator, _judge(judge, asked, estimator), is_over, tell)
         draft = in_order(asked.problem, STRATEGIES[strategy.value](asked.problem, search))
-    _report(asked, capacity, draft, judge(draft), wanted)
+    _report(asked, capacity, draft, estimator(draft), wanted)
+
+
+def _judge(name: JudgeName, asked: "Asked", estimator: "QueueingJudge") -> "Judge":
+    if name is JudgeName.QUEUEING:
+        return estimator
+    from muxrt.cli.plan_judge import simulator
+
+    return simulator(asked, estimator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +130,43 @@ def _report(
 ) -> None:
     import msgspec
 
-    from muxrt.cli.plan_tables import as_data, print_plan, print_second_best
+    from muxrt.cli.plan_tables import as_data, print_overloaded, print_plan, print_second_best
     from muxrt.cli.show import console
     from muxrt.config.load import dump
     from muxrt.config.serve import ServeConfig
-    from muxrt.planner.assign import to_placement
+    from muxrt.planner.assign import overloaded, to_placement
     from muxrt.planner.explain import second_best
 
     problem = asked.problem
     placement = to_placement(problem, draft, score)
     others = second_best(problem, capacity, draft) if wanted.explain else []
+    impatient = overloaded(score)
+    models = tuple(_refusing(m) if m.name in impatient else m for m in asked.models)
     if wanted.out is not None:
-        wanted.out.write_text(dump(ServeConfig(models=asked.models, units=placement.units)))
+        wanted.out.write_text(dump(ServeConfig(models=models, units=placement.units)))
     if wanted.as_json:
         data = as_data(problem, capacity, draft, score, placement, others)
         print(msgspec.json.format(msgspec.json.encode(data)).decode())
     else:
         print_plan(console(), problem, capacity, draft, score, placement)
+        print_overloaded(console(), impatient, models)
         print_second_best(console(), others)
     if wanted.picture is not None:
         from muxrt.cli.plan_picture import draw
 
         draw(wanted.picture, problem, draft, score, placement)
+
+
+def _refusing(model: "ModelSpec") -> "ModelSpec":
+    """The model with requests refused once they are late, unless its file says otherwise.
+
+    The estimate of an overloaded unit assumes it: a backlog makes everybody late.
+    """
+    import msgspec
+
+    if model.queue_timeout_s is not None or model.slo is None:
+        return model
+    return msgspec.structs.replace(model, queue_timeout_s=model.slo.ttft_s)
 
 
 @contextmanager

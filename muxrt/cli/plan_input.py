@@ -11,7 +11,7 @@ from muxrt.config.document import read_document
 from muxrt.config.model import ModelShape
 from muxrt.config.muxserve import is_muxserve, load_muxserve
 from muxrt.config.placement import ModelSpec, Scheduling, Slo
-from muxrt.config.plan import PlanInput, load_plan
+from muxrt.config.plan import EngineFacts, PlanInput, load_plan
 from muxrt.cost.memory import MemoryRules, ModelBytes, activation_bytes, kv_token_bytes
 from muxrt.cost.model import CostModel, arithmetic
 from muxrt.cost.profile import Profile, load_profile
@@ -21,7 +21,7 @@ from muxrt.planner.workload import Demand, Engine, Lengths, Problem
 from muxrt.workload.offered import Moments, Offered, offered
 from muxrt.workload.spec import Lengths as LengthSpec
 from muxrt.workload.spec import Traffic, Workload, load_workload
-from muxrt.workload.trace import read_trace
+from muxrt.workload.trace import TraceRow, read_trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,9 @@ class Asked:
 
     problem: Problem
     models: tuple[ModelSpec, ...]
+    workload: Workload
+    rows: Sequence[TraceRow]  # of its trace
+    engine: EngineFacts
 
 
 def load_problem(
@@ -82,24 +85,26 @@ def _join(plan: PlanInput, workload: Workload, hour: int | None) -> Asked:
     rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
     specs = {model.name: model for model in plan.file.models}
     traffic = offered(_with_targets(workload, specs), rows, hour=hour)
-    demands = [_demand(found, specs[found.model], plan) for found in traffic if found.rate_rps > 0]
+    profiles = [load_profile(Path(name)) for name in plan.file.profiles]
+    facts = _facts(plan, profiles)
+    demands = [
+        _demand(found, specs[found.model], plan, facts) for found in traffic if found.rate_rps > 0
+    ]
     silent = [found.model for found in traffic if found.rate_rps <= 0]
     if silent:
         raise ConfigError(f"{silent[0]} gets no requests in that hour: plan for another one")
-    profiles = [load_profile(Path(name)) for name in plan.file.profiles]
     kinds = {group.gpu: plan.file.cluster.kind(group.gpu) for group in plan.file.cluster.nodes}
     kinds |= {profile.gpu: _gpu(plan, profile) for profile in profiles}
     if plan.file.cluster.is_cpu:
         _check_dtypes(plan, profiles)
-    engine = _engine(plan, profiles)
     problem = Problem(
-        plan.file.cluster, demands, CostModel(profiles, kinds), engine, plan.file.largest_tp
+        plan.file.cluster, demands, CostModel(profiles, kinds), _engine(facts), plan.file.largest_tp
     )
     models = tuple(
         msgspec.structs.replace(specs[found.model], rate_rps=found.rate_rps, slo=found.slo)
         for found in traffic
     )
-    return Asked(problem, models)
+    return Asked(problem, models, workload, rows, facts)
 
 
 def _gpu(plan: PlanInput, profile: Profile) -> GpuKind:
@@ -121,7 +126,7 @@ def _with_targets(workload: Workload, specs: dict[str, ModelSpec]) -> Workload:
     return msgspec.structs.replace(workload, models=models)
 
 
-def _demand(found: Offered, spec: ModelSpec, plan: PlanInput) -> Demand:
+def _demand(found: Offered, spec: ModelSpec, plan: PlanInput, facts: EngineFacts) -> Demand:
     shape = plan.shapes[found.model]
     most = spec.max_model_len or shape.max_positions
     if most > shape.max_positions:
@@ -134,16 +139,15 @@ def _demand(found: Offered, spec: ModelSpec, plan: PlanInput) -> Demand:
             f"{found.model}: prompts and answers of {prompt.mean + output.mean:.0f} tokens on"
             f" average do not fit its {most} positions"
         )
-    held = _held(spec, shape, plan) if plan.file.cluster.is_cpu else None
+    held = _held(spec, shape, facts) if plan.file.cluster.is_cpu else None
     return Demand(found.model, shape, found.rate_rps, prompt, output, found.slo, most, held)
 
 
-def _held(spec: ModelSpec, shape: ModelShape, plan: PlanInput) -> ModelBytes:
+def _held(spec: ModelSpec, shape: ModelShape, facts: EngineFacts) -> ModelBytes:
     """What a model takes on a CPU: weights and KV in its own dtypes, activations in float32."""
-    facts = plan.file.engine
     rules = MemoryRules(
         dtype_bytes=DTYPE_BYTES["float32"],
-        prefill_tokens=_prefill_tokens(plan),
+        prefill_tokens=facts.prefill_tokens,
         max_sequences=facts.max_sequences,
     )
     stated = facts.activation_bytes
@@ -178,36 +182,29 @@ def _lengths(moments: Moments) -> Lengths:
     return Lengths(moments.mean, moments.mean_square)
 
 
-def _stated(plan: PlanInput) -> dict[str, object]:
-    """What the file itself says under `engine`."""
-    stated: dict[str, object] = plan.document.value.get("engine") or {}
-    return stated
-
-
-def _prefill_tokens(plan: PlanInput) -> int:
-    """Of one batch: on a CPU what `muxrt serve` has by default, where the plan says nothing."""
-    if plan.file.cluster.is_cpu and "prefill_tokens" not in _stated(plan):
-        return Scheduling().prefill_tokens
-    return plan.file.engine.prefill_tokens
-
-
-def _engine(plan: PlanInput, profiles: Sequence[Profile]) -> Engine:
+def _facts(plan: PlanInput, profiles: Sequence[Profile]) -> EngineFacts:
     """What the plan states goes before what a profile measured, and that before the defaults."""
     facts = plan.file.engine
+    stated = plan.document.value.get("engine") or {}
+    measured = [profile.file.engine for profile in profiles if profile.file is not None]
+    found: dict[str, float] = {}
+    for name in ("control_s", "interference"):
+        values = [getattr(engine, name) for engine in measured]
+        known = [value for value in values if value is not None]
+        if known and name not in stated:
+            found[name] = known[0]
+    if plan.file.cluster.is_cpu and "prefill_tokens" not in stated:
+        found["prefill_tokens"] = Scheduling().prefill_tokens  # what was profiled
+    return msgspec.structs.replace(facts, **found)
+
+
+def _engine(facts: EngineFacts) -> Engine:
     default = MemoryRules()
     memory = MemoryRules(
         runtime_bytes=default.runtime_bytes if facts.runtime_bytes is None else facts.runtime_bytes,
         activation_bytes=facts.activation_bytes,
-        prefill_tokens=_prefill_tokens(plan),
+        prefill_tokens=facts.prefill_tokens,
         max_sequences=facts.max_sequences,
         source=facts.source or default.source,
     )
-    stated = _stated(plan)
-    measured = [profile.file.engine for profile in profiles if profile.file is not None]
-    control = [engine.control_s for engine in measured if engine.control_s is not None]
-    slower = [engine.interference for engine in measured if engine.interference is not None]
-    return Engine(
-        memory,
-        facts.control_s if "control_s" in stated or not control else control[0],
-        facts.interference if "interference" in stated or not slower else slower[0],
-    )
+    return Engine(memory, facts.control_s, facts.interference)

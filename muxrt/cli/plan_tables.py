@@ -1,6 +1,6 @@
 """A placement for people, and for machines."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from muxrt.config.placement import Placement, UnitSpec
+from muxrt.config.placement import ModelSpec, Placement, UnitSpec
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, Group, Part, num_gpus
 from muxrt.planner.explain import SecondBest, group_facts
@@ -19,6 +19,7 @@ from muxrt.planner.workload import Problem
 
 GB = 1e9
 WIDEST = 10_000  # columns
+MAX_LISTED = 8  # names in a sentence
 FOOTNOTE = (
     "lanes: % of the SMs for prefills / decodes while both run, or one lane for both in turns;"
     " weights and KV: GB on each GPU; headroom: how many times its traffic a unit could take"
@@ -64,6 +65,24 @@ def print_plan(
     for table in _fitting(console, rows):
         console.print(table)
     console.print(FOOTNOTE, highlight=False)
+
+
+def print_overloaded(console: Console, names: Set[str], models: Sequence[ModelSpec]) -> None:
+    """Who gets more traffic than the placement serves, and what is done about it."""
+    found = [
+        f"{model.name} ({model.queue_timeout_s:g} s)"
+        for model in models
+        if model.name in names and model.queue_timeout_s is not None
+    ]
+    if not found:
+        return
+    more = f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+    listed = ", ".join(found[:MAX_LISTED]) + more
+    console.print(
+        f"[bold]more traffic than is served in time:[/bold] {listed}; requests that wait longer"
+        " than this for their first token are refused (queue_timeout_s)",
+        highlight=False,
+    )
 
 
 def _fitting(console: Console, rows: Sequence[_Unit]) -> list[Table]:

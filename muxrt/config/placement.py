@@ -80,8 +80,8 @@ class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the mesh's compute is shared out."""
 
-    kind: Literal["cores", "processes", "green", "stream"] = "cores"
-    sm_pct: tuple[Percent, ...] | None = None  # of a GPU's SMs: prefill lane, decode lane
+    kind: Literal["cores", "processes", "green", "mps", "stream"] = "cores"
+    sm_pct: tuple[Percent, ...] | None = None  # of a GPU's SMs: prefill lane, decode lanes
     split: tuple[Count, ...] | None = None  # cores per lane; None = two equal lanes
     depth: Count = 2  # works a lane may have in flight (2 hides the control path behind the device)
 

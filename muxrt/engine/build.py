@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.placement import Mesh, ModelSpec, UnitSpec
 from muxrt.core import Sequence
 from muxrt.cost.latency import BatchShape, Latency, OnlineLatency, attention_work
 from muxrt.cost.memory import num_params
@@ -20,7 +20,8 @@ from muxrt.sched.queues import ModelQueue, ServedModel
 from muxrt.sched.quota import Demand, initial_quotas
 from muxrt.sched.scheduler import Limits, Scheduler
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+ONE_DEVICE = ("green", "mps", "stream")  # lanes that are parts of it, not cores of their own
 # Until the first copy was measured: memcpy of a two-channel server, read and write.
 HOST_COPY_BYTES_PER_S = 4e9
 
@@ -37,12 +38,13 @@ class UnitPlan:
     quotas: dict[str, int]
 
 
-def weight_dtype(spec: ModelSpec, shape: ModelShape) -> str:
+def weight_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str:
     """The dtype that weights and activations have on the device."""
     if spec.dtype != "auto":
         return spec.dtype
-    # No CPU computes in float16; float32 holds its values exactly.
-    return "float32" if shape.dtype == "float16" else shape.dtype
+    if device == "cpu" and shape.dtype == "float16":
+        return "float32"  # no CPU computes in float16; float32 holds its values exactly
+    return shape.dtype
 
 
 def linear_dtype(spec: ModelSpec, shape: ModelShape) -> str:
@@ -57,9 +59,9 @@ def weight_bytes(spec: ModelSpec, shape: ModelShape) -> int:
     return linear + tables * DTYPE_BYTES[weight_dtype(spec, shape)]
 
 
-def kv_dtype(spec: ModelSpec, shape: ModelShape) -> str:
+def kv_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str:
     """The dtype of K and V in the arena."""
-    return weight_dtype(spec, shape) if spec.kv_dtype == "auto" else spec.kv_dtype
+    return weight_dtype(spec, shape, device) if spec.kv_dtype == "auto" else spec.kv_dtype
 
 
 def plan_unit(
@@ -72,7 +74,7 @@ def plan_unit(
     """
     names = [model.name for model in spec.models]
     memory = spec.memory
-    kv_shapes = [_kv_shape(models[name], shapes[name]) for name in names]
+    kv_shapes = [_kv_shape(spec.mesh, models[name], shapes[name]) for name in names]
     arena = plan_arena(kv_shapes, memory.plane_tokens, memory.planes_per_block)
     served = {name: _served(spec, arena, models[name], shapes[name]) for name in names}
     num_blocks = memory.kv_bytes // arena.block_bytes
@@ -81,9 +83,11 @@ def plan_unit(
     return UnitPlan(spec, arena, num_blocks, host, served, quotas)
 
 
-def _kv_shape(spec: ModelSpec, shape: ModelShape) -> KvShape:
-    dtype_bytes = DTYPE_BYTES[kv_dtype(spec, shape)]
-    return KvShape(spec.name, shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype_bytes)
+def _kv_shape(mesh: Mesh, spec: ModelSpec, shape: ModelShape) -> KvShape:
+    """Of all ranks of the mesh together: each holds one kv head at least."""
+    dtype_bytes = DTYPE_BYTES[kv_dtype(spec, shape, mesh.device)]
+    kv_heads = max(shape.num_kv_heads, len(mesh.gpus or ()))
+    return KvShape(spec.name, shape.num_layers, kv_heads, shape.head_dim, dtype_bytes)
 
 
 def _served(unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelShape) -> ServedModel:
@@ -94,7 +98,9 @@ def _served(unit: UnitSpec, arena: ArenaLayout, spec: ModelSpec, shape: ModelSha
             f" {shape.max_positions} positions"
         )
     max_sequences = unit.scheduling.max_sequences
-    return ServedModel(spec.name, arena.models[spec.name], length, max_sequences, spec.slo)
+    is_one_device = unit.lanes.kind in ONE_DEVICE
+    layout = arena.models[spec.name]
+    return ServedModel(spec.name, layout, length, max_sequences, spec.slo, is_one_device)
 
 
 def _demands(
@@ -139,8 +145,8 @@ def build_unit(
 
 
 def _limits(spec: UnitSpec) -> Limits:
-    num_lanes = len(spec.lanes.split) if spec.lanes.split else 1
-    return Limits(num_lanes, spec.lanes.depth, spec.scheduling.prefill_tokens)
+    lanes = spec.lanes.split or spec.lanes.sm_pct or (1,)
+    return Limits(len(lanes), spec.lanes.depth, spec.scheduling.prefill_tokens)
 
 
 class PreemptChooser:

@@ -15,6 +15,7 @@ from muxrt.config.placement import (
 )
 from muxrt.planner.draft import Draft, Group
 from muxrt.planner.queueing import GroupScore, PartScore, Score
+from muxrt.planner.station import GOOD
 from muxrt.planner.workload import Pool, Problem
 
 MAX_SEQUENCES = 256  # the schema's default
@@ -38,6 +39,16 @@ def in_order(problem: Problem, draft: Draft) -> Draft:
         return sum(problem.demands[part.model].rate_rps * part.traffic for part in group.parts)
 
     return tuple(sorted(draft, key=lambda group: (group.pool, -group.size, -rate_rps(group))))
+
+
+def overloaded(score: Score) -> set[str]:
+    """Models with more traffic than some unit of theirs serves: what would be late is refused."""
+    return {
+        part.model
+        for group in score.groups
+        for part in group.parts
+        if part.goodput_rps < GOOD * part.rate_rps
+    }
 
 
 def positions(problem: Problem, draft: Draft) -> list[Mesh]:
@@ -88,14 +99,6 @@ def _lanes(pool: Pool, prefill_pct: int | None) -> Lanes:
     return Lanes(kind="green", sm_pct=(prefill_pct, 100 - prefill_pct))
 
 
-def _scheduling(problem: Problem, group: Group, running: float) -> Scheduling:
-    """Slots for the sequences that run; on a CPU, which serves it, the batches of the estimate."""
-    slots = max(MAX_SEQUENCES, ceil(ROOM * running))
-    if not problem.pools[group.pool].is_cpu:
-        return Scheduling(max_sequences=slots)
-    return Scheduling(max_sequences=slots, prefill_tokens=problem.engine.memory.prefill_tokens)
-
-
 def _unit(problem: Problem, number: int, group: Group, mesh: Mesh, score: GroupScore) -> UnitSpec:
     by_name = {part.model: part for part in score.parts}
     scores = [by_name[part.model] for part in group.parts]
@@ -119,7 +122,10 @@ def _unit(problem: Problem, number: int, group: Group, mesh: Mesh, score: GroupS
         memory=Memory(kv_bytes=room * group.size),
         mesh=mesh,
         lanes=_lanes(problem.pools[group.pool], pct),
-        scheduling=_scheduling(problem, group, running),
+        scheduling=Scheduling(
+            prefill_tokens=problem.engine.memory.prefill_tokens,
+            max_sequences=max(MAX_SEQUENCES, ceil(ROOM * running)),
+        ),
     )
 
 

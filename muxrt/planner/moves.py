@@ -1,6 +1,6 @@
 """Small changes of a draft: shift, swap, split, merge, replicate, drop, change of tp, trade."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
@@ -8,8 +8,8 @@ from muxrt.planner.draft import Group, Part
 from muxrt.planner.layout import Layout, Move, Proposal
 
 # Partners that are tried for a group: the least loaded kinds, and only so many.
-NUM_PARTNERS = 8
-NUM_RELEASES = 6
+NUM_PARTNERS = 5
+NUM_RELEASES = 4
 HALF = 0.5  # any share: traffic is dealt anew
 TILTS = (0.1, 0.3)  # of a replica's traffic, to another one
 MAX_HOSTS = 8  # kinds of groups between which a model's traffic is tilted
@@ -24,7 +24,7 @@ class Release:
     gpus: int
 
 
-def moves(layout: Layout, number: int, releases: list[Release]) -> Iterator[Move]:
+def moves(layout: Layout, number: int, releases: Sequence[Release]) -> Iterator[Move]:
     """Changes that begin at one group of a kind."""
     partners = _partners(layout, number)
     yield from growth(layout, number)

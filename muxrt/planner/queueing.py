@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from muxrt.planner.draft import Draft, Group
-from muxrt.planner.station import Floats, Peak, best_load, goodputs
+from muxrt.planner.station import PRECISION, Floats, Peak, best_load, goodputs
 from muxrt.planner.tables import Tables
 from muxrt.planner.workload import Problem
 
@@ -149,9 +149,9 @@ class QueueingJudge:
         """Goodput under SLO, admitting as much of the traffic as serves it best."""
         mesh, pct, rated = (group.pool, group.size), group.prefill_pct, self._rated(group)
         which = np.array([self.tables.row(model, mesh, pct) for _, _, model in rated])
-        rates = np.array([rate_rps for _, rate_rps, _ in rated])
+        rates = np.array([rate_rps * times_rate for _, rate_rps, _ in rated])
         capacity = float(self.problem.kv_bytes(*mesh, group.models))
         answer = np.empty((len(rated), 5))
         times = self.tables.times
-        peak = best_load(times, which, rates, pct is not None, capacity, times_rate, answer)
+        peak = best_load(times, which, rates, pct is not None, capacity, PRECISION, answer)
         return Found(Peak(*peak), answer)

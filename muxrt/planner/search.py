@@ -2,12 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from muxrt.planner.draft import Draft
-from muxrt.planner.queueing import QueueingJudge, Score
+from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.workload import Problem
 
-Judge = Callable[[Draft], Score]
+
+class Judged(Protocol):
+    """What a judge says of a draft: a `Score`, or what a simulation gave."""
+
+    @property
+    def goodput_rps(self) -> float: ...
+
+
+Judge = Callable[[Draft], Judged]
 
 
 def _never() -> bool:

@@ -40,7 +40,8 @@ TTFT_S, TPOT_S, OUTPUT, PROMPT_VARIANCE, SEQUENCE_BYTES, SQUARE_BYTES, NUM_SIZES
 ADMITTED_RPS, ATTAINMENT, MEAN_TTFT_S, MEAN_TPOT_S, BATCH = range(5)
 
 GOOD = 0.95  # attainment from which on nothing is refused
-STEP, PRECISION = 0.15, 0.02  # of loads that are tried: from above, then finer around the best
+# Loads that are tried, each so much below the one before, then finer around the best.
+STEP, PRECISION, LEAST_LOAD = 0.2, 0.02, 1e-4
 MAX_ROUNDS, TOLERANCE = 40, 0.005
 ALWAYS_THERE = 4.0  # decodes of this many sequences, on average, are as good as always there
 HOPELESS = 3.0  # times the target: no use in finding out how late exactly
@@ -51,7 +52,8 @@ class Times(NamedTuple):
 
     prefill: Floats  # [rows, sizes, 5]
     alone_s: Floats  # [rows, BATCHES]: a decode step
-    beside_s: Floats  # likewise, while a prefill runs
+    beside_s: Floats  # likewise on the decode lane, while something runs beside it
+    aside_s: Floats  # likewise on the prefill lane
     facts: Floats  # [rows, 7]
 
 
@@ -64,6 +66,13 @@ class Peak(NamedTuple):
     kv_bytes: float
 
 
+class _Step(NamedTuple):
+    """A decode step: what it adds to a round of all models, and how long it takes itself."""
+
+    share_s: float
+    own_s: float
+
+
 class _Prefills(NamedTuple):
     """How prefills do: the share of time they take, the wait, rate x mean square of a prefill."""
 
@@ -74,18 +83,35 @@ class _Prefills(NamedTuple):
 
 
 @compiled
-def decode_s(times: Times, row: int, batch: float, beside: float) -> float:
-    """One decode step of `batch` sequences, a prefill beside it for that share of the time."""
+def _between(row: Floats, batch: float) -> float:
+    """A row of a table of BATCHES at any batch."""
     low = 0 if batch < 1 else 1 + int(PER_DOUBLING * log2(batch))
     low = min(low, len(BATCHES) - 2)  # beyond the table: on with the slope of its end
     weight = (batch - BATCHES[low]) / (BATCHES[low + 1] - BATCHES[low])
-    alone = times.alone_s[row]
-    alone_s: float = alone[low] + weight * (alone[low + 1] - alone[low])
-    if beside == 0:
-        return alone_s
-    shared = times.beside_s[row]
-    shared_s: float = shared[low] + weight * (shared[low + 1] - shared[low])
-    return alone_s + beside * (shared_s - alone_s)
+    found: float = row[low] + weight * (row[low + 1] - row[low])
+    return found
+
+
+@compiled
+def decode_s(times: Times, row: int, batch: float, beside: float, others: float) -> _Step:
+    """One decode step of `batch` sequences.
+
+    A prefill runs beside it for the share `beside` of the time. In the rest another model decodes
+    too with probability `others`: two lanes then share the work, and each is slower.
+    """
+    own_s = _between(times.alone_s[row], batch)
+    share_s = own_s
+    if others > 0:
+        decode_lane_s = _between(times.beside_s[row], batch)
+        prefill_lane_s = _between(times.aside_s[row], batch)
+        both_s = decode_lane_s * prefill_lane_s / (decode_lane_s + prefill_lane_s)
+        share_s += others * (both_s - share_s)
+        own_s += others * (min(decode_lane_s, prefill_lane_s) - own_s)
+    if beside > 0:
+        decode_lane_s = _between(times.beside_s[row], batch)
+        share_s += beside * (decode_lane_s - share_s)
+        own_s += beside * (decode_lane_s - own_s)
+    return _Step(share_s, own_s)
 
 
 @compiled
@@ -128,30 +154,37 @@ def _prefills(times: Times, which: Ints, rates: Floats, beside: float, own_s: Fl
 
 @compiled
 def _rounds(
-    times: Times, which: Ints, rates: Floats, beside: float, left: float, tpots: Floats
+    times: Times, which: Ints, rates: Floats, is_split: bool, busy: float, tpots: Floats
 ) -> bool:
     """Time per token of each model into `tpots` [n]; False where sequences pile up.
 
     A fixed point: the more sequences run, the longer a round, the more sequences run. Aitken's
-    delta squared speeds it up.
+    delta squared speeds it up. Prefills take `busy` of the time: of the only lane, or of theirs.
     """
     n = len(which)
-    before, older = np.empty(n), np.empty(n)
+    left = 1.0 if is_split else 1 - busy
+    beside = busy if is_split else 0.0
+    before, older, least = np.empty(n), np.empty(n), np.empty(n)
     for model in range(n):
         before[model] = tpots[model] = 0.0
     for number in range(MAX_ROUNDS):
+        running = 0.0
+        for model in range(n):
+            running += rates[model] * times.facts[which[model], OUTPUT] * tpots[model]
         total_s, late = 0.0, n
         for model in range(n):
             row = which[model]
             older[model], before[model] = before[model], tpots[model]
             batch = rates[model] * times.facts[row, OUTPUT] * tpots[model]
             there = 1 - exp(-batch)  # the probability that any of them runs
-            step_s = decode_s(times, row, batch / there if there > 1e-9 else 1.0, beside) / left
-            total_s += there * step_s
-            tpots[model] = (1 - there) * step_s
+            others = 1 - exp(batch - running) if is_split else 0.0
+            step = decode_s(times, row, batch / there if there > 1e-9 else 1.0, beside, others)
+            total_s += there * step.share_s / left
+            tpots[model] = (1 - there) * step.share_s / left
+            least[model] = step.own_s / left
         settled = True
         for model in range(n):
-            tpots[model] += total_s
+            tpots[model] = max(tpots[model] + total_s, least[model])
             if number % 3 == 2:
                 tpots[model] = _ahead(older[model], before[model], tpots[model])
             settled &= abs(before[model] - tpots[model]) <= TOLERANCE * tpots[model]
@@ -181,18 +214,20 @@ def at_load(
     load: float,
     answer: Floats,
 ) -> Peak:
-    """How the unit does when `load` of its traffic is admitted; `answer` [n, 5] has the models."""
+    """How the unit does when it admits of each model at most `load` of the most popular one's rate.
+
+    Models take turns, so the rare ones are served in full. `answer` [n, 5] becomes the models'.
+    """
     n = len(which)
     rates, own_s, tpots = np.empty(n), np.empty(n), np.empty(n)
+    most_rps = _most_rps(offered)
     for model in range(n):
-        rates[model] = offered[model] * load
+        rates[model] = min(offered[model], load * most_rps)
     prefills = _prefills(times, which, rates, 1.0 if is_split else 0.0, own_s)
     for is_second in (False, True):
         if prefills.busy >= 1:
             return _nothing(answer, load)
-        left = 1.0 if is_split else 1 - prefills.busy
-        beside = prefills.busy if is_split else 0.0
-        if not _rounds(times, which, rates, beside, left, tpots):
+        if not _rounds(times, which, rates, is_split, prefills.busy, tpots):
             return _nothing(answer, load)
         running = 0.0
         for model in range(n):
@@ -235,8 +270,9 @@ def _score(
         row, batch = which[model], answer[model, BATCH]
         used += times.facts[row, SEQUENCE_BYTES] * batch
         squares += times.facts[row, SQUARE_BYTES] * batch
-        more_s = decode_s(times, row, batch + sqrt(batch), beside)
-        spread += ((more_s - decode_s(times, row, batch, beside)) / left) ** 2
+        more = decode_s(times, row, batch + sqrt(batch), beside, 0.0)
+        usual = decode_s(times, row, batch, beside, 0.0)
+        spread += ((more.share_s - usual.share_s) / left) ** 2
         longest_s = max(longest_s, tpots[model])
     fit = _normal((capacity - used) / max(sqrt(squares), 1.0))
     longest_step_s = 0.0 if is_split else longest_s
@@ -275,38 +311,49 @@ def _normal(deviations: float) -> float:
 
 
 @compiled
+def _most_rps(offered: Floats) -> float:
+    most_rps = 0.0
+    for model in range(len(offered)):
+        most_rps = max(most_rps, offered[model])
+    return most_rps
+
+
+@compiled
 def best_load(
     times: Times,
     which: Ints,
     offered: Floats,
     is_split: bool,
     capacity: float,
-    most: float,
+    precision: float,
     answer: Floats,
 ) -> Peak:
-    """Admit what serves most, at most `most` times what is offered; the rest is refused."""
-    best = at_load(times, which, offered, is_split, capacity, most, answer)
-    total_rps, attainment = 0.0, 1.0
+    """Admit what serves most of the traffic, found to that relative precision; refuse the rest."""
+    best = at_load(times, which, offered, is_split, capacity, 1.0, answer)
+    attainment = 1.0
     for model in range(len(which)):
-        total_rps += offered[model]
         attainment = min(attainment, answer[model, ATTAINMENT])
     if attainment >= GOOD:
         return best
-    load = (1 - STEP) * most
-    while load > 0 and best.goodput_rps < load * total_rps:
+    most_rps, load = _most_rps(offered), 1.0
+    while load > LEAST_LOAD:
+        load *= 1 - STEP
+        admitted_rps = 0.0
+        for model in range(len(which)):
+            admitted_rps += min(offered[model], load * most_rps)
+        if best.goodput_rps >= admitted_rps:
+            break  # less traffic than what is already served well
         found = at_load(times, which, offered, is_split, capacity, load, answer)
         if found.goodput_rps > best.goodput_rps:
             best = found
-        load -= STEP * most
-    step = STEP * most / 2
-    side, tries = 1.0, 0
-    while step > PRECISION / 2 * most:
-        load = best.load + side * step
-        if 0 < load <= most:
+    step, tries = STEP / 2, 0
+    while abs(step) > precision / 2:
+        load = best.load * (1 + step)
+        if load <= 1:
             found = at_load(times, which, offered, is_split, capacity, load, answer)
             if found.goodput_rps > best.goodput_rps:
                 best, tries = found, 1
-        side, tries = -side, tries + 1
+        step, tries = -step, tries + 1
         if tries == 2:
             step, tries = step / 2, 0
     return at_load(times, which, offered, is_split, capacity, best.load, answer)
@@ -327,12 +374,13 @@ def goodputs(
     `which` [lanes, n] has the rows of each choice, `splits` [lanes] whether it has two lanes.
     """
     n = which.shape[1]
-    answer, rows = np.empty((n, 5)), np.empty(n, np.int64)
+    answer, rows, rates = np.empty((n, 5)), np.empty(n, np.int64), np.empty(n)
     for lanes in range(len(which)):
-        for model in range(n):
-            rows[model] = which[lanes, model]
         for column in range(len(multiples)):
-            peak = best_load(
-                times, rows, offered, splits[lanes] > 0, capacity, multiples[column], answer
-            )
+            for model in range(n):
+                rows[model] = which[lanes, model]
+                rates[model] = offered[model] * multiples[column]
+            # What may come some day need not be known as precisely as what comes now.
+            precision = PRECISION if column == 0 else 2 * STEP
+            peak = best_load(times, rows, rates, splits[lanes] > 0, capacity, precision, answer)
             found[lanes, column] = peak.goodput_rps

@@ -37,6 +37,7 @@ class Tables:
         whole = problem.steps(model, *mesh, 1.0)
         decode, context = problem.steps(model, *mesh, rest), demand.context
         is_split_cpu = prefill_pct is not None and problem.pools[mesh[0]].is_cpu
+        aside = problem.steps(model, *mesh, share)
         times = self.times
         for column, b in enumerate(BATCHES.tolist()):
             control_s = engine.control_s * b
@@ -47,6 +48,7 @@ class Tables:
                 alone_s = whole.decode_s(b, b * context)
             times.alone_s[row, column] = alone_s + control_s
             times.beside_s[row, column] = slower * decode.decode_s(b, b * context) + control_s
+            times.aside_s[row, column] = slower * aside.decode_s(b, b * context) + control_s
         prefills = self._prefills(model, mesh, share, slower)
         times.prefill[row, : len(prefills)] = prefills
         sequence = problem.bytes(model, mesh[1]).kv_per_token * context
@@ -87,7 +89,8 @@ def _empty(rows: int) -> Times:
     def zeros(*shape: int) -> Floats:
         return np.zeros((rows, *shape))
 
-    return Times(zeros(MAX_SIZES, 5), zeros(len(BATCHES)), zeros(len(BATCHES)), zeros(7))
+    alone_s, beside_s, aside_s = (zeros(len(BATCHES)) for _ in range(3))
+    return Times(zeros(MAX_SIZES, 5), alone_s, beside_s, aside_s, zeros(7))
 
 
 def _doubled(times: Times) -> Times:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from muxrt.config.placement import Slo
-from muxrt.core import Sequence, SequenceState
+from muxrt.core import Batch, Phase, Sequence, SequenceState, Work
 from muxrt.kvcache.layout import ModelLayout
 
 
@@ -19,6 +19,8 @@ class ServedModel:
     max_model_len: int  # prompt and output tokens of one sequence
     max_sequences: int  # sequences with a slot: running or preempted
     slo: Slo | None = None
+    # Its lanes are parts of one device: two decode steps at once would read its weights twice.
+    is_kept_whole: bool = False
 
     @property
     def floor_blocks(self) -> int:
@@ -53,6 +55,7 @@ class ModelQueue:
     prefilling: list[Sequence] = field(default_factory=list)  # running, with prompt to schedule
     decoding: list[Sequence] = field(default_factory=list)  # running, one token per step
     free_slots: list[int] = field(default_factory=list)
+    decodes: dict[int, int] = field(default_factory=dict)  # decode batches in flight, by lane
     version: int = 0  # counts changes of running sequences: what was computed before is stale
     _ready: dict[int, Ready] = field(default_factory=dict)  # by lane, until something changes
 
@@ -120,6 +123,18 @@ class ModelQueue:
             self.free_slots.append(sequence.slot)
             sequence.slot = None
 
+    def flew(self, work: Work, count: int) -> None:
+        """A work was launched (1) or is done (-1)."""
+        if isinstance(work, Batch) and work.phase is Phase.DECODE:
+            self.decodes[work.lane] = self.decodes.get(work.lane, 0) + count
+        self.changed()
+
+    def is_elsewhere(self, lane: int) -> bool:
+        """It decodes on another lane and is not to be on two."""
+        if not self.model.is_kept_whole:
+            return False
+        return any(count for other, count in self.decodes.items() if other != lane)
+
     def changed(self) -> None:
         """A running sequence is not what it was."""
         self.version += 1
@@ -134,6 +149,8 @@ class ModelQueue:
 
     def _find_ready(self, lane: int) -> Ready:
         ready, block_tokens = Ready(), self.model.layout.block_tokens
+        if self.is_elsewhere(lane):
+            return ready
         running = SequenceState.RUNNING
         for sequence in self.decoding:
             if (

@@ -41,6 +41,9 @@ class Policy(Protocol):
     def next_batch(self, scheduler: "Scheduler", lane: int, now: float) -> Batch | None:
         """A batch made by `scheduler.prefill` or `scheduler.decode`, or None to leave it idle."""
 
+    def is_steady(self) -> bool:
+        """Decode steps alone change nothing of it but whose turn it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -315,7 +318,7 @@ class Scheduler:
     def _fly(self, work: AnyWork, sequences: list[Sequence]) -> AnyWork:
         self._flights[work.id] = _Flight(work, sequences)
         self._lane_load[work.lane] += 1
-        self.queues[work.model].changed()
+        self.queues[work.model].flew(work, 1)
         return work
 
     # -- landing -----------------------------------------------------------------------------
@@ -325,7 +328,7 @@ class Scheduler:
         flight = self._flights.pop(work.id)
         self._lane_load[work.lane] -= 1
         self._num_prefills -= _is_prefill(work)
-        self.queues[work.model].changed()
+        self.queues[work.model].flew(work, -1)
         for sequence in flight.sequences:
             sequence.in_flight -= 1
         if result.error is not None:

@@ -1,13 +1,17 @@
-"""The executor of the simulator: work takes as long as a cost says, and tokens are counted."""
+"""The executors of the simulator: work takes as long as a cost says, and tokens are counted."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
-from muxrt.core import Batch, BatchEntry, Result, SlotOpen, Work
+from muxrt.core import Batch, BatchEntry, Copy, Result, SlotOpen, Work
+from muxrt.cost.batch import BatchWork
 from muxrt.engine.executor import Done
-from muxrt.sim.loop import FINISH, EventLoop
+from muxrt.sim.loop import FINISH, Event, EventLoop
+from muxrt.sim.mesh import MeshCost, Runner
 
 Cost = Callable[[Work], float]  # seconds a lane needs
 
@@ -32,6 +36,36 @@ class ConstantCost:
         return self.copy_s
 
 
+class Tokens:
+    """What the sequences in the slots of a unit still have to say."""
+
+    def __init__(self) -> None:
+        self.remaining: dict[tuple[str, int], int] = {}  # by (model, slot)
+
+    def run(self, work: Work, elapsed_s: float) -> Result:
+        """The result of `work`."""
+        if not isinstance(work, Batch):
+            return Result(elapsed_s=elapsed_s)
+        for opened in work.opened:
+            self._open(work.model, opened)
+        drawn = tuple([self._draw(work.model, entry) for entry in work.entries])
+        stopped = tuple([remaining == 0 for remaining in drawn])
+        return Result(drawn, stopped, elapsed_s=elapsed_s)
+
+    def _open(self, model: str, opened: SlotOpen) -> None:
+        prompt = msgspec.msgpack.decode(opened.payload, type=SimPrompt)
+        self.remaining[model, opened.slot] = prompt.output_tokens
+
+    def _draw(self, model: str, entry: BatchEntry) -> int | None:
+        """A sampled token: how many are still to come after it; None if nothing is sampled."""
+        if not entry.samples:
+            return None
+        # Past its end a sequence draws what nobody will read, as the real one does.
+        remaining = max(0, self.remaining[model, entry.slot] - 1)
+        self.remaining[model, entry.slot] = remaining
+        return remaining
+
+
 class SimExecutor:
     """Lanes in virtual time: each runs its works one after the other, in launch order."""
 
@@ -39,7 +73,7 @@ class SimExecutor:
         self._loop = loop
         self._cost = cost
         self._lane_free_s: dict[int, float] = {}
-        self._remaining: dict[tuple[str, int], int] = {}  # by (model, slot)
+        self._tokens = Tokens()
 
     def launch(self, work: Work, done: Done) -> None:
         """Finish `work` when its lane has had time for it."""
@@ -50,23 +84,135 @@ class SimExecutor:
         self._loop.at(start_s + elapsed_s, lambda: done(work, result), FINISH)
 
     def _run(self, work: Work, elapsed_s: float) -> Result:
-        if not isinstance(work, Batch):
-            return Result(elapsed_s=elapsed_s)
-        for opened in work.opened:
-            self._open(work.model, opened)
-        drawn = [self._draw(work.model, entry) for entry in work.entries]
-        tokens = tuple(remaining for remaining in drawn)
-        stopped = tuple(remaining == 0 for remaining in drawn)
-        return Result(tokens, stopped, elapsed_s=elapsed_s)
+        return self._tokens.run(work, elapsed_s)
 
-    def _open(self, model: str, opened: SlotOpen) -> None:
-        prompt = msgspec.msgpack.decode(opened.payload, type=SimPrompt)
-        self._remaining[model, opened.slot] = prompt.output_tokens
 
-    def _draw(self, model: str, entry: BatchEntry) -> int | None:
-        """A sampled token: how many are still to come after it; None if nothing is sampled."""
-        if not entry.samples:
+@dataclass(slots=True, eq=False)
+class Job:
+    """A batch on its way through a lane, and whom its end concerns."""
+
+    lane: int
+    runner: Runner
+    work: BatchWork
+    landed: "Landed"
+    started_s: float = 0.0
+    since_s: float = 0.0  # when `left` was true
+    left: float = 1.0  # share of the batch that is still to be computed
+    whole_s: float = 0.0  # the whole batch would take that long as it runs now
+    end: Event | None = None
+
+
+Landed = Callable[[Job, float], None]  # a job, and the seconds since it was started
+
+
+class MeshLanes:
+    """The lanes of one mesh: batches beside each other share its compute.
+
+    When a neighbour starts or ends, what a batch has left takes as long as it takes from then on.
+    """
+
+    def __init__(self, loop: EventLoop, cost: MeshCost) -> None:
+        self.loop = loop
+        self.cost = cost
+        self._queued: dict[int, deque[Job]] = {}  # by lane, behind what runs
+        self._running: dict[int, Job] = {}  # by lane
+        self._is_held = False  # more may start at this instant: shares are dealt once, after it
+        self.sprint: Callable[[], None] | None = None  # takes over where it can, after a batch
+        self.busy_s: dict[int, float] = {}  # by lane
+        self.num_batches = 0
+
+    def launch(self, job: Job) -> None:
+        """Start `job` when its lane is free."""
+        if job.lane in self._running:
+            self._queued.setdefault(job.lane, deque()).append(job)
+            return
+        self._start(job)
+        if not self._is_held:
+            self._deal()
+
+    def _start(self, job: Job) -> None:
+        job.started_s = self.loop.now_s
+        self._running[job.lane] = job
+
+    def _deal(self) -> None:
+        """Give every running batch its share, and find out when it ends with it."""
+        jobs = list(self._running.values())
+        if not jobs:
+            return
+        now, is_alone = self.loop.now_s, len(jobs) == 1
+        shares = self.cost.shares([job.runner for job in jobs])
+        for job, share in zip(jobs, shares, strict=True):
+            whole_s = self.cost.batch_s(job.runner.model, job.work, share, is_alone)
+            if job.end is not None:
+                if whole_s == job.whole_s:
+                    continue
+                job.left = max(0.0, job.left - (now - job.since_s) / job.whole_s)
+                job.end.cancel()
+            job.since_s, job.whole_s = now, whole_s
+            self.ends(job, now + job.left * whole_s)
+
+    def _end(self, job: Job) -> None:
+        lane, elapsed_s = job.lane, self.loop.now_s - job.started_s
+        self.busy_s[lane] = self.busy_s.get(lane, 0.0) + elapsed_s
+        self.num_batches += 1
+        del self._running[lane]
+        queued = self._queued.get(lane)
+        if queued:
+            self._start(queued.popleft())
+        self._is_held = True
+        job.landed(job, elapsed_s)
+        self._is_held = False
+        self._deal()
+        if self.sprint is not None:
+            self.sprint()
+
+    def ends(self, job: Job, at_s: float) -> None:
+        """The running `job` ends at that time."""
+        job.end = self.loop.at(at_s, partial(self._end, job), FINISH)
+
+    def alone(self) -> "tuple[Job, deque[Job]] | None":
+        """The only batch that runs, and those behind it on its lane; None if others run too."""
+        if len(self._running) != 1:
             return None
-        # Past its end a sequence draws what nobody will read, as the real one does.
-        self._remaining[model, entry.slot] = max(0, self._remaining[model, entry.slot] - 1)
-        return self._remaining[model, entry.slot]
+        (job,) = self._running.values()
+        return job, self._queued.get(job.lane) or deque()
+
+
+@dataclass(slots=True, eq=False)
+class BatchJob(Job):
+    """A batch of the brain."""
+
+    batch: Batch | None = None
+    done: Done | None = None
+
+
+class MeshExecutor:
+    """A mesh behind the brain's seam."""
+
+    def __init__(self, loop: EventLoop, cost: MeshCost) -> None:
+        self._loop = loop
+        self._cost = cost
+        self.lanes = MeshLanes(loop, cost)
+        self.tokens = Tokens()
+        self._copies_end_s = 0.0
+
+    def launch(self, work: Work, done: Done) -> None:
+        """Finish `work` when its lane has had time for it."""
+        if isinstance(work, Copy):
+            self._copy(work, done)
+            return
+        runner = Runner(work.model, work.phase)
+        self.lanes.launch(
+            BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
+        )
+
+    def _copy(self, copy: Copy, done: Done) -> None:
+        seconds = self._cost.copy_s(copy)
+        self._copies_end_s = max(self._copies_end_s, self._loop.now_s) + seconds
+        result = self.tokens.run(copy, seconds)
+        self._loop.at(self._copies_end_s, lambda: done(copy, result), FINISH)
+
+    def land(self, job: Job, elapsed_s: float) -> None:
+        """Tell the brain that a batch is done."""
+        assert isinstance(job, BatchJob) and job.batch is not None and job.done is not None
+        job.done(job.batch, self.tokens.run(job.batch, elapsed_s))

@@ -1,7 +1,7 @@
 """A discrete-event loop: callbacks at points in time, in one repeatable order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
 
@@ -9,14 +9,12 @@ from itertools import count
 FINISH, ARRIVE, PLAN = range(3)
 
 
-@dataclass(order=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Event:
-    """Equal times run by priority, then first come first served."""
+    """What is to happen at a point in time."""
 
     at_s: float
-    priority: int
-    seq: int
-    callback: Callable[[], None] | None = field(compare=False)
+    callback: Callable[[], None] | None
 
     def cancel(self) -> None:
         """It will not happen; cancelling twice or too late does no harm."""
@@ -24,12 +22,13 @@ class Event:
 
 
 class EventLoop:
-    """Time moves only in `step`."""
+    """Time moves only in `step`. Equal times run by priority, then first come first served."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self._seq = count()
-        self._heap: list[Event] = []
+        # Tuples, because they are compared without a call: (time, priority, number, event).
+        self._heap: list[tuple[float, int, int, Event]] = []
 
     def after(self, delay_s: float, callback: Callable[[], None], priority: int = PLAN) -> Event:
         """Call `callback` in `delay_s` seconds."""
@@ -39,22 +38,22 @@ class EventLoop:
 
     def at(self, at_s: float, callback: Callable[[], None], priority: int = PLAN) -> Event:
         """Call `callback` at `at_s`; a time that has passed means now."""
-        event = Event(max(at_s, self.now_s), priority, next(self._seq), callback)
-        heappush(self._heap, event)
+        event = Event(at_s if at_s > self.now_s else self.now_s, callback)
+        heappush(self._heap, (event.at_s, priority, next(self._seq), event))
         return event
 
     @property
     def has_events(self) -> bool:
         """Something is still to happen."""
-        while self._heap and self._heap[0].callback is None:
+        while self._heap and self._heap[0][3].callback is None:
             heappop(self._heap)
         return bool(self._heap)
 
     def step(self) -> bool:
         """Run the next event; False when none is left."""
         while self._heap:
-            event = heappop(self._heap)
-            if event.callback:
+            event = heappop(self._heap)[3]
+            if event.callback is not None:
                 self.now_s = event.at_s
                 event.callback()
                 return True

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from statistics import NormalDist
 
@@ -22,11 +23,16 @@ class Arrival:
 
 
 def arrivals(workload: Workload, rows: Sequence[TraceRow] = ()) -> list[Arrival]:
-    """All requests in order of time; `rows` is the trace where the workload replays one."""
+    """All requests in order of time; `rows` is the trace where the workload replays one.
+
+    Raises ConfigError where the trace asks for a model that the workload does not have.
+    """
     if workload.trace is not None:
         found = _replay(workload, workload.trace, rows)
-    else:
+    elif workload.drift is None and workload.gap_cv == 1:
         found = (a for model in workload.models for a in _poisson(workload, model))
+    else:
+        found = (a for model in workload.models for a in _renewals(workload, model))
     return sorted(found, key=lambda arrival: (arrival.at_s, arrival.model))
 
 
@@ -73,6 +79,55 @@ def _poisson(workload: Workload, model: Traffic) -> Iterator[Arrival]:
         at_s += rng.expovariate(rate_rps)
 
 
+def _renewals(workload: Workload, model: Traffic) -> Iterator[Arrival]:
+    """Gamma gaps on a clock that runs as fast as the rate is high (time rescaling).
+
+    Shape 1 / cv^2 gives gaps of that coefficient of variation (at cv 1 they are exponential).
+    """
+    rng, spread = Random(f"{workload.seed}/{model.name}"), workload.gap_cv**2
+    base_rps, waited = rates(workload)[model.name], 0.0
+    drifts = _walks(workload)[model.name]
+    edges = _edges(workload)
+    due = rng.gammavariate(1 / spread, spread)  # mean 1
+    for start_s, end_s in pairwise(edges):
+        day = int(start_s / workload.drift.day_s) if workload.drift else 0
+        rate_rps = base_rps * factor(workload.diurnal, start_s) * drifts[day]
+        while rate_rps > 0 and waited + (end_s - start_s) * rate_rps >= due:
+            start_s += (due - waited) / rate_rps
+            waited = due
+            prompt = draw(model.prompt or workload.prompt, rng)
+            yield Arrival(start_s, model.name, prompt, draw(model.output or workload.output, rng))
+            due += rng.gammavariate(1 / spread, spread)
+        waited += (end_s - start_s) * rate_rps
+
+
+def _edges(workload: Workload) -> list[float]:
+    """The times between which no rate changes."""
+    edges = {0.0, workload.duration_s}
+    periods = [workload.diurnal.hour_s] if workload.diurnal else []
+    periods += [workload.drift.day_s] if workload.drift else []
+    for period_s in periods:
+        count = math.ceil(workload.duration_s / period_s)
+        edges |= {number * period_s for number in range(1, count)}
+    return sorted(edges)
+
+
+def _walks(workload: Workload) -> dict[str, list[float]]:
+    """What each model's rate is multiplied by, day by day."""
+    base, drift = rates(workload), workload.drift
+    if drift is None:
+        return {name: [1.0] for name in base}
+    days = math.ceil(workload.duration_s / drift.day_s)
+    levels, found = dict.fromkeys(base, 1.0), {name: [1.0] for name in base}
+    rng = Random(f"{workload.seed}/drift")
+    for _ in range(1, days):
+        levels = {n: level * math.exp(rng.gauss(0.0, drift.sigma)) for n, level in levels.items()}
+        scale = sum(base.values()) / sum(base[name] * level for name, level in levels.items())
+        for name, level in levels.items():
+            found[name].append(level * scale)
+    return found
+
+
 def _replay(workload: Workload, trace: Trace, rows: Sequence[TraceRow]) -> Iterator[Arrival]:
     rng = Random(workload.seed)
     dealt = shares(workload)
@@ -81,8 +136,9 @@ def _replay(workload: Workload, trace: Trace, rows: Sequence[TraceRow]) -> Itera
         if 0 <= at_s < workload.duration_s:
             model = row.model or rng.choices(list(dealt), list(dealt.values()))[0]
             if model not in dealt:
+                known = ", ".join(dealt)
                 raise ConfigError(
-                    f"{trace.file}: asks for {model!r}, the workload has: {', '.join(dealt)}"
+                    f"{trace.file}: the trace asks for {model!r}, the workload has: {known}"
                 )
             prompt = _scaled(row.prompt_tokens, trace.prompt_scale, trace.max_prompt_tokens)
             output = _scaled(row.output_tokens, trace.output_scale, trace.max_output_tokens)

@@ -37,13 +37,15 @@ def offered(
     """What each model gets; `rows` is the trace where there is one, `hour` None is the busiest.
 
     A trace that does not name models has the same lengths for all of them, as its requests are
-    dealt at random; one that does has its own for each. Raises ConfigError where a model has no
-    targets, or the trace no requests in the time asked for.
+    dealt at random; one that does has its own for each. Gaps between requests and drift are not
+    asked: rates are those of the first day. Raises ConfigError where a model has no targets, or the
+    trace no requests in the time asked for.
     """
     if hour is not None and workload.diurnal is None:
         raise ConfigError(f"found hour {hour}, but the workload is the same all day: no `diurnal`")
     found = []
     replayed = arrivals(workload, rows) if workload.trace is not None else []
+    names = any(row.model is not None for row in rows)
     for model in workload.models:
         slo = model.slo or workload.slo
         if slo is None:
@@ -51,11 +53,10 @@ def offered(
                 f"{model.name} has no slo, expected ttft_s and tpot_s for the model or the workload"
             )
         if workload.trace is not None:
-            named = any(row.model for row in rows)
-            own = [a for a in replayed if a.model == model.name] if named else replayed
-            part = 1.0 if named else shares(workload)[model.name]
-            rate_rps = model.rate_rps or len(own) * part / workload.duration_s
-            prompt, output = _of_trace(workload, own or replayed)
+            mine = [a for a in replayed if a.model == model.name] if names else replayed
+            share = 1.0 if names else shares(workload)[model.name]
+            rate_rps = model.rate_rps or len(mine) * share / workload.duration_s
+            prompt, output = _of_trace(workload, mine or replayed)
         else:
             rate_rps = rates(workload)[model.name] * _busiest(workload, hour)
             prompt = moments(model.prompt or workload.prompt)

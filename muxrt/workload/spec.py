@@ -31,7 +31,10 @@ class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Recorded requests: CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`), or MuxServe's JSON."""
+    """Somebody's recorded requests: CSV (workload/trace.py has the headers), or MuxServe's JSON.
+
+    With a column of models each request goes to the one it names, otherwise they are dealt.
+    """
 
     file: Name  # relative paths are relative to the YAML
     start_s: NotNegative = 0.0  # where in the trace to begin
@@ -60,6 +63,16 @@ class Diurnal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     hour_s: Positive = 3600.0  # less to go through a day faster
 
 
+class Drift(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Popularity that wanders: each model's share is a random walk, the sum of the rates is not.
+
+    On the first day the shares are those given, which is what a planner plans for.
+    """
+
+    sigma: Positive  # of the logarithm of a share, per day: 0.3 = a third up or down
+    day_s: Positive = 86400.0  # less to go through many days faster
+
+
 class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What one model gets; what is left out comes from the workload."""
 
@@ -79,6 +92,8 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     models: tuple[Traffic, ...] = ()  # most popular first; empty = what the endpoint lists
     power_law: PowerLaw | None = None
     diurnal: Diurnal | None = None
+    drift: Drift | None = None
+    gap_cv: Positive = 1.0  # of the gaps between a model's requests: 1 = Poisson, more = bursts
     trace: Trace | None = None
     prompt: Lengths = Lengths(mean_tokens=100, cv=0.5)
     output: Lengths = Lengths(mean_tokens=60, cv=0.5)
@@ -129,8 +144,11 @@ def _problems(workload: Workload) -> Iterator[KeyedError]:
                 yield KeyedError(
                     ("power_law", name), "the trace has the rate: remove this or use trace.speed"
                 )
-        if workload.diurnal is not None:
-            yield KeyedError(("diurnal",), "the trace has its own times: remove one of the two")
+        for name in ("diurnal", "drift"):
+            if getattr(workload, name) is not None:
+                yield KeyedError((name,), "the trace has its own times: remove one of the two")
+        if workload.gap_cv != 1:
+            yield KeyedError(("gap_cv",), "the trace has its own times: remove one of the two")
     elif law is not None:
         if (law.rate_rps is None) == (law.top_rate_rps is None):
             found = "neither" if law.rate_rps is None else "both"

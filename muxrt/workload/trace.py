@@ -1,15 +1,22 @@
-"""Reading request traces: Azure's LLM inference traces, and MuxServe's workloads."""
+"""Reading traces: Azure's, any CSV that says the same otherwise, and MuxServe's workloads."""
 
 import csv
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from muxrt.config.muxserve import is_muxserve_workload, load_muxserve_workload
 from muxrt.errors import ConfigError
 
-COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+# What a column may be called, in any case. Seconds or a date and time; tokens.
+HEADERS = {
+    "time": ("timestamp", "time", "time_s", "at_s", "arrived_at", "arrival_timestamp"),
+    "model": ("model", "model_name"),
+    "prompt": ("contexttokens", "prompt", "prompt_tokens", "prompt_size", "num_prefill_tokens"),
+    "output": ("generatedtokens", "output", "output_tokens", "token_size", "num_decode_tokens"),
+}
+OPTIONAL = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +44,41 @@ def read_trace(path: Path) -> list[TraceRow]:
     if not rows:
         raise ConfigError(f"{path}: the trace has no requests")
     start_s = rows[0].at_s
-    return [TraceRow(row.at_s - start_s, row.prompt_tokens, row.output_tokens) for row in rows]
+    return [replace(row, at_s=row.at_s - start_s) for row in rows]
 
 
 def _rows(path: Path, file: Iterator[str]) -> Iterator[TraceRow]:
     lines = csv.DictReader(line for line in file if not line.startswith("#"))
-    missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
-    if missing:
-        raise ConfigError(
-            f"{path}: no column {missing[0]}, expected a CSV with the header {','.join(COLUMNS)}"
-        )
+    names = _columns(path, lines.fieldnames or ())
+    model = names.get("model")
     for line in lines:
         try:
             yield TraceRow(
-                _seconds(line["TIMESTAMP"]),
-                int(line["ContextTokens"]),
-                int(line["GeneratedTokens"]),
+                _seconds(line[names["time"]]),
+                int(line[names["prompt"]]),
+                int(line[names["output"]]),
+                line[model] if model is not None else None,
             )
         except (ValueError, TypeError):
             raise ConfigError(
                 f"{path}:{lines.line_num}: found {','.join(str(v) for v in line.values())},"
                 " expected a time and two whole numbers"
             ) from None
+
+
+def _columns(path: Path, found: Sequence[str]) -> dict[str, str]:
+    """What the file calls each column that it has."""
+    names = {}
+    for what, known in HEADERS.items():
+        name = next((name for name in found if name.strip().lower() in known), None)
+        if name is not None:
+            names[what] = name
+        elif what != OPTIONAL:
+            raise ConfigError(
+                f"{path}: no column of the {what}, expected a CSV with a header such as"
+                " TIMESTAMP,ContextTokens,GeneratedTokens or time,model,prompt,output"
+            )
+    return names
 
 
 def _seconds(text: str) -> float:

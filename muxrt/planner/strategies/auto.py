@@ -7,6 +7,7 @@ goodput at twice the rates, so that idle GPUs become headroom. The judge decides
 candidates, on the rates as given and on rates that are wrong by a factor of two.
 """
 
+from collections.abc import Callable, Iterable
 from heapq import nlargest
 from math import inf
 from random import Random
@@ -14,15 +15,15 @@ from random import Random
 from muxrt.errors import ConfigError
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, num_gpus
-from muxrt.planner.layout import Layout
-from muxrt.planner.moves import Release, drops, growth, moves, releases, tilts
+from muxrt.planner.layout import Layout, Proposal
+from muxrt.planner.moves import drops, growth, moves, releases, tilts
 from muxrt.planner.pack import pack
 from muxrt.planner.search import Search, Strategy
 from muxrt.planner.strategies.muxserve import muxserve
 from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.workload import Problem
 
-LEAST_GAIN = 0.01  # of the value of one GPU, on average; below it two placements are the same
+LEAST_GAIN = 0.02  # of the value of one GPU, on average; below it two placements are the same
 LARGEST_LOSS = 1e-3  # relative; what headroom on an idle GPU may cost
 CLOSE = 1e-5  # candidates within this share of the best are told apart by robustness
 NUM_WRONG, WRONG = 4, 2.0  # scenarios of wrong rates, and by how much
@@ -31,7 +32,7 @@ OTHERS_UP_TO = 64  # models; beyond it the other strategies are no start that is
 # time for more of them, for looking at every group again after changes elsewhere, and for shaking
 # the best placement and improving it again.
 NUM_IMPROVED = 2  # starts: the best ones
-NUM_TRIED, MORE_TRIED = 12, 400  # the second one / GPUs
+NUM_TRIED, MORE_TRIED = 12, 200  # the second one / GPUs
 SWEEPS_UP_TO = 200  # kinds of groups
 NUM_SHAKEN = 20  # times / GPUs
 NUM_SHAKES = 3  # moves at random
@@ -84,31 +85,46 @@ def _starts(problem: Problem, search: Search, capacity: Capacity) -> list[Draft]
 
 
 def improve(layout: Layout, search: Search) -> None:
-    """Moves that gain, until there are none: first for the groups that lose most.
+    """Moves that gain, then shares of traffic that gain, until there are none."""
+    while not search.is_over():
+        gained = _until_stuck(layout, search, _moved)
+        gained |= _until_stuck(layout, search, _tilted)
+        if not gained or len(layout.kinds) > SWEEPS_UP_TO:
+            break
 
-    A group that found no move is left alone until it changes, or until all are looked at again.
+
+Changes = Callable[[int], Iterable[Proposal | None]]  # of the kind with that number
+
+
+def _until_stuck(layout: Layout, search: Search, changes_of: Callable[[Layout], Changes]) -> bool:
+    """The first change that gains for each group, those that lose most first; whether any did.
+
+    A group that found none is left alone until it changes itself.
     """
     stuck: set[int] = set()
-    made = False
-    while not search.is_over():
-        order = sorted(
-            layout.kinds.keys() - stuck, key=lambda number: (-_loss(layout, number), number)
-        )
-        if not order:
-            if not made or len(layout.kinds) > SWEEPS_UP_TO:
-                break
-            stuck, made = set(), False
-            continue
-        free = releases(layout)
-        for number in order:
+    gained = False
+    while left := layout.kinds.keys() - stuck:
+        changes = changes_of(layout)
+        for number in sorted(left, key=lambda number: (-_loss(layout, number), number)):
             if search.is_over():
-                break
+                return gained
             search.tell(f"auto: goodput {layout.value:.1f}", len(stuck), len(layout.kinds))
-            if number in layout.kinds:
-                if _improve_group(search, layout, number, free):
-                    made = True
-                else:
-                    stuck.add(number)
+            if number not in layout.kinds:
+                continue
+            if _gains(search, layout, changes(number)):
+                gained = True
+            else:
+                stuck.add(number)
+    return gained
+
+
+def _moved(layout: Layout) -> Changes:
+    free = releases(layout)
+    return lambda number: (layout.propose(move) for move in moves(layout, number, free))
+
+
+def _tilted(layout: Layout) -> Changes:
+    return lambda number: tilts(layout, number)
 
 
 def shake(layout: Layout, rng: Random) -> None:
@@ -153,15 +169,12 @@ def _grow(layout: Layout, number: int) -> bool:
     return any(layout.make(proposal, -loss) for proposal in proposals[:NUM_TRIED])
 
 
-def _improve_group(search: Search, layout: Layout, number: int, free: list[Release]) -> bool:
-    """Make the first move that gains; whether there was one."""
+def _gains(search: Search, layout: Layout, proposals: Iterable[Proposal | None]) -> bool:
+    """Make the first of the most promising that gains; whether there was one."""
     least = LEAST_GAIN * layout.value / layout.problem.num_gpus
-    found = (layout.propose(move) for move in moves(layout, number, free))
     tried = NUM_TRIED + MORE_TRIED // layout.problem.num_gpus
-    proposals = nlargest(
-        tried, (p for p in found if p is not None), key=lambda proposal: proposal.guess
-    )
-    for proposal in (*proposals, *tilts(layout, number)):
+    found = (proposal for proposal in proposals if proposal is not None)
+    for proposal in nlargest(tried, found, key=lambda proposal: proposal.guess):
         if layout.make(proposal, least):
             return True
         if search.is_over():

@@ -33,6 +33,10 @@ class Adbs:
                 return batch
         return self._decode(scheduler, lane)
 
+    def is_steady(self) -> bool:
+        """No round is under way and nothing is reserved."""
+        return not self._round and not self._reserved_until
+
     def _may_prefill(self, scheduler: Scheduler, lane: int) -> bool:
         if scheduler.prefills_in_flight():
             return False

@@ -15,6 +15,10 @@ class Fcfs:
                 return batch
         return None
 
+    def is_steady(self) -> bool:
+        """It remembers nothing of prefills."""
+        return True
+
 
 def _by_arrival(scheduler: Scheduler) -> list[str]:
     oldest = {

@@ -19,3 +19,7 @@ class RoundRobin:
                 self._turns.served(model)
                 return batch
         return None
+
+    def is_steady(self) -> bool:
+        """It remembers nothing of prefills."""
+        return True

@@ -1,0 +1,113 @@
+"""From the files of `muxrt simulate` to what it runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from muxrt.config.cluster import KINDS, GpuKind
+from muxrt.config.document import KeyedError
+from muxrt.config.load import load_file
+from muxrt.config.placement import Slo
+from muxrt.config.plan import EngineFacts, load_plan
+from muxrt.config.presets import model_shape
+from muxrt.config.serve import ServeConfig
+from muxrt.cost.model import CostModel
+from muxrt.cost.profile import load_profile
+from muxrt.errors import ConfigError
+from muxrt.sim.setting import Setting
+from muxrt.workload.arrivals import Arrival, arrivals
+from muxrt.workload.spec import Workload, adjusted, load_workload, with_models
+from muxrt.workload.trace import read_trace
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the engine and its GPUs, as the command line has it."""
+
+    profiles: tuple[Path, ...] = ()
+    plan: Path | None = None
+    control_s: float | None = None
+    interference: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The requests, as the command line has them."""
+
+    workload: Path
+    duration_s: float | None = None  # None: the file's
+    speeds: tuple[float, ...] = (1.0,)
+    seed: int | None = None
+    warmup_s: float = 0.0
+    refuse_late: bool = False  # models without a queue_timeout_s get that of their TTFT target
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A placement, what it is simulated in, and its requests."""
+
+    config: ServeConfig
+    setting: Setting
+    arrivals: list[Arrival]
+    slos: dict[str, Slo | None]
+    duration_s: float  # in which requests come
+
+
+def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -> Case:
+    """Read and join everything.
+
+    Raises ConfigError: one line with file, key, what was found and what was expected.
+    """
+    file = load_file(config_file)
+    try:
+        shapes = {
+            model.name: model_shape(model, ("models", index))
+            for index, model in enumerate(file.config.models)
+        }
+    except KeyedError as problem:
+        raise file.document.locate(problem) from None
+    workload = with_models(load_workload(load.workload), [m.name for m in file.config.models])
+    workload = adjusted(workload, duration_s=load.duration_s, speed=speed, seed=load.seed)
+    rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
+    found = arrivals(workload, rows)
+    if not found:
+        raise ConfigError(f"{load.workload}: no request comes in {workload.duration_s:g} s")
+    gpus, engine, profiles = _known(facts)
+    cost = CostModel([load_profile(path) for path in profiles], gpus)
+    setting = Setting(shapes, cost, engine, gpus)
+    slos = _slos(file.config, workload)
+    config = _refusing(file.config, slos) if load.refuse_late else file.config
+    return Case(config, setting, found, slos, workload.duration_s)
+
+
+def _refusing(config: ServeConfig, slos: Mapping[str, Slo | None]) -> ServeConfig:
+    """`config` where who cannot have a first token in time is refused."""
+    models = []
+    for model in config.models:
+        slo = slos[model.name]
+        if slo is not None and model.queue_timeout_s is None:
+            model = msgspec.structs.replace(model, queue_timeout_s=slo.ttft_s)
+        models.append(model)
+    return msgspec.structs.replace(config, models=tuple(models))
+
+
+def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, tuple[Path, ...]]:
+    gpus, engine, profiles = dict(KINDS), EngineFacts(), facts.profiles
+    if facts.plan is not None:
+        plan = load_plan(facts.plan).file
+        gpus |= {kind.name: kind for kind in plan.cluster.kinds}
+        engine = plan.engine
+        profiles = profiles or tuple(Path(name) for name in plan.profiles)
+    if facts.control_s is not None:
+        engine = msgspec.structs.replace(engine, control_s=facts.control_s)
+    if facts.interference is not None:
+        engine = msgspec.structs.replace(engine, interference=facts.interference)
+    return gpus, engine, profiles
+
+
+def _slos(config: ServeConfig, workload: Workload) -> dict[str, Slo | None]:
+    """The workload's targets for a model, the model's own, those for all: as `muxrt plan` does."""
+    asked = {model.name: model.slo for model in workload.models}
+    return {m.name: asked.get(m.name) or m.slo or workload.slo for m in config.models}

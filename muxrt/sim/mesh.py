@@ -1,0 +1,123 @@
+"""What work costs on the lanes of one mesh, alone and beside other work.
+
+Assumptions, each of which a measurement on GPUs may replace:
+
+* `stream`: no partition. A batch alone has the whole mesh; batches beside each other get equal
+  parts of its SMs.
+* `green`: partitions made beforehand, of which work takes the next size at its next kernel. Alone a
+  batch has the whole mesh, so what is left of it goes faster when a neighbour ends. Beside others a
+  prefill has the lanes' first share, decodes divide the rest. A model's own `sm_pct` goes before.
+* `mps`: a share is a limit that a process got at its start. A batch has no more than it even when
+  it is alone; limits of more than 100 % in all are cut in proportion.
+* Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
+  and caches are not partitioned.
+* The engine's `control_s` per sequence and decode step is time of the lane that no share shortens.
+* Copies between the arena and host memory run at the links' speed and slow nobody down.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from muxrt.config.placement import UnitSpec
+from muxrt.core import ID_BYTES, Copy, Phase
+from muxrt.cost.batch import BatchWork, batch_s
+from muxrt.cost.steps import SharedSteps, Steps
+from muxrt.errors import ConfigError
+from muxrt.sim.setting import Setting
+
+# PCIe 4.0 x16, as A100's data sheet has it (32e9), at the 80 % that large copies reach.
+HOST_LINK_BYTES_PER_S = 25.6e9
+
+
+class Runner(NamedTuple):
+    """A batch on a lane, as far as shares depend on it."""
+
+    model: str
+    phase: Phase
+
+
+class MeshCost:
+    """Seconds of batches and copies on one unit's mesh."""
+
+    def __init__(
+        self,
+        spec: UnitSpec,
+        setting: Setting,
+        block_bytes: int,
+    ) -> None:
+        """Raises ConfigError for a mesh without GPUs, or of a kind that nobody knows."""
+        gpus = setting.gpus
+        kind, numbers = spec.mesh.kind, spec.mesh.gpus
+        if spec.mesh.device != "gpu" or kind is None or kind not in gpus or not numbers:
+            raise ConfigError(
+                f"{spec.name}: found a mesh of {kind or spec.mesh.device}, expected device gpu, a"
+                f" list of gpus and a kind: {', '.join(sorted(gpus))}"
+            )
+        if spec.lanes.kind not in ("green", "mps", "stream"):
+            raise ConfigError(
+                f"{spec.name}: found lanes of kind {spec.lanes.kind}, expected green, mps or stream"
+            )
+        self._kind = spec.lanes.kind
+        self._own = {model.name: model.sm_pct for model in spec.models}
+        self._lanes = spec.lanes.sm_pct or (100,)
+        tp = len(numbers)
+        self._steps: dict[str, SharedSteps] = {
+            model.name: setting.cost.steps(setting.shapes[model.name], tp, gpus[kind])
+            for model in spec.models
+        }
+        self._at: dict[tuple[str, float], Steps] = {}
+        self._shares: dict[tuple[Runner, ...], list[float]] = {}
+        self._slower = 1 + setting.engine.interference
+        self._control_s = {
+            model.name: setting.control_s.get(model.name, setting.engine.control_s)
+            for model in spec.models
+        }
+        self._copy_bytes_per_s = HOST_LINK_BYTES_PER_S * tp
+        self._block_bytes = block_bytes
+
+    def shares(self, runners: Sequence[Runner]) -> list[float]:
+        """What each of the batches that run now has of the SMs, in (0, 1]."""
+        key = tuple(runners)
+        if key not in self._shares:
+            self._shares[key] = self._deal(runners)
+        return self._shares[key]
+
+    def _deal(self, runners: Sequence[Runner]) -> list[float]:
+        if self._kind == "mps":
+            return _within_one([self._limit(runner) for runner in runners])
+        if len(runners) == 1:
+            return [1.0]
+        if self._kind == "stream":
+            return [1 / len(runners)] * len(runners)
+        if all(self._own[runner.model] for runner in runners):
+            return _within_one([self._limit(runner) for runner in runners])
+        prefills = sum(runner.phase is not Phase.DECODE for runner in runners)
+        if not 0 < prefills < len(runners):
+            return [1 / len(runners)] * len(runners)
+        part = self._lanes[0] / 100 / prefills
+        rest = (1 - self._lanes[0] / 100) / (len(runners) - prefills)
+        return [rest if runner.phase is Phase.DECODE else part for runner in runners]
+
+    def _limit(self, runner: Runner) -> float:
+        pcts = self._own[runner.model] or self._lanes
+        return (pcts[-1] if runner.phase is Phase.DECODE else pcts[0]) / 100
+
+    def batch_s(self, model: str, work: BatchWork, share: float, is_alone: bool) -> float:
+        """Seconds from start to end of a batch that has `share` all the time."""
+        steps = self._at.get((model, share))
+        if steps is None:
+            steps = self._at[model, share] = self._steps[model].at(share)
+        seconds = batch_s(steps, work)
+        if not is_alone:
+            seconds *= self._slower
+        return seconds + self._control_s[model] * work.decodes
+
+    def copy_s(self, copy: Copy) -> float:
+        """Seconds to move the blocks between the arena and host memory."""
+        num_blocks = len(copy.blocks) // ID_BYTES
+        return num_blocks * self._block_bytes / self._copy_bytes_per_s
+
+
+def _within_one(shares: list[float]) -> list[float]:
+    total = sum(shares)
+    return [share / total for share in shares] if total > 1 + 1e-9 else shares
