@@ -135,6 +135,52 @@ def test_a_plan_for_this_machine_is_served(muxrt: CommandLine, tmp_path: Path) -
     assert sum(unit.lanes.split or ()) == len(MACHINE)
 
 
+def test_a_placement_on_a_cpu_is_simulated(muxrt: CommandLine, tmp_path: Path) -> None:
+    """Step times by hand: one lane of all cores, a request at a time."""
+    plan = write(tmp_path, 1)
+    (tmp_path / "traffic.yaml").write_text(
+        "models: [{name: hot, rate_rps: 0.5}, {name: cold, rate_rps: 0.001}]\n"
+        "prompt: {mean_tokens: 40}\noutput: {mean_tokens: 20}\nslo: {ttft_s: 1, tpot_s: 0.1}\n"
+    )
+    out, traffic = tmp_path / "placement.yaml", tmp_path / "traffic.yaml"
+    assert muxrt("plan", plan, "--out", out).code == 0
+    answer = muxrt(
+        "simulate", out, traffic, "--profile", tmp_path / "profile.yaml", "--duration", 60,
+        "--json",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    (row,) = [row for row in json.loads(answer.out)["rows"] if row["model"] == "hot"]
+    # A decode: 1 ms + 0.1 ms a sequence + 10 us a token of about 50, and 10 us of control.
+    assert row["tpot_s"]["p50"] == pytest.approx(1.6e-3, rel=0.05)
+    assert row["ttft_s"]["p50"] == pytest.approx(1.5e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "expected"),
+    [
+        ("{split: [3, 1]}", "found lanes.split [3, 1], expected lanes of as many cores each"),
+        ("{split: [4, 4]}", "found lanes.split [4, 4], expected lanes of as many cores each, 4"),
+        ("{kind: green}", "found lanes of kind green, expected cores or processes"),
+    ],
+)
+def test_lanes_that_cannot_be_simulated_are_refused(
+    lanes: str, expected: str, muxrt: CommandLine, tmp_path: Path
+) -> None:
+    write(tmp_path, 4)
+    placement = tmp_path / "placement.yaml"
+    placement.write_text(
+        "models: [{name: hot, path: hot}]\nunits:\n- name: u\n  models: [{name: hot}]\n"
+        "  memory: {kv_bytes: 8MiB}\n  mesh: {device: cpu, kind: cpu-test, node: 0, gpus: [0]}\n"
+        f"  lanes: {lanes}\n"
+    )
+    (tmp_path / "traffic.yaml").write_text(
+        "models: [{name: hot, rate_rps: 1}]\nprompt: {mean_tokens: 40}\noutput: {mean_tokens: 20}\n"
+    )
+    profile = tmp_path / "profile.yaml"
+    answer = muxrt("simulate", placement, tmp_path / "traffic.yaml", "--profile", profile)
+    assert answer.code == 2 and expected in answer.err and answer.err.count("\n") == 1
+
+
 def complete(url: str, model: str) -> dict[str, Any]:
     body = {"model": model, "prompt": "the quick", "max_tokens": 4}
     request = urllib.request.Request(

@@ -22,15 +22,17 @@ def test_profile_plan_and_check(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     muxrt = CommandLine(monkeypatch, capsys)
-    assert [command.split()[0] for command in COMMANDS] == ["profile", "plan", "serve"]
-    profiled, planned, checked = (muxrt(*command.split()) for command in COMMANDS)
+    assert [command.split()[0] for command in COMMANDS] == ["profile", "plan", "simulate", "serve"]
+    profiled, planned, simulated, checked = (muxrt(*command.split()) for command in COMMANDS)
     assert profiled.code == 0 and "error on held-out" in profiled.out, profiled.err
     assert planned.code == 0 and "requests/s within SLO" in planned.out, planned.err
+    assert simulated.code == 0 and "tokens/s" in simulated.out, simulated.err
     assert checked.code == 0 and "can be served" in checked.out, checked.err
 
 
 def test_options_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    help_text = CommandLine(monkeypatch, capsys)("profile", "--help").out
+    muxrt = CommandLine(monkeypatch, capsys)
+    help_text = "".join(muxrt(verb, "--help").out for verb in ("profile", "simulate"))
     for option in set(re.findall(r"`(--[a-z]+)", TEXT)):
         assert option in help_text, option
 

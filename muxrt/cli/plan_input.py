@@ -1,6 +1,6 @@
 """From the files of `muxrt plan` to a problem."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,18 +183,24 @@ def _lengths(moments: Moments) -> Lengths:
 
 
 def _facts(plan: PlanInput, profiles: Sequence[Profile]) -> EngineFacts:
-    """What the plan states goes before what a profile measured, and that before the defaults."""
-    facts = plan.file.engine
     stated = plan.document.value.get("engine") or {}
+    facts = with_measured(plan.file.engine, stated, profiles)
+    if plan.file.cluster.is_cpu and "prefill_tokens" not in stated:
+        # What was profiled, and what `muxrt serve` has.
+        return msgspec.structs.replace(facts, prefill_tokens=Scheduling().prefill_tokens)
+    return facts
+
+
+def with_measured(
+    facts: EngineFacts, stated: Collection[str], profiles: Sequence[Profile]
+) -> EngineFacts:
+    """What is `stated` goes before what a profile measured, and that before the defaults."""
     measured = [profile.file.engine for profile in profiles if profile.file is not None]
-    found: dict[str, float] = {}
+    found = {}
     for name in ("control_s", "interference"):
-        values = [getattr(engine, name) for engine in measured]
-        known = [value for value in values if value is not None]
+        known = [v for v in (getattr(engine, name) for engine in measured) if v is not None]
         if known and name not in stated:
             found[name] = known[0]
-    if plan.file.cluster.is_cpu and "prefill_tokens" not in stated:
-        found["prefill_tokens"] = Scheduling().prefill_tokens  # what was profiled
     return msgspec.structs.replace(facts, **found)
 
 
