@@ -416,7 +416,6 @@ def test_the_trio_is_summed_up_as_ratios() -> None:
 
 
 def test_the_plots_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     slo = {"slo": {"ttft_s": 1.0, "tpot_s": 0.1}}
     Record(tmp_path / "trio_vs_vllm.json", slo).put("points", trio_rows())
     offline = [{"model": "m", "case": "decode, batch 1", "tokens_per_s": {}, "ratio": 1.5}]

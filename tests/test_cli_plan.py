@@ -196,7 +196,6 @@ def test_muxserves_own_input(command_line: CommandLine, tmp_path: Path) -> None:
 
 
 def test_a_picture_is_drawn(command_line: CommandLine, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     picture = tmp_path / "gpus.svg"
     assert command_line("plan", write(tmp_path), "--picture", picture).code == 0
     assert "<svg" in picture.read_text()[:2000]

@@ -107,7 +107,6 @@ def test_a_unit_of_one_model_keeps_its_rate_on_one_line() -> None:
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_it_is_written(suffix: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     given = problem([demand("a", 4.0), demand("b", 1.0)], gpus=2, nodes=40)
     draft = (group(1, "a"), group(2, "b"))
     score = QueueingJudge(given)(draft)
@@ -121,7 +120,6 @@ def test_it_is_written(suffix: str, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     given = problem([demand("a", 4.0)], gpus=1)
     draft = (group(1, "a"),)
     score = QueueingJudge(given)(draft)

@@ -24,8 +24,6 @@ def test_a_command_works(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "--picture" in command:
-        pytest.importorskip("matplotlib")
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
