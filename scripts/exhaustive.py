@@ -11,10 +11,9 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from muxrt.planner.capacity import PREFILL_PCTS
 from muxrt.planner.draft import Group, Part
 from muxrt.planner.queueing import QueueingJudge
-from muxrt.planner.workload import Problem
+from muxrt.planner.workload import PREFILL_PCTS, Problem
 
 Floats = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from muxrt.config.cluster import KINDS
 from muxrt.config.presets import PRESETS
 from muxrt.core import Phase
 from muxrt.cost.calibrate import calibrate
-from muxrt.cost.fitted import Fitted, fit
+from muxrt.cost.fitted import Fitted, fit, fit_lanes
 from muxrt.cost.held_out import errors, held_out, read_suspects
 from muxrt.cost.memory import MUXSERVE_MEMORY, MemoryRules, allowed_tps, kv_token_bytes, model_bytes
 from muxrt.cost.model import CostModel
@@ -285,3 +285,27 @@ def test_muxserves_rule_is_there_to_reproduce_it() -> None:
     found = model_bytes(PRESETS["llama-7b"], 1, MUXSERVE_MEMORY)
     assert found.runtime == 1_600_000_000 and found.activations == 6_000_000_000
     assert "MuxServe" in MUXSERVE_MEMORY.source
+
+
+def test_more_cores_may_be_slower() -> None:
+    """Small steps are cut up for nothing; on a GPU the fit would not believe it."""
+    times = {50: 1e-3, 100: 2e-3}
+    cells = [
+        Cell("m", 1, pct, batch, length, base_s + 1e-6 * batch * length, base_s + 1e-5 * batch)
+        for pct, base_s in times.items()
+        for batch in (1, 4, 16)
+        for length in (16, 64, 256)
+    ]
+    lanes = fit_lanes(cells, PRESETS["llama-7b"], "test")
+    for cell in cells:
+        steps = lanes.at(cell.sm_pct / 100)
+        assert steps.decode_s(cell.batch, cell.tokens) == pytest.approx(cell.decode_s, rel=0.02)
+    assert fit(cells, PRESETS["llama-7b"], "test").at(1.0).decode_s(1, 16) < 1.5e-3
+
+
+def test_a_share_with_too_few_cells_is_as_its_neighbours_say() -> None:
+    cells = [Cell("m", 1, 100, b, n, 1e-3 * n, 1e-3 * b) for b in (1, 4) for n in (16, 64)]
+    lanes = fit_lanes([*cells, Cell("m", 1, 50, 1, 16, None, 3e-3)], PRESETS["llama-7b"], "test")
+    assert set(lanes.measured) == {100}
+    assert lanes.at(0.5).decode_s(1, 16) > lanes.at(1.0).decode_s(1, 16)
+    assert lanes.at(0.25).decode_s(1, 16) == lanes.between.at(0.25).decode_s(1, 16)

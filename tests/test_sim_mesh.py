@@ -88,7 +88,7 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
 @pytest.mark.parametrize(
     ("mesh", "lanes", "says"),
     [
-        (Mesh(), Lanes(kind="stream"), "u: found a mesh of cpu, expected device gpu"),
+        (Mesh(), Lanes(kind="stream"), "u: found a mesh of cpu, expected a list of"),
         (Mesh(device="gpu", kind="b7", gpus=(0,)), Lanes(kind="stream"), "found a mesh of b7"),
         (Mesh(device="gpu", kind="a100-80g"), Lanes(kind="stream"), "a list of gpus"),
         (Mesh(device="gpu", kind="a100-80g", gpus=(0,)), Lanes(), "found lanes of kind cores"),

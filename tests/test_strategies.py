@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planner_world import demand, group, problem, search
 
 from muxrt.errors import ConfigError
-from muxrt.planner.capacity import PREFILL_PCTS, Capacity
+from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Group, Part, check_draft, num_gpus
 from muxrt.planner.explain import second_best
 from muxrt.planner.layout import Kind, Layout, Move, deal
@@ -25,7 +25,7 @@ from muxrt.planner.strategies.auto import auto, tidy
 from muxrt.planner.strategies.muxserve import muxserve, parallel_candidates
 from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.strategies.temporal import temporal
-from muxrt.planner.workload import Problem
+from muxrt.planner.workload import PREFILL_PCTS, Problem
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 

@@ -33,6 +33,10 @@ VERBS = {
         "muxrt.cli.plan:plan",
         "Choose which models live together, on how many GPUs, and say why.",
     ),
+    "profile": Verb(
+        "muxrt.cli.profile:profile",
+        "Measure prefills and decode steps of each model on the cores that this process may use.",
+    ),
     "simulate": Verb(
         "muxrt.cli.simulate:simulate",
         "Serve requests with a placement on a virtual clock: no GPU, the same scheduler.",

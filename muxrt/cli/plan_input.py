@@ -1,6 +1,6 @@
 """From the files of `muxrt plan` to a problem."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +8,14 @@ import msgspec
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.document import read_document
+from muxrt.config.model import ModelShape
 from muxrt.config.muxserve import is_muxserve, load_muxserve
-from muxrt.config.placement import ModelSpec, Slo
+from muxrt.config.placement import ModelSpec, Scheduling, Slo
 from muxrt.config.plan import EngineFacts, PlanInput, load_plan
-from muxrt.cost.memory import MemoryRules
-from muxrt.cost.model import CostModel
+from muxrt.cost.memory import MemoryRules, ModelBytes, activation_bytes, kv_token_bytes
+from muxrt.cost.model import CostModel, arithmetic
 from muxrt.cost.profile import Profile, load_profile
+from muxrt.engine.build import DTYPE_BYTES, kv_dtype, linear_dtype, weight_bytes, weight_dtype
 from muxrt.errors import ConfigError
 from muxrt.planner.workload import Demand, Engine, Lengths, Problem
 from muxrt.workload.offered import Moments, Offered, offered
@@ -83,22 +85,26 @@ def _join(plan: PlanInput, workload: Workload, hour: int | None) -> Asked:
     rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
     specs = {model.name: model for model in plan.file.models}
     traffic = offered(_with_targets(workload, specs), rows, hour=hour)
-    demands = [_demand(found, specs[found.model], plan) for found in traffic if found.rate_rps > 0]
+    profiles = [load_profile(Path(name)) for name in plan.file.profiles]
+    facts = _facts(plan, profiles)
+    demands = [
+        _demand(found, specs[found.model], plan, facts) for found in traffic if found.rate_rps > 0
+    ]
     silent = [found.model for found in traffic if found.rate_rps <= 0]
     if silent:
         raise ConfigError(f"{silent[0]} gets no requests in that hour: plan for another one")
-    profiles = [load_profile(Path(name)) for name in plan.file.profiles]
     kinds = {group.gpu: plan.file.cluster.kind(group.gpu) for group in plan.file.cluster.nodes}
     kinds |= {profile.gpu: _gpu(plan, profile) for profile in profiles}
-    engine = _engine(plan)
+    if plan.file.cluster.is_cpu:
+        _check_dtypes(plan, profiles)
     problem = Problem(
-        plan.file.cluster, demands, CostModel(profiles, kinds), engine, plan.file.largest_tp
+        plan.file.cluster, demands, CostModel(profiles, kinds), _engine(facts), plan.file.largest_tp
     )
     models = tuple(
         msgspec.structs.replace(specs[found.model], rate_rps=found.rate_rps, slo=found.slo)
         for found in traffic
     )
-    return Asked(problem, models, workload, rows, plan.file.engine)
+    return Asked(problem, models, workload, rows, facts)
 
 
 def _gpu(plan: PlanInput, profile: Profile) -> GpuKind:
@@ -120,7 +126,7 @@ def _with_targets(workload: Workload, specs: dict[str, ModelSpec]) -> Workload:
     return msgspec.structs.replace(workload, models=models)
 
 
-def _demand(found: Offered, spec: ModelSpec, plan: PlanInput) -> Demand:
+def _demand(found: Offered, spec: ModelSpec, plan: PlanInput, facts: EngineFacts) -> Demand:
     shape = plan.shapes[found.model]
     most = spec.max_model_len or shape.max_positions
     if most > shape.max_positions:
@@ -133,15 +139,72 @@ def _demand(found: Offered, spec: ModelSpec, plan: PlanInput) -> Demand:
             f"{found.model}: prompts and answers of {prompt.mean + output.mean:.0f} tokens on"
             f" average do not fit its {most} positions"
         )
-    return Demand(found.model, shape, found.rate_rps, prompt, output, found.slo, most)
+    held = _held(spec, shape, facts) if plan.file.cluster.is_cpu else None
+    return Demand(found.model, shape, found.rate_rps, prompt, output, found.slo, most, held)
+
+
+def _held(spec: ModelSpec, shape: ModelShape, facts: EngineFacts) -> ModelBytes:
+    """What a model takes on a CPU: weights and KV in its own dtypes, activations in float32."""
+    rules = MemoryRules(
+        dtype_bytes=DTYPE_BYTES["float32"],
+        prefill_tokens=facts.prefill_tokens,
+        max_sequences=facts.max_sequences,
+    )
+    stated = facts.activation_bytes
+    return ModelBytes(
+        weights=weight_bytes(spec, shape),
+        activations=activation_bytes(shape, 1, rules) if stated is None else stated,
+        runtime=0,
+        kv_per_token=kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)]),
+    )
+
+
+def _check_dtypes(plan: PlanInput, profiles: Sequence[Profile]) -> None:
+    """Raise ConfigError for a model whose times were measured with other dtypes."""
+    for spec in plan.file.models:
+        shape = plan.shapes[spec.name]
+        asked = (linear_dtype(spec, shape), weight_dtype(spec, shape), kv_dtype(spec, shape))
+        measured = [
+            (model.weights, model.dtype, model.kv_dtype)
+            for profile in profiles
+            if profile.file is not None
+            for model in profile.file.models
+            if arithmetic(profile.shapes[model.name]) == arithmetic(shape)
+        ]
+        if measured and measured[0] not in (asked, (None, None, None)):
+            raise ConfigError(
+                f"{spec.name}: found weights, dtype and kv_dtype {', '.join(asked)}, but its times"
+                f" were measured with {', '.join(map(str, measured[0]))}: profile it as it is"
+            )
 
 
 def _lengths(moments: Moments) -> Lengths:
     return Lengths(moments.mean, moments.mean_square)
 
 
-def _engine(plan: PlanInput) -> Engine:
-    facts = plan.file.engine
+def _facts(plan: PlanInput, profiles: Sequence[Profile]) -> EngineFacts:
+    stated = plan.document.value.get("engine") or {}
+    facts = with_measured(plan.file.engine, stated, profiles)
+    if plan.file.cluster.is_cpu and "prefill_tokens" not in stated:
+        # What was profiled, and what `muxrt serve` has.
+        return msgspec.structs.replace(facts, prefill_tokens=Scheduling().prefill_tokens)
+    return facts
+
+
+def with_measured(
+    facts: EngineFacts, stated: Collection[str], profiles: Sequence[Profile]
+) -> EngineFacts:
+    """What is `stated` goes before what a profile measured, and that before the defaults."""
+    measured = [profile.file.engine for profile in profiles if profile.file is not None]
+    found = {}
+    for name in ("control_s", "interference"):
+        known = [v for v in (getattr(engine, name) for engine in measured) if v is not None]
+        if known and name not in stated:
+            found[name] = known[0]
+    return msgspec.structs.replace(facts, **found)
+
+
+def _engine(facts: EngineFacts) -> Engine:
     default = MemoryRules()
     memory = MemoryRules(
         runtime_bytes=default.runtime_bytes if facts.runtime_bytes is None else facts.runtime_bytes,

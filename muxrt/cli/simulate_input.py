@@ -1,11 +1,12 @@
 """From the files of `muxrt simulate` to what it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from muxrt.cli.plan_input import with_measured
 from muxrt.config.cluster import KINDS, GpuKind
 from muxrt.config.document import KeyedError
 from muxrt.config.load import load_file
@@ -16,7 +17,7 @@ from muxrt.config.presets import model_shape
 from muxrt.config.serve import ServeConfig
 from muxrt.cost.memory import allowed_tps
 from muxrt.cost.model import CostModel
-from muxrt.cost.profile import load_profile
+from muxrt.cost.profile import Profile, load_profile
 from muxrt.errors import ConfigError
 from muxrt.sim.setting import Setting
 from muxrt.workload.arrivals import Arrival, arrivals
@@ -78,7 +79,7 @@ def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -
     if not found:
         raise ConfigError(f"{load.workload}: no request comes in {workload.duration_s:g} s")
     gpus, engine, profiles = _known(facts)
-    cost = CostModel([load_profile(path) for path in profiles], gpus)
+    cost = CostModel(profiles, gpus)
     setting = Setting(shapes, cost, engine, gpus)
     slos = _slos(file.config, workload)
     config = file.config
@@ -103,13 +104,19 @@ def _check_meshes(config: ServeConfig, shapes: Mapping[str, ModelShape]) -> None
                 )
 
 
-def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, tuple[Path, ...]]:
-    gpus, engine, profiles = dict(KINDS), EngineFacts(), facts.profiles
+def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, list[Profile]]:
+    gpus, engine, paths = dict(KINDS), EngineFacts(), facts.profiles
+    stated: Collection[str] = ()
     if facts.plan is not None:
-        plan = load_plan(facts.plan).file
-        gpus |= {kind.name: kind for kind in plan.cluster.kinds}
-        engine = plan.engine
-        profiles = profiles or tuple(Path(name) for name in plan.profiles)
+        plan = load_plan(facts.plan)
+        gpus |= {kind.name: kind for kind in plan.file.cluster.kinds}
+        engine, stated = plan.file.engine, plan.document.value.get("engine") or ()
+        paths = paths or tuple(Path(name) for name in plan.file.profiles)
+    profiles = [load_profile(path) for path in paths]
+    for profile in profiles:
+        if profile.file is not None and profile.file.kind is not None:
+            gpus.setdefault(profile.gpu, profile.file.kind)
+    engine = with_measured(engine, stated, profiles)
     if facts.control_s is not None:
         engine = msgspec.structs.replace(engine, control_s=facts.control_s)
     if facts.interference is not None:

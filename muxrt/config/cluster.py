@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -14,15 +14,20 @@ MAX_GPUS_PER_NODE, MAX_NODES = 128, 10_000  # beyond what is built; a plan would
 
 
 class GpuKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One kind of GPU; bandwidths in bytes/s, dense fp16 FLOP/s."""
+    """One kind of GPU; bandwidths in bytes/s, dense fp16 FLOP/s.
+
+    Or, on a CPU, a set of cores that one unit takes: `sms` are its cores, a share is a lane's part
+    of them, and there is no tensor parallelism, as the threads of a lane share their memory.
+    """
 
     name: Name
+    device: Literal["gpu", "cpu"] = "gpu"
     memory_bytes: Count
     bandwidth_bytes_per_s: Positive
     flops: Positive
     sms: Count
     link_bytes_per_s: Positive  # to the other GPUs of its node, one direction
-    power_w: Positive
+    power_w: NotNegative = 0.0  # 0 = not stated
     price_per_hour: NotNegative = 0.0  # 0 = not stated
 
 
@@ -44,6 +49,11 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     @property
     def num_gpus(self) -> int:
         return sum(group.count * group.gpus for group in self.nodes)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether its only machine is planned by its cores."""
+        return any(self.kind(group.gpu).device == "cpu" for group in self.nodes)
 
     def kind(self, name: str) -> GpuKind:
         """The GPU called `name`; KeyError where nobody knows it."""
@@ -105,3 +115,10 @@ def cluster_problems(cluster: Cluster, at: Key) -> Iterator[KeyedError]:
                 f"found {group.gpu!r}, expected one of {', '.join(known)}{hint},"
                 f" or describe it in {'.'.join([*map(str, at), 'kinds'])}",
             )
+            return
+    if cluster.is_cpu and (len(cluster.nodes) > 1 or cluster.nodes[0].count > 1):
+        yield KeyedError(
+            (*at, "nodes"),
+            "found a CPU among several nodes, expected one node: `muxrt serve` runs on one machine"
+            " and has no worker for GPUs",
+        )

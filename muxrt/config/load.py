@@ -105,14 +105,14 @@ def _resolved(path: str, folder: Path) -> str:
 
 def dump(config: ServeConfig) -> str:
     """YAML that `load` reads back as an equal configuration; defaults are left out."""
-    return yaml.safe_dump(_stated(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(stated(config), sort_keys=False, allow_unicode=True)
 
 
-def _stated(value: Any) -> Any:
+def stated(value: Any) -> Any:
     """`value` as plain data, without what equals its default."""
     if isinstance(value, msgspec.Struct):
         pairs = [(field, getattr(value, field.name)) for field in msgspec.structs.fields(value)]
-        return {field.encode_name: _stated(item) for field, item in pairs if item != field.default}
+        return {field.encode_name: stated(item) for field, item in pairs if item != field.default}
     if isinstance(value, tuple):
-        return [_stated(item) for item in value]
+        return [stated(item) for item in value]
     return value

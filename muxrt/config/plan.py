@@ -13,6 +13,7 @@ from muxrt.config.document import Document, KeyedError, read_document
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import Count, Index, ModelSpec, Name, NotNegative
 from muxrt.config.presets import model_shape
+from muxrt.config.profile import read_profile
 from muxrt.config.schema import convert
 from muxrt.config.serve import source_problems
 
@@ -54,8 +55,20 @@ class PlanInput:
 def load_plan(path: Path) -> PlanInput:
     """The plan file `path`. Raises ConfigError (one line: file, line, key, found, expected)."""
     document = read_document(path)
-    file = convert(document, PlanFile)
-    return check_plan(_resolved(file, path.absolute().parent), document)
+    file = _resolved(convert(document, PlanFile), path.absolute().parent)
+    return check_plan(_with_kinds(file), document)
+
+
+def _with_kinds(file: PlanFile) -> PlanFile:
+    """The cluster's kinds, and those that its profiles describe."""
+    known = {kind.name for kind in file.cluster.kinds}
+    found = [
+        read_profile(Path(n)).file.kind for n in file.profiles if n.endswith((".yaml", ".yml"))
+    ]
+    more = {kind.name: kind for kind in found if kind is not None and kind.name not in known}
+    kinds = (*file.cluster.kinds, *more.values())
+    cluster = msgspec.structs.replace(file.cluster, kinds=kinds)
+    return msgspec.structs.replace(file, cluster=cluster)
 
 
 def check_plan(file: PlanFile, document: Document) -> PlanInput:

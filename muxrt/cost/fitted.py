@@ -4,6 +4,7 @@ prefill = f(tokens, sum of squared lengths, share), decode = f(batch, sum of con
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,23 @@ class Fitted:
         return self._at[share]
 
 
+@dataclass(frozen=True, slots=True)
+class FittedLanes:
+    """The fit of one model on a CPU, where more cores may well be slower: small work is cut up.
+
+    A share that was measured has a fit of its own; others are as `between` says.
+    """
+
+    source: str
+    measured: dict[int, Fitted]  # by per cent of the cores
+    between: Fitted
+
+    def at(self, share: float) -> FittedSteps:
+        """Steps on a lane with `share` of the cores."""
+        pct = round(100 * share)
+        return self.measured[pct].at(pct / 100) if pct in self.measured else self.between.at(share)
+
+
 def squares_per_token(shape: ModelShape) -> float:
     """Work of a prefill's attention in units of one token's linear layers, per squared length.
 
@@ -58,9 +76,14 @@ def squares_per_token(shape: ModelShape) -> float:
     share is 1 % there); it matters for long prompts.
     """
     q_width = shape.num_heads * shape.head_dim
-    kv_width = shape.num_kv_heads * shape.head_dim
-    weights = shape.hidden_size * (2 * q_width + 2 * kv_width + 3 * shape.intermediate_size)
-    return (4 * q_width / 2) / (2 * weights)
+    return (4 * q_width / 2) / (2 * linear_params(shape) / shape.num_layers)
+
+
+def linear_params(shape: ModelShape) -> int:
+    """Weights of all layers that each token of a prefill is multiplied with; not the head's."""
+    q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    widths = 2 * q_width + 2 * kv_width + 3 * shape.intermediate_size
+    return shape.num_layers * shape.hidden_size * widths
 
 
 def fit(cells: Sequence[Cell], shape: ModelShape, source: str) -> Fitted:
@@ -78,6 +101,16 @@ def fit(cells: Sequence[Cell], shape: ModelShape, source: str) -> Fitted:
         _fit_phase(Phase.DECODE, decode, [_batch_term(decode), _context_term(decode)]),
         {},
     )
+
+
+def fit_lanes(cells: Sequence[Cell], shape: ModelShape, source: str) -> FittedLanes:
+    """`fit`, and each share with enough cells by itself. Raises ConfigError as `fit` does."""
+    measured = {}
+    for pct in sorted({cell.sm_pct for cell in cells}):
+        own = [cell for cell in cells if cell.sm_pct == pct]
+        with suppress(ConfigError):  # too few of this share alone
+            measured[pct] = fit(own, shape, source)
+    return FittedLanes(source, measured, fit(cells, shape, source))
 
 
 def _fit_phase(phase: Phase, cells: Sequence[Cell], terms: Sequence[Term]) -> Surface:

@@ -7,8 +7,9 @@ from pathlib import Path
 from random import Random
 
 from muxrt.core import Phase
-from muxrt.cost.fitted import Fitted, fit
+from muxrt.cost.fitted import fit, fit_lanes
 from muxrt.cost.profile import Cell, Profile
+from muxrt.cost.steps import SharedSteps
 from muxrt.errors import ConfigError
 from muxrt.metrics import percentile
 
@@ -53,7 +54,8 @@ def held_out(
         Random(f"{seed}/{model}/{tp}").shuffle(cells)
         for fold in range(folds):
             kept = [cell for index, cell in enumerate(cells) if index % folds != fold]
-            fitted = fit(kept, profile.shapes[model], profile.title)
+            made = fit_lanes if profile.is_cpu else fit
+            fitted = made(kept, profile.shapes[model], profile.title)
             judged += _judge(fitted, cells[fold::folds])
     return [residual for residual in judged if _key(residual) not in suspects]
 
@@ -84,7 +86,7 @@ def _key(residual: Residual) -> Suspect:
     return residual.phase, cell.model, cell.tp, cell.sm_pct, cell.batch, cell.seq_len
 
 
-def _judge(fitted: Fitted, cells: Sequence[Cell]) -> Iterator[Residual]:
+def _judge(fitted: SharedSteps, cells: Sequence[Cell]) -> Iterator[Residual]:
     for cell in cells:
         steps = fitted.at(cell.sm_pct / 100)
         if cell.prefill_s is not None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from muxrt.config.cluster import GpuKind
 from muxrt.config.model import ModelShape
 from muxrt.cost.calibrate import calibrate
-from muxrt.cost.fitted import fit
+from muxrt.cost.fitted import fit, fit_lanes
 from muxrt.cost.profile import Profile
 from muxrt.cost.roofline import Efficiency, Roofline
 from muxrt.cost.steps import SharedSteps
@@ -40,7 +40,7 @@ class CostModel:
 
     def steps(self, shape: ModelShape, tp: int, gpu: GpuKind) -> SharedSteps:
         """Times of a model of that shape on `tp` GPUs of one node."""
-        key = (_arithmetic(shape), tp, gpu.name)
+        key = (arithmetic(shape), tp, gpu.name)
         if key not in self._kept:
             self._kept[key] = self._find(shape, tp, gpu)
         return self._kept[key]
@@ -48,14 +48,15 @@ class CostModel:
     def _find(self, shape: ModelShape, tp: int, gpu: GpuKind) -> SharedSteps:
         for profile in self._profiles:
             for name, profiled in profile.shapes.items():
-                same = profile.gpu == gpu.name and _arithmetic(profiled) == _arithmetic(shape)
+                same = profile.gpu == gpu.name and arithmetic(profiled) == arithmetic(shape)
                 cells = profile.of(name, tp) if same else ()
                 if cells:
-                    return fit(cells, shape, profile.title)
+                    made = fit_lanes if profile.is_cpu else fit
+                    return made(cells, shape, profile.title)
         return Roofline(shape, tp, gpu, self.efficiency)
 
 
-def _arithmetic(shape: ModelShape) -> _Arithmetic:
+def arithmetic(shape: ModelShape) -> _Arithmetic:
     """What the time of a step depends on."""
     return (
         shape.hidden_size,

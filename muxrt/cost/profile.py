@@ -4,19 +4,19 @@ MuxServe's own profile (`examples/placement/llama.json`) is read as well.
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import msgspec
 
-from muxrt.config.document import KeyedError, read_document
+from muxrt.config.document import KeyedError
 from muxrt.config.model import ModelShape
 from muxrt.config.muxserve import GPU as MUXSERVE_GPU
 from muxrt.config.muxserve import read_json
-from muxrt.config.placement import Name
 from muxrt.config.presets import preset
-from muxrt.config.schema import convert
+from muxrt.config.profile import ProfileFile, read_profile
 from muxrt.core import Phase
 from muxrt.errors import ConfigError
 
@@ -57,29 +57,23 @@ class Profile:
     gpu: str
     shapes: dict[str, ModelShape]
     cells: tuple[Cell, ...]
+    file: ProfileFile | None = None  # None: MuxServe's JSON, which says nothing more
 
     def of(self, model: str, tp: int) -> tuple[Cell, ...]:
         """The cells of one model on `tp` GPUs; none where that was not measured."""
         return tuple(cell for cell in self.cells if (cell.model, cell.tp) == (model, tp))
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether its shares are lanes of cores."""
+        return (
+            self.file is not None and self.file.kind is not None and self.file.kind.device == "cpu"
+        )
+
+    @property
     def keys(self) -> tuple[tuple[str, int], ...]:
         """What was measured, as (model, tp), in order."""
         return tuple(sorted({(cell.model, cell.tp) for cell in self.cells}))
-
-
-class _ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    name: Name  # as in the table
-    preset: Name  # its shape
-
-
-class _ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    title: Name
-    source: Name
-    licence: Name
-    gpu: Name
-    table: Name  # CSV; relative to this file
-    models: tuple[_ProfiledModel, ...]
 
 
 def load_profile(path: Path) -> Profile:
@@ -94,23 +88,29 @@ def load_profile(path: Path) -> Profile:
             f"{path}: found a table, expected the YAML file that names it with its GPU, its source"
             " and the shapes of its models"
         )
-    document = read_document(path)
-    file = convert(document, _ProfileFile)
-    shapes = {}
-    for index, model in enumerate(file.models):
-        try:
-            shapes[model.name] = preset(model.preset)
-        except ConfigError as error:
-            key = ("models", index, "preset")
-            raise document.locate(KeyedError(key, error.message)) from None
-    table = path.absolute().parent / Path(file.table).expanduser()
-    cells = read_cells(table)
+    read = read_profile(path)
+    file = read.file
+    cells = read_cells(read.table)
     for cell in cells:
-        if cell.model not in shapes:
-            raise document.locate(
-                KeyedError(("models",), f"{cell.model!r} is in {table.name} but has no shape here")
-            )
-    return Profile(file.title, file.source, file.licence, file.gpu, shapes, cells)
+        if cell.model not in read.shapes:
+            problem = f"{cell.model!r} is in {read.table.name} but has no shape here"
+            raise read.document.locate(KeyedError(("models",), problem))
+    return Profile(file.title, file.source, file.licence, file.gpu, read.shapes, cells, file)
+
+
+def table_of(cells: Iterable[Cell]) -> str:
+    """The CSV that `read_cells` reads back: to six digits, in order."""
+    rows = StringIO()
+    table = csv.writer(rows, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for cell in sorted(cells, key=lambda c: (c.model, c.tp, c.sm_pct, c.batch, c.seq_len)):
+        key = (cell.model, cell.tp, cell.sm_pct, cell.batch, cell.seq_len)
+        table.writerow((*key, *(_millis(time) for time in (cell.prefill_s, cell.decode_s))))
+    return rows.getvalue()
+
+
+def _millis(time_s: float | None) -> str:
+    return "" if time_s is None else f"{time_s * 1e3:.6g}"
 
 
 def read_cells(path: Path) -> tuple[Cell, ...]:

@@ -24,4 +24,7 @@ class SharedSteps(Protocol):
         """Where the times come from: a profile's title, or "roofline"."""
 
     def at(self, share: float) -> Steps:
-        """The times at `share` of the SMs, in (0, 1]. A larger share is never slower."""
+        """The times at `share` of the SMs or cores, in (0, 1].
+
+        A larger share of a GPU is never slower; of a CPU it may be, as it was measured.
+        """

@@ -16,7 +16,7 @@ from muxrt.config.placement import (
 from muxrt.planner.draft import Draft, Group
 from muxrt.planner.queueing import GroupScore, PartScore, Score
 from muxrt.planner.station import GOOD
-from muxrt.planner.workload import Problem
+from muxrt.planner.workload import Pool, Problem
 
 MAX_SEQUENCES = 256  # the schema's default
 ROOM = 1.5  # times the sequences that run on average
@@ -72,8 +72,31 @@ def positions(problem: Problem, draft: Draft) -> list[Mesh]:
         gpu = pool.gpus_per_node - free[node]
         free[node] -= group.size
         gpus = tuple(range(gpu, gpu + group.size))
-        found[index] = Mesh(device="gpu", kind=pool.gpu.name, node=node, gpus=gpus)
+        found[index] = Mesh(
+            device=pool.gpu.device,
+            cores=_cores(pool, gpu),
+            kind=pool.gpu.name,
+            node=node,
+            gpus=gpus,
+        )
     return [found[index] for index in range(len(draft))]
+
+
+def _cores(pool: Pool, number: int) -> tuple[int, ...] | None:
+    """The cores of a CPU's set of that number; None where one set has all of them, or on a GPU."""
+    if not pool.is_cpu or pool.gpus_per_node == 1:
+        return None
+    return tuple(range(number * pool.gpu.sms, (number + 1) * pool.gpu.sms))
+
+
+def _lanes(pool: Pool, prefill_pct: int | None) -> Lanes:
+    if pool.is_cpu:
+        cores = pool.gpu.sms
+        first = cores if prefill_pct is None else round(cores * prefill_pct / 100)
+        return Lanes(kind="cores", split=tuple(part for part in (first, cores - first) if part))
+    if prefill_pct is None:
+        return Lanes(kind="stream")
+    return Lanes(kind="green", sm_pct=(prefill_pct, 100 - prefill_pct))
 
 
 def _unit(problem: Problem, number: int, group: Group, mesh: Mesh, score: GroupScore) -> UnitSpec:
@@ -81,7 +104,6 @@ def _unit(problem: Problem, number: int, group: Group, mesh: Mesh, score: GroupS
     scores = [by_name[part.model] for part in group.parts]
     room = problem.kv_bytes(group.pool, group.size, group.models)
     pct = group.prefill_pct
-    lanes = Lanes(kind="stream") if pct is None else Lanes(kind="green", sm_pct=(pct, 100 - pct))
     running = max((part.batch for part in scores), default=0.0)
     return UnitSpec(
         name=f"unit-{number}",
@@ -99,7 +121,7 @@ def _unit(problem: Problem, number: int, group: Group, mesh: Mesh, score: GroupS
         ),
         memory=Memory(kv_bytes=room * group.size),
         mesh=mesh,
-        lanes=lanes,
+        lanes=_lanes(problem.pools[group.pool], pct),
         scheduling=Scheduling(
             prefill_tokens=problem.engine.memory.prefill_tokens,
             max_sequences=max(MAX_SEQUENCES, ceil(ROOM * running)),

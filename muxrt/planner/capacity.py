@@ -12,8 +12,6 @@ from muxrt.planner.meshes import Mesh
 from muxrt.planner.queueing import QueueingJudge
 from muxrt.planner.workload import Problem
 
-# Prefill lanes that are tried, per cent of the SMs; None: in turns on one lane.
-PREFILL_PCTS = (None, 30, 50, 70)
 ATTAINMENT = 0.9
 NUM_BISECTIONS = 10
 LARGEST_RPS = 1e4
@@ -67,7 +65,7 @@ class Capacity:
     def _keeps(self, model: str, mesh: Mesh, rate_rps: float) -> bool:
         """Whether the targets are kept at that rate with some choice of lanes."""
         group = Group(*mesh, (Part(model, rate_rps / self.rate_rps(model)),))
-        found = self._estimator.with_lanes(group, PREFILL_PCTS, (1.0,))
+        found = self._estimator.with_lanes(group, self._pcts(group), (1.0,))
         return max(rps for (rps,) in found) >= ATTAINMENT * rate_rps
 
     def rate_rps(self, model: str) -> float:
@@ -93,10 +91,14 @@ class Capacity:
         key = self._estimator.key(group)
         kept = self._lanes.get(key)
         if kept is None:
-            found = self._estimator.with_lanes(group, PREFILL_PCTS, (1.0, DOUBLE))
-            choices = [Lanes(pct, *rps) for pct, rps in zip(PREFILL_PCTS, found, strict=True)]
+            pcts = self._pcts(group)
+            found = self._estimator.with_lanes(group, pcts, (1.0, DOUBLE))
+            choices = [Lanes(pct, *rps) for pct, rps in zip(pcts, found, strict=True)]
             kept = self._lanes[key] = max(choices, key=lambda lanes: lanes.value)
         return kept
+
+    def _pcts(self, group: Group) -> tuple[int | None, ...]:
+        return self._problem.pools[group.pool].prefill_pcts
 
     def tuned(self, group: Group) -> Group:
         """The group with its best lanes."""

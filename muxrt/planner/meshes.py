@@ -15,7 +15,7 @@ MeshGroup = Counter[Mesh]
 
 def mesh_sizes(pool: Pool, largest: int) -> tuple[int, ...]:
     """Powers of two up to a node, largest first."""
-    return tuple(size for size in (16, 8, 4, 2, 1) if size <= min(pool.gpus_per_node, largest))
+    return tuple(size for size in (16, 8, 4, 2, 1) if size <= pool.widest(largest))
 
 
 def mesh_groups(problem: Problem, most: int) -> list[MeshGroup]:

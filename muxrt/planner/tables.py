@@ -36,11 +36,17 @@ class Tables:
         rest = 1.0 if prefill_pct is None else 1 - share
         whole = problem.steps(model, *mesh, 1.0)
         decode, context = problem.steps(model, *mesh, rest), demand.context
+        is_split_cpu = prefill_pct is not None and problem.pools[mesh[0]].is_cpu
         aside = problem.steps(model, *mesh, share)
         times = self.times
         for column, b in enumerate(BATCHES.tolist()):
             control_s = engine.control_s * b
-            times.alone_s[row, column] = whole.decode_s(b, b * context) + control_s
+            if is_split_cpu:  # a lane keeps its cores: the batch is dealt to all lanes
+                part = max(min(b, 1.0), b * rest)
+                alone_s = (slower if b > 1 else 1.0) * decode.decode_s(part, part * context)
+            else:
+                alone_s = whole.decode_s(b, b * context)
+            times.alone_s[row, column] = alone_s + control_s
             times.beside_s[row, column] = slower * decode.decode_s(b, b * context) + control_s
             times.aside_s[row, column] = slower * aside.decode_s(b, b * context) + control_s
         prefills = self._prefills(model, mesh, share, slower)
@@ -62,8 +68,9 @@ class Tables:
     ) -> list[tuple[float, ...]]:
         """Prefills of 1, 2, 4, ... prompts, up to the budget of tokens of one batch."""
         prompt = self._problem.demands[model].prompt
-        alone = self._problem.steps(model, *mesh, 1.0)
         beside = self._problem.steps(model, *mesh, share)
+        is_cpu = self._problem.pools[mesh[0]].is_cpu  # a lane never has more than its cores
+        alone = beside if is_cpu else self._problem.steps(model, *mesh, 1.0)
         largest = max(1, int(self._problem.engine.memory.prefill_tokens / prompt.mean))
         sizes = [2**k for k in range(MAX_SIZES - 1) if 2**k < largest] + [largest]
         found: list[tuple[float, ...]] = []

@@ -34,6 +34,7 @@ class Demand:
     output: Lengths
     slo: Slo
     max_tokens: int  # of one sequence: what its memory must at least hold
+    held: ModelBytes | None = None  # on a CPU, by its own dtypes; None: by the engine's rules
 
     @property
     def context(self) -> float:
@@ -50,6 +51,11 @@ class Engine:
     interference: float = 0.1  # how much slower a step is beside another one: an assumption
 
 
+# Prefill lanes that are tried, per cent of the SMs; None: in turns on one lane.
+PREFILL_PCTS = (None, 30, 50, 70)
+CPU_PCTS = (25, 50, 75)  # rounded to whole cores
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Identical nodes: GPUs are counts, not positions."""
@@ -62,6 +68,24 @@ class Pool:
     @property
     def num_gpus(self) -> int:
         return self.gpus_per_node * self.num_nodes
+
+    def widest(self, largest_tp: int) -> int:
+        """GPUs of the largest mesh."""
+        return 1 if self.is_cpu else min(self.gpus_per_node, largest_tp)
+
+    @property
+    def is_cpu(self) -> bool:
+        """Its "GPUs" are sets of cores: lanes are whole cores, and no mesh is wider than one."""
+        return self.gpu.device == "cpu"
+
+    @property
+    def prefill_pcts(self) -> tuple[int | None, ...]:
+        """Prefill lanes worth trying, per cent of the SMs; None: in turns on one lane."""
+        if not self.is_cpu:
+            return PREFILL_PCTS
+        cores = self.gpu.sms
+        lanes = sorted({round(cores * pct / 100) for pct in CPU_PCTS} - {0, cores})
+        return (None, *(round(100 * lane / cores) for lane in lanes))
 
 
 class Problem:
@@ -116,14 +140,15 @@ class Problem:
         """What a model takes on each of `tp` GPUs."""
         key = (model, tp)
         if key not in self._bytes:
-            self._bytes[key] = model_bytes(self.demands[model].shape, tp, self.engine.memory)
+            demand = self.demands[model]
+            self._bytes[key] = demand.held or model_bytes(demand.shape, tp, self.engine.memory)
         return self._bytes[key]
 
     def tps(self, model: str, pool: int) -> tuple[int, ...]:
         """Degrees that divide the model and fit a node; whether memory suffices is not asked."""
         key = (model, pool)
         if key not in self._tps:
-            largest = min(self.largest_tp, self.pools[pool].gpus_per_node)
+            largest = self.pools[pool].widest(self.largest_tp)
             self._tps[key] = allowed_tps(self.demands[model].shape, largest)
         return self._tps[key]
 
@@ -158,9 +183,9 @@ class Problem:
 
 def _likes(demands: dict[str, Demand]) -> dict[str, int]:
     """A number per model; those that differ in name and rate only share it."""
-    numbers: dict[tuple[ModelShape, Lengths, Lengths, Slo, int], int] = {}
+    numbers: dict[tuple[object, ...], int] = {}
     found = {}
     for name, d in demands.items():
-        key = (d.shape, d.prompt, d.output, d.slo, d.max_tokens)
+        key = (d.shape, d.prompt, d.output, d.slo, d.max_tokens, d.held)
         found[name] = numbers.setdefault(key, len(numbers))
     return found

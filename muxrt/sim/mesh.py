@@ -9,6 +9,7 @@ Assumptions, each of which a measurement on GPUs may replace:
   prefill has the lanes' first share, decodes divide the rest. A model's own `sm_pct` goes before.
 * `mps`: a share is a limit that a process got at its start. A batch has no more than it even when
   it is alone; limits of more than 100 % in all are cut in proportion.
+* `cores` and `processes` (CPU): a lane has its cores and no others, alone or not.
 * Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
   and caches are not partitioned.
 * The engine's `control_s` per sequence and decode step is time of the lane that no share shortens.
@@ -18,6 +19,7 @@ Assumptions, each of which a measurement on GPUs may replace:
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import UnitSpec
 from muxrt.core import ID_BYTES, Copy, Phase
 from muxrt.cost.batch import BatchWork, batch_s
@@ -27,6 +29,9 @@ from muxrt.sim.setting import Setting
 
 # PCIe 4.0 x16, as A100's data sheet has it (32e9), at the 80 % that large copies reach.
 HOST_LINK_BYTES_PER_S = 25.6e9
+
+
+LANES = {"gpu": ("green", "mps", "stream"), "cpu": ("cores", "processes")}
 
 
 class Runner(NamedTuple):
@@ -45,18 +50,20 @@ class MeshCost:
         setting: Setting,
         block_bytes: int,
     ) -> None:
-        """Raises ConfigError for a mesh without GPUs, or of a kind that nobody knows."""
+        """Raises ConfigError for a mesh of a kind that nobody knows, or lanes that are not its."""
         gpus = setting.gpus
         kind, numbers = spec.mesh.kind, spec.mesh.gpus
-        if spec.mesh.device != "gpu" or kind is None or kind not in gpus or not numbers:
+        if kind is None or kind not in gpus or spec.mesh.device != gpus[kind].device or not numbers:
             raise ConfigError(
-                f"{spec.name}: found a mesh of {kind or spec.mesh.device}, expected device gpu, a"
-                f" list of gpus and a kind: {', '.join(sorted(gpus))}"
+                f"{spec.name}: found a mesh of {kind or spec.mesh.device}, expected a list of gpus,"
+                f" a kind and its device: {', '.join(sorted(gpus))}"
             )
-        if spec.lanes.kind not in ("green", "mps", "stream"):
+        allowed = LANES[spec.mesh.device]
+        if spec.lanes.kind not in allowed:
             raise ConfigError(
-                f"{spec.name}: found lanes of kind {spec.lanes.kind}, expected green, mps or stream"
+                f"{spec.name}: found lanes of kind {spec.lanes.kind}, expected {_either(allowed)}"
             )
+        self._lane_share = _lane_share(spec, gpus[kind]) if spec.mesh.device == "cpu" else None
         self._kind = spec.lanes.kind
         self._own = {model.name: model.sm_pct for model in spec.models}
         self._lanes = spec.lanes.sm_pct or (100,)
@@ -83,6 +90,8 @@ class MeshCost:
         return self._shares[key]
 
     def _deal(self, runners: Sequence[Runner]) -> list[float]:
+        if self._lane_share is not None:
+            return [self._lane_share] * len(runners)
         if self._kind == "mps":
             return _within_one([self._limit(runner) for runner in runners])
         if len(runners) == 1:
@@ -116,6 +125,21 @@ class MeshCost:
         """Seconds to move the blocks between the arena and host memory."""
         num_blocks = len(copy.blocks) // ID_BYTES
         return num_blocks * self._block_bytes / self._copy_bytes_per_s
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _lane_share(spec: UnitSpec, kind: GpuKind) -> float:
+    """The part of the cores that each lane of a CPU has. Raises ConfigError for unequal ones."""
+    split = spec.lanes.split or ()
+    if len(set(split)) != 1 or sum(split) > kind.sms:
+        raise ConfigError(
+            f"{spec.name}: found lanes.split {list(split)}, expected lanes of as many cores each,"
+            f" {kind.sms} together at most"
+        )
+    return split[0] / kind.sms
 
 
 def _within_one(shares: list[float]) -> list[float]:

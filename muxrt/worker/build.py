@@ -39,10 +39,20 @@ def _open_threads(
     storage: Storage,
     stack: ExitStack,
 ) -> Iterator[Lane]:
+    yield from thread_lanes(plan, models, shares, storage)
+    yield _open_copy_lane(plan, shares, storage)
+
+
+def thread_lanes(
+    plan: UnitPlan,
+    models: dict[str, Llama],
+    shares: Sequence[Sequence[int]],
+    storage: Storage,
+) -> Iterator[ThreadLane]:
+    """Lanes for batches on these sets of cores, as threads; `models` is emptied."""
     residents = {name: Resident.of(models.pop(name), name, storage) for name in plan.models}
     for number, cores in enumerate(shares):
         yield ThreadLane(f"lane-{number}", cores, lambda team: Runner(residents, team).run)
-    yield _open_copy_lane(plan, shares, storage)
 
 
 def _open_processes(

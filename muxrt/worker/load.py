@@ -43,7 +43,7 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     plan = plan_boot(boot, len(cores), shapes)
     models = {}
     for spec in boot.models:
-        models[spec.name] = _load(boot.unit.name, spec, shapes[spec.name], tell)
+        models[spec.name] = load_model(boot.unit.name, spec, shapes[spec.name], tell)
     executor = open_executor(plan, models, cores)
     try:
         warm_up(plan, executor, tell)
@@ -70,7 +70,8 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
 
 
-def _load(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
+def load_model(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
+    """The model with the weights that its spec asks for. Raises ConfigError."""
     last_s = 0.0
 
     def progress(done: int, total: int) -> None:

@@ -1,0 +1,68 @@
+"""`muxrt profile`: how long steps take on this machine, for planner and simulator."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def profile(
+    source: Annotated[
+        Path, typer.Argument(help="A file of `muxrt serve`, or a Hugging Face model folder.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The profile; its table is written beside it, as .csv.")
+    ] = Path("profile.yaml"),
+    lanes: Annotated[
+        str | None,
+        typer.Option(help="Cores of the lanes to measure: 1,2. Left out: a quarter, half, all."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer cells, fewer repeats: a rough picture.")
+    ] = False,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds of measuring at most.")] = 180.0,
+    kv: Annotated[
+        str, typer.Option(help="KV memory for all models together; larger cells are left out.")
+    ] = "1GiB",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What plans may give to weights and KV; left out, half of the machine."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Measure prefills and decode steps of each model on the cores that this process may use.
+
+    Every cell is measured several times, far apart, the most telling cells first. Ctrl-C ends the
+    measuring and writes what there is.
+
+    Example: muxrt profile configs/demo.yaml --out demo-profile.yaml
+    """
+    import os
+
+    from muxrt.cli.profile_file import write
+    from muxrt.cli.profile_run import Effort, measure
+    from muxrt.cli.profile_source import load_source, parse_lanes, parse_size
+    from muxrt.cli.profile_tables import as_data, print_found
+    from muxrt.cli.show import console
+    from muxrt.errors import ConfigError
+
+    if out.suffix not in (".yaml", ".yml") or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out: found {out}, expected *.yaml in a folder that exists")
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    effort = Effort(
+        lanes=parse_lanes(lanes, len(cores)),
+        budget_s=budget,
+        kv_bytes=parse_size("--kv", kv),
+        is_quick=quick,
+    )
+    memory_bytes = None if memory is None else parse_size("--memory", memory)
+    subject = load_source(source)
+    found = measure(subject, cores, effort, console(stderr=True))
+    written = write(out, subject, found, memory_bytes)
+    if as_json:
+        import msgspec
+
+        data = as_data(out, subject, found, written)
+        print(msgspec.json.format(msgspec.json.encode(data)).decode())
+    else:
+        print_found(console(), out, subject, found, written)

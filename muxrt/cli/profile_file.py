@@ -1,0 +1,223 @@
+"""From what was measured to the files of a profile."""
+
+import os
+import platform
+import statistics
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import cast
+
+import muxrt
+from muxrt.cli.profile_run import ESTIMATE_PCT, Found
+from muxrt.cli.profile_source import Subject
+from muxrt.config.cluster import GpuKind
+from muxrt.config.model import ModelShape
+from muxrt.config.placement import ModelSpec
+from muxrt.config.profile import (
+    Dtype,
+    Measured,
+    ProfiledEngine,
+    ProfiledModel,
+    ProfileFile,
+    dump_profile,
+    sizes_of,
+)
+from muxrt.core import Phase
+from muxrt.cost.fitted import linear_params
+from muxrt.cost.memory import kv_token_bytes
+from muxrt.cost.profile import Profile, load_profile, table_of
+from muxrt.engine.build import DTYPE_BYTES, kv_dtype, linear_dtype, weight_bytes, weight_dtype
+from muxrt.metrics import percentile
+
+VERSIONS = ("numba", "numpy", "torch")
+
+
+def write(out: Path, subject: Subject, found: Found, memory_bytes: int | None) -> Profile:
+    """Write `out` and its table beside it; the profile as a reader gets it.
+
+    The table comes first and each file is put in its place whole, so `out` never names cells that
+    are not there.
+    """
+    table = out.with_suffix(".csv")
+    file = _file(table.name, subject, found, memory_bytes or _half_of_memory())
+    for path, text in ((table, table_of(found.cells())), (out, dump_profile(file))):
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    return load_profile(out)
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> ProfileFile:
+    device, cores = cpu_name(), found.num_cores
+    kind = f"cpu-{cores}c"
+    return ProfileFile(
+        title=f"{', '.join(spec.name for spec in subject.specs)} on {cores} cores of {device}",
+        source=f"muxrt profile, {subject.source.name}",
+        licence="measured here: yours",
+        gpu=kind,
+        table=table,
+        models=tuple(_model(spec, subject.shapes[spec.name]) for spec in subject.specs),
+        kind=GpuKind(
+            name=kind,
+            device="cpu",
+            memory_bytes=memory_bytes,
+            bandwidth_bytes_per_s=round(_most_bytes_per_s(subject, found)),
+            flops=round(_most_flops(subject, found)),
+            sms=cores,
+            link_bytes_per_s=round(_most_bytes_per_s(subject, found)),
+        ),
+        sm_percent=(
+            f"cores of the lane over the {cores} of the mesh; kind.sms are cores, its bandwidth and"
+            " flops the most that a measured decode step read and a measured prefill computed"
+        ),
+        engine=_engine(found),
+        side_by_side=found.side_by_side,
+        measured=_measured(device, found),
+    )
+
+
+def _model(spec: ModelSpec, shape: ModelShape) -> ProfiledModel:
+    return ProfiledModel(
+        name=spec.name,
+        sizes=sizes_of(shape),
+        weights=cast(Dtype, linear_dtype(spec, shape)),
+        dtype=cast(Dtype, weight_dtype(spec, shape)),
+        kv_dtype=cast(Dtype, kv_dtype(spec, shape)),
+    )
+
+
+def _engine(found: Found) -> ProfiledEngine:
+    slower = [s for one in found.side_by_side for s in (one.prefill_slowdown, one.decode_slowdown)]
+    control = found.control
+    return ProfiledEngine(
+        interference=round(max(0.0, statistics.median(slower) - 1), 4) if slower else None,
+        control_s=float(f"{control.sequence_s:.3g}") if control else None,
+        control_step_s=float(f"{control.step_s:.3g}") if control else None,
+    )
+
+
+def _measured(device: str, found: Found) -> Measured:
+    spreads = found.spreads()
+    return Measured(
+        device=device,
+        cores=found.num_cores,
+        lanes=found.lanes,
+        date=datetime.now(UTC).date().isoformat(),
+        muxrt=muxrt.__version__,
+        commit=_commit(),
+        versions=", ".join(
+            [f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in VERSIONS)]
+        ),
+        load_average=round(found.load_average, 2),
+        seconds=round(max(found.elapsed_s, 0.1), 1),
+        bursts=round(statistics.median(len(bursts) for bursts in found.bursts.values())),
+        statistic=(
+            f"percentile {ESTIMATE_PCT} over bursts of the median of up to 8 steps in a row;"
+            " tokens drawn at temperature 1"
+        ),
+        spread=round(percentile(spreads, 50) or 0.0, 4),
+        spread_p90=round(percentile(spreads, 90) or 0.0, 4),
+        is_whole=found.is_whole,
+    )
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None for an installed package."""
+    command = ["git", "-C", str(Path(muxrt.__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a model reaches on lanes of one size; None where no cell tells."""
+
+    model: str
+    cores: int
+    prefill_tokens_per_s: float | None  # of the largest prefill
+    decode_s: dict[int, float | None]  # by batch, at one context
+    context: int
+    bytes_per_s: float | None  # of weights and KV, read by a step of one sequence
+
+
+FIGURE_BATCHES = (1, 8, 32)
+
+
+def figures(subject: Subject, found: Found) -> list[Figures]:
+    """A row per model and lane, from the cells themselves."""
+    return [
+        _figures(spec, subject.shapes[spec.name], cores, found)
+        for spec in subject.specs
+        for cores in found.lanes
+    ]
+
+
+def _figures(spec: ModelSpec, shape: ModelShape, cores: int, found: Found) -> Figures:
+    pct = found.share_pct(cores)
+    cells = [cell for cell in found.cells() if (cell.model, cell.sm_pct) == (spec.name, pct)]
+    prefills = [(cell.tokens, cell.tokens / cell.prefill_s) for cell in cells if cell.prefill_s]
+    decodes = {(cell.batch, cell.seq_len): cell.decode_s for cell in cells if cell.decode_s}
+    batches = [batch for batch, _ in decodes]
+    # The context at which most batch sizes are known; the longest of those.
+    context = max(
+        (length for _, length in decodes),
+        key=lambda length: (sum((batch, length) in decodes for batch in batches), length),
+        default=0,
+    )
+    alone_s = decodes.get((1, context))
+    return Figures(
+        spec.name,
+        cores,
+        max(prefills)[1] if prefills else None,
+        {batch: decodes.get((batch, context)) for batch in FIGURE_BATCHES},
+        context,
+        step_bytes(spec, shape, context) / alone_s if alone_s else None,
+    )
+
+
+def step_bytes(spec: ModelSpec, shape: ModelShape, context: int) -> int:
+    """What a decode step of one sequence reads: weights (of the input table a row), and KV."""
+    weights = weight_bytes(spec, shape)
+    if not shape.tied_embeddings:
+        table = shape.vocab_size * shape.hidden_size
+        weights -= table * DTYPE_BYTES[weight_dtype(spec, shape)]
+    return weights + context * kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+
+
+def _most_bytes_per_s(subject: Subject, found: Found) -> float:
+    specs = {spec.name: spec for spec in subject.specs}
+    rates = [
+        step_bytes(specs[model], subject.shapes[model], one.seq_len) / min(bursts)
+        for (model, _, one), bursts in found.bursts.items()
+        if one.phase is Phase.DECODE and one.batch == 1
+    ]
+    return max(rates, default=1.0)
+
+
+def _most_flops(subject: Subject, found: Found) -> float:
+    rates = [
+        2 * linear_params(subject.shapes[model]) * one.tokens / min(bursts)
+        for (model, _, one), bursts in found.bursts.items()
+        if one.phase is Phase.PREFILL
+    ]
+    return max(rates, default=1.0)

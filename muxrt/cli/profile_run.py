@@ -1,0 +1,310 @@
+"""The measuring of `muxrt profile`: which cell when, until all are known or the time is up."""
+
+import os
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from muxrt.cli.profile_control import Control, measure_control
+from muxrt.cli.profile_source import Subject
+from muxrt.config.profile import SideBySide
+from muxrt.core import Phase
+from muxrt.cost.grid import Pass, levels
+from muxrt.cost.memory import kv_token_bytes
+from muxrt.cost.profile import Cell
+from muxrt.engine.build import DTYPE_BYTES, kv_dtype
+from muxrt.engine.messages import Loading
+from muxrt.errors import ConfigError, MuxrtError
+from muxrt.metrics import percentile
+from muxrt.worker.load import load_model
+from muxrt.worker.probe import Beside, Probe, Slots
+
+BURSTS, QUICK_BURSTS = 9, 3  # of each cell, if the time allows
+QUICK_LEVELS = 2
+BESIDE_S = 0.25  # of two passes beside each other, each time
+BESIDE_SHARE = 0.15  # of the budget
+BESIDE_BATCH = 8
+ESTIMATE_PCT = 25  # of a cell's bursts: what disturbs a step only makes it longer
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much to measure."""
+
+    lanes: tuple[int, ...]  # cores of each
+    budget_s: float
+    kv_bytes: int
+    is_quick: bool = False
+
+    @property
+    def num_levels(self) -> int | None:
+        return QUICK_LEVELS if self.is_quick else None
+
+    @property
+    def num_bursts(self) -> int:
+        return QUICK_BURSTS if self.is_quick else BURSTS
+
+
+Key = tuple[str, int, Pass]  # model, cores of the lane, pass
+
+
+@dataclass(slots=True)
+class Found:
+    """What was measured; times in seconds."""
+
+    num_cores: int
+    lanes: tuple[int, ...]
+    load_average: float
+    num_planned: int  # cells
+    bursts: dict[Key, list[float]] = field(default_factory=dict)
+    side_by_side: tuple[SideBySide, ...] = ()
+    control: Control | None = None
+    elapsed_s: float = 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.bursts) == self.num_planned
+
+    def share_pct(self, cores: int) -> int:
+        """The part of the mesh's cores, as the profile's `sm_percent`."""
+        return max(1, round(100 * cores / self.num_cores))
+
+    def cells(self) -> tuple[Cell, ...]:
+        """The table's rows: a prefill and a decode of the same sizes share one."""
+        times: dict[tuple[str, int, int, int], dict[Phase, float]] = {}
+        for (model, cores, one), bursts in self.bursts.items():
+            key = (model, self.share_pct(cores), one.batch, one.seq_len)
+            times.setdefault(key, {})[one.phase] = _estimate(bursts)
+        return tuple(
+            Cell(model, 1, pct, batch, length, found.get(Phase.PREFILL), found.get(Phase.DECODE))
+            for (model, pct, batch, length), found in times.items()
+        )
+
+    def spreads(self) -> list[float]:
+        """Of each cell with several bursts: the interquartile range over the median."""
+        found = []
+        for bursts in self.bursts.values():
+            low, high = percentile(bursts, 25), percentile(bursts, 75)
+            if len(bursts) > 1 and low is not None and high is not None:
+                found.append((high - low) / statistics.median(bursts))
+        return found
+
+
+def _estimate(bursts: list[float]) -> float:
+    value = percentile(bursts, ESTIMATE_PCT)
+    assert value is not None, "a cell has at least one burst"
+    return value
+
+
+def measure(subject: Subject, cores: tuple[int, ...], effort: Effort, console: Console) -> Found:
+    """Load the models, measure until all is known, the budget is over or Ctrl-C.
+
+    Raises ConfigError for models that cannot be run here, MuxrtError where nothing was measured.
+    """
+    grids = _grids(subject, effort)
+    planned = len(effort.lanes) * sum(len(level) for grid in grids.values() for level in grid)
+    found = Found(len(cores), effort.lanes, os.getloadavg()[0], planned)
+    with _showing(console, effort.budget_s) as show, _interruptible() as is_interrupted:
+        models = {}
+        for spec in subject.specs:
+            show(f"loading {spec.name}", 0.0)
+            models[spec.name] = load_model("profile", spec, subject.shapes[spec.name], _quiet)
+        halves = (cores[: len(cores) - len(cores) // 2], cores[len(cores) - len(cores) // 2 :])
+        lanes = [*(cores[:size] for size in effort.lanes), *(half for half in halves if half)]
+        show("warming up", 0.0)
+        passes = {name: [one for level in grid for one in level] for name, grid in grids.items()}
+        with Probe(subject.specs, subject.shapes, models, lanes, passes) as probe:
+            begun_s = monotonic()
+            clock = _Clock(begun_s, effort.budget_s, is_interrupted, show)
+            _measure_cells(probe, grids, effort, clock, found)
+            if len(cores) > 1:
+                _measure_beside(probe, grids, halves, effort, clock, found)
+            if not is_interrupted():
+                found.control = measure_control(subject)
+            found.elapsed_s = monotonic() - begun_s
+    if is_interrupted():
+        console.print("interrupted: what was measured so far is kept")
+    if not found.bursts:
+        raise MuxrtError("nothing was measured: give it more time with --budget")
+    return found
+
+
+def _quiet(_: Loading) -> None:
+    """Weights load in a moment beside the measuring."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """When to stop, and whom to tell."""
+
+    begun_s: float
+    budget_s: float
+    is_interrupted: Callable[[], bool]
+    show: Callable[[str, float], None]
+
+    def goes_on(self, share: float, doing: str) -> bool:
+        """Whether less than `share` of the budget is used, and nobody wants to stop."""
+        used_s = monotonic() - self.begun_s
+        self.show(doing, used_s)
+        return used_s < share * self.budget_s and not self.is_interrupted()
+
+
+def _grids(subject: Subject, effort: Effort) -> dict[str, list[list[Pass]]]:
+    """Levels of passes by model. Raises ConfigError where KV memory holds no useful ones."""
+    found = {}
+    for spec in subject.specs:
+        shape = subject.shapes[spec.name]
+        token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+        room = effort.kv_bytes // len(subject.specs) // token_bytes
+        longest = spec.max_model_len or shape.max_positions
+        grid = _grid(longest, room)[: effort.num_levels]
+        if len({one.batch for one in grid[0] if one.phase is Phase.DECODE}) < 2:
+            raise ConfigError(
+                f"--kv: {spec.name} has room for {room} tokens, expected enough for decodes of two"
+                f" batch sizes and prompts of {longest} tokens at most: more memory would do"
+            )
+        found[spec.name] = grid
+    return found
+
+
+def _grid(longest: int, room: int) -> list[list[Pass]]:
+    """Levels whose slots, which lie beside each other, hold at most `room` tokens together."""
+    most = room
+    while most:
+        grid = levels(longest, most)
+        if sum(Slots([one for level in grid for one in level]).tokens) <= room:
+            return grid
+        most //= 2
+    return [[]]
+
+
+def _measure_cells(
+    probe: Probe,
+    grids: dict[str, list[list[Pass]]],
+    effort: Effort,
+    clock: _Clock,
+    found: Found,
+) -> None:
+    """Round after round over all cells, there and back; finer levels join in later rounds.
+
+    So each cell's bursts lie far apart, and lanes alternate within a round: what the machine does
+    slowly is not taken for a difference between cells.
+    """
+    most_levels = max(len(grid) for grid in grids.values())
+    for number in range(effort.num_bursts + most_levels - 1):
+        keys = [
+            (model, lane, one)
+            for level in range(min(number + 1, most_levels))
+            for model, grid in grids.items()
+            for one in grid[level]
+            for lane in range(len(effort.lanes))
+        ]
+        for model, lane, one in keys if number % 2 == 0 else reversed(keys):
+            bursts = found.bursts.get((model, effort.lanes[lane], one), [])
+            if len(bursts) >= effort.num_bursts:
+                continue
+            doing = f"{model}: {one.phase.value} {one.batch} x {one.seq_len}"
+            if not clock.goes_on(1 - BESIDE_SHARE, doing):
+                return
+            bursts.append(probe.burst(lane, model, one))
+            found.bursts[model, effort.lanes[lane], one] = bursts
+
+
+def _measure_beside(
+    probe: Probe,
+    grids: dict[str, list[list[Pass]]],
+    halves: tuple[tuple[int, ...], tuple[int, ...]],
+    effort: Effort,
+    clock: _Clock,
+    found: Found,
+) -> None:
+    """Each model's prefill beside decodes of the next one, on two halves of the cores."""
+    first_lane = len(effort.lanes)
+    names = list(grids)
+    pairs = list(zip(names, [*names[1:], names[0]], strict=True))
+    rounds: dict[tuple[str, str], list[Beside]] = {}
+    while clock.goes_on(1.0, "side by side") and len(rounds.get(pairs[-1], [])) < effort.num_bursts:
+        for pair in pairs:
+            if not clock.goes_on(1.0, f"{pair[0]} beside {pair[1]}"):
+                break
+            times = probe.beside(
+                (first_lane, pair[0], _beside_prefill(grids[pair[0]])),
+                (first_lane + 1, pair[1], _beside_decode(grids[pair[1]])),
+                BESIDE_S,
+            )
+            rounds.setdefault(pair, []).append(times)
+    found.side_by_side = tuple(
+        _side_by_side(pair, several, grids, halves) for pair, several in rounds.items()
+    )
+
+
+def _beside_prefill(grid: list[list[Pass]]) -> Pass:
+    """The longest prompt of level 0."""
+    return max((one for one in grid[0] if one.phase is Phase.PREFILL), key=lambda one: one.tokens)
+
+
+def _beside_decode(grid: list[list[Pass]]) -> Pass:
+    """Decodes of level 0 at the batch size nearest to BESIDE_BATCH, and the longest context."""
+    decodes = [one for one in grid[0] if one.phase is Phase.DECODE]
+    return min(decodes, key=lambda one: (abs(one.batch - BESIDE_BATCH), -one.seq_len))
+
+
+def _side_by_side(
+    pair: tuple[str, str],
+    rounds: list[Beside],
+    grids: dict[str, list[list[Pass]]],
+    halves: tuple[tuple[int, ...], tuple[int, ...]],
+) -> SideBySide:
+    decode = _beside_decode(grids[pair[1]])
+    times = Beside(*(_estimate(list(column)) for column in zip(*rounds, strict=True)))
+    return SideBySide(
+        prefill=pair[0],
+        prefill_tokens=_beside_prefill(grids[pair[0]]).tokens,
+        decode=pair[1],
+        batch=decode.batch,
+        context=decode.seq_len,
+        lanes=(len(halves[0]), len(halves[1])),
+        prefill_slowdown=round(times.first_s / times.first_alone_s, 4),
+        decode_slowdown=round(times.second_s / times.second_alone_s, 4),
+    )
+
+
+@contextmanager
+def _showing(console: Console, budget_s: float) -> Iterator[Callable[[str, float], None]]:
+    """A bar of the budget; yields what to call with what is done now and the seconds used."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=2,  # it shares the cores with what is measured
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=budget_s)
+        yield lambda doing, used_s: bar.update(task, description=doing, completed=used_s)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed; a second one ends the program."""
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
