@@ -45,6 +45,7 @@ EVERYWHERE = {"numpy", "msgspec"}
 LIBRARIES = {
     "config": {"yaml"},
     "cost": {"scipy"},
+    "sim": {"scipy"},
     "planner": {"numba"},
     "kernels": {"torch", "triton", "numba", "llvmlite"},
     "models": {"torch", "safetensors"},

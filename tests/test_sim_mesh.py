@@ -11,9 +11,11 @@ from muxrt.config.plan import EngineFacts
 from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Phase, Result, Work
 from muxrt.cost.batch import BatchWork, batch_s
 from muxrt.errors import ConfigError
+from muxrt.sim.copies import HOST_LINK_BYTES_PER_S, CopyLane
 from muxrt.sim.executor import MeshExecutor
+from muxrt.sim.links import Links
 from muxrt.sim.loop import EventLoop
-from muxrt.sim.mesh import HOST_LINK_BYTES_PER_S, MeshCost, Runner
+from muxrt.sim.mesh import MeshCost, Runner
 
 PREFILL, DECODE = Runner("a", Phase.PREFILL), Runner("a", Phase.DECODE)
 OTHER = Runner("b", Phase.DECODE)
@@ -27,7 +29,7 @@ def batch(phase: Phase, *entries: tuple[int, int], lane: int = 0, number: int = 
 
 
 def mesh_cost(spec: UnitSpec, facts: EngineFacts | None = None) -> MeshCost:
-    return MeshCost(spec, setting("a", "b", facts=facts), 1 << 20)
+    return MeshCost(spec, setting("a", "b", facts=facts))
 
 
 def test_a_prefill_in_chunks_attends_to_as_much_as_whole() -> None:
@@ -80,7 +82,7 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
     assert cost.batch_s("a", work, 0.5, is_alone=True) == pytest.approx(step_s + 0.004)
     assert cost.batch_s("a", work, 0.5, is_alone=False) == pytest.approx(1.2 * step_s + 0.004)
     own = replace(setting("a", "b"), control_s={"a": 0.002})
-    cost = MeshCost(unit("a", "b"), own, 1 << 20)
+    cost = MeshCost(unit("a", "b"), own)
     assert cost.batch_s("a", work, 0.5, is_alone=True) == pytest.approx(step_s + 0.008)
     assert cost.batch_s("b", work, 0.5, is_alone=True) == pytest.approx(step_s)
 
@@ -121,7 +123,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.loop = EventLoop()
-        self.mesh = MeshExecutor(self.loop, Halves(unit("a"), setting("a"), 1 << 20))
+        copies = CopyLane(self.loop, Links(self.loop), unit("a"), 1 << 20)
+        self.mesh = MeshExecutor(self.loop, Halves(unit("a"), setting("a")), copies)
 
     def launch(self, number: int, lane: int, seconds: int, at_s: float = 0.0) -> None:
         work = batch(Phase.PREFILL, (0, seconds), lane=lane, number=number)

@@ -10,6 +10,7 @@ import msgspec
 from muxrt.core import Batch, BatchEntry, Copy, Result, SlotOpen, Work
 from muxrt.cost.batch import BatchWork
 from muxrt.engine.executor import Done
+from muxrt.sim.copies import CopyLane
 from muxrt.sim.loop import FINISH, Event, EventLoop
 from muxrt.sim.mesh import MeshCost, Runner
 
@@ -170,6 +171,21 @@ class MeshLanes:
         """The running `job` ends at that time."""
         job.end = self.loop.at(at_s, partial(self._end, job), FINISH)
 
+    def stop(self) -> None:
+        """Nothing of what was launched will be done."""
+        for job in self._running.values():
+            lane_s = self.busy_s.get(job.lane, 0.0)
+            self.busy_s[job.lane] = lane_s + self.loop.now_s - job.started_s
+            if job.end is not None:
+                job.end.cancel()
+        self._running.clear()
+        self._queued.clear()
+
+    def busy_until_now_s(self, lane: int) -> float:
+        """Seconds that `lane` was busy, with what runs on it."""
+        busy_s, job = self.busy_s.get(lane, 0.0), self._running.get(lane)
+        return busy_s if job is None else busy_s + self.loop.now_s - job.started_s
+
     def alone(self) -> "tuple[Job, deque[Job]] | None":
         """The only batch that runs, and those behind it on its lane; None if others run too."""
         if len(self._running) != 1:
@@ -189,28 +205,26 @@ class BatchJob(Job):
 class MeshExecutor:
     """A mesh behind the brain's seam."""
 
-    def __init__(self, loop: EventLoop, cost: MeshCost) -> None:
+    def __init__(self, loop: EventLoop, cost: MeshCost, copies: CopyLane) -> None:
         self._loop = loop
-        self._cost = cost
         self.lanes = MeshLanes(loop, cost)
+        self.copies = copies
         self.tokens = Tokens()
-        self._copies_end_s = 0.0
 
     def launch(self, work: Work, done: Done) -> None:
         """Finish `work` when its lane has had time for it."""
         if isinstance(work, Copy):
-            self._copy(work, done)
+            self.copies.launch(work, done)
             return
         runner = Runner(work.model, work.phase)
         self.lanes.launch(
             BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
         )
 
-    def _copy(self, copy: Copy, done: Done) -> None:
-        seconds = self._cost.copy_s(copy)
-        self._copies_end_s = max(self._copies_end_s, self._loop.now_s) + seconds
-        result = self.tokens.run(copy, seconds)
-        self._loop.at(self._copies_end_s, lambda: done(copy, result), FINISH)
+    def stop(self) -> None:
+        """The mesh is lost: nothing of what was launched will be done."""
+        self.lanes.stop()
+        self.copies.stop()
 
     def land(self, job: Job, elapsed_s: float) -> None:
         """Tell the brain that a batch is done."""

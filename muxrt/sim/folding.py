@@ -22,6 +22,7 @@ from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
 from muxrt.sched.scheduler import Limits, Scheduler, _Flight
 from muxrt.sim.cohort import Cohort, FoldedJob, is_last, make_cohorts
+from muxrt.sim.copies import CopyLane
 from muxrt.sim.executor import BatchJob, Job, MeshExecutor
 from muxrt.sim.loop import EventLoop
 from muxrt.sim.mesh import MeshCost, Runner
@@ -39,10 +40,15 @@ class FoldingExecutor(MeshExecutor):
     """A mesh that folds runs of decode steps of the unit it belongs to."""
 
     def __init__(
-        self, loop: EventLoop, cost: MeshCost, advance: Advance, horizon: Callable[[], float]
+        self,
+        loop: EventLoop,
+        cost: MeshCost,
+        copies: CopyLane,
+        advance: Advance,
+        horizon: Callable[[], float],
     ) -> None:
         """`horizon` is when something else may happen to the unit, or be asked of it."""
-        super().__init__(loop, cost)
+        super().__init__(loop, cost, copies)
         self.horizon = horizon
         self._advance = advance
         self._jobs: dict[int, BatchJob] = {}  # the brain's batches in flight, by id

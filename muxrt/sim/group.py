@@ -1,25 +1,25 @@
 """Units that share replicas, and the requests for their models, on one virtual clock."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import msgspec
 
 from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.core import FinishReason, Output, Request
-from muxrt.engine.build import build_unit, plan_unit
-from muxrt.engine.requests import Ledger
+from muxrt.engine.requests import Ledger, LiveRequest
 from muxrt.engine.router import Replica, choose
-from muxrt.errors import BadRequest, Overloaded
-from muxrt.sim.executor import MeshExecutor, SimPrompt
-from muxrt.sim.folding import FoldingExecutor
-from muxrt.sim.loop import ARRIVE, PLAN, Event, EventLoop
-from muxrt.sim.mesh import MeshCost
-from muxrt.sim.setting import Setting
+from muxrt.errors import BadRequest, ConfigError, Overloaded, Unavailable
+from muxrt.sim.executor import SimPrompt
+from muxrt.sim.links import Links
+from muxrt.sim.loop import ARRIVE, FINISH, PLAN, EventLoop
+from muxrt.sim.setting import Failure, Setting
+from muxrt.sim.unit import SimUnit
+from muxrt.sim.use import SAMPLE_S, UnitUse
 from muxrt.workload.arrivals import Arrival
-
-SAMPLE_S = 1.0  # how often KV use is looked at
 
 
 @dataclass(slots=True)
@@ -35,35 +35,13 @@ class Served:
     first_s: float | None = None
     last_s: float | None = None
     finish: FinishReason | None = None
-    refused: int | None = None  # the HTTP status of its refusal
+    refused: int | None = None  # the HTTP status of its refusal, or of its end with its unit
+    is_retried: bool = False  # its first unit died before its first token
 
     @property
     def is_answered(self) -> bool:
         """It got all of its tokens."""
         return self.finish in (FinishReason.STOP, FinishReason.LENGTH)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelUse:
-    """What one model did in one unit."""
-
-    model: str
-    preemptions_swap: int
-    preemptions_recompute: int
-    quota_blocks: int  # at the end
-
-
-@dataclass(frozen=True, slots=True)
-class UnitUse:
-    """How busy one unit was until its last request ended."""
-
-    unit: str
-    num_blocks: int
-    kv_mean: float  # share of the blocks that sequences held, sampled once a second
-    kv_peak: float
-    lanes_busy: tuple[float, ...]  # share of the time, by lane
-    num_batches: int
-    models: tuple[ModelUse, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,114 +77,15 @@ def groups(units: Sequence[UnitSpec], models: Sequence[ModelSpec]) -> list[Group
 
 
 @dataclass(slots=True)
-class _Gauge:
-    """Share of the blocks in use, sampled."""
-
-    num_samples: int = 0
-    total: float = 0.0
-    peak: float = 0.0
-
-    def add(self, share: float) -> None:
-        self.num_samples += 1
-        self.total += share
-        self.peak = max(self.peak, share)
-
-
-class SimUnit:
-    """A unit of the brain with its timer and its lanes."""
-
-    def __init__(
-        self, spec: UnitSpec, models: Sequence[ModelSpec], setting: Setting, group: "Simulation"
-    ) -> None:
-        self._loop = group.loop
-        self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
-        block_bytes = self.plan.arena.block_bytes
-        cost = MeshCost(spec, setting, block_bytes)
-        folding = None
-        if setting.fold:
-            folding = FoldingExecutor(self._loop, cost, group.advance, self._horizon)
-        self.executor = folding or MeshExecutor(self._loop, cost)
-        self._group = group
-        self.unit = build_unit(self.plan, self.executor, self._now, group.emit)
-        if folding is not None:
-            folding.attach(self.unit)
-        self._folding = folding
-        self.gauge = _Gauge()
-        self._timer: Event | None = None
-        self._timer_s: float | None = None
-
-    def _now(self) -> float:
-        return self._loop.now_s
-
-    def _horizon(self) -> float:
-        """The next request or sample of the group, or the unit's own timer."""
-        group_s = self._group.horizon()
-        return group_s if self._timer_s is None else min(group_s, self._timer_s)
-
-    def add(self, request: Request) -> None:
-        """A request arrives; its deadline may be the next thing to look at."""
-        self.settle()
-        self.unit.add(request)
-        self._arm()
-
-    def settle(self) -> None:
-        """All that happened so far is written down."""
-        if self._folding is not None:
-            self._folding.settle()
-
-    def publish(self) -> None:
-        """The router may count the tokens that were generated so far."""
-        if self._folding is not None:
-            self._folding.publish()
-
-    def _arm(self) -> None:
-        next_s = self.unit.next_timer()
-        if next_s is None or (self._timer_s is not None and self._timer_s <= next_s):
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._timer_s = self._loop.at(next_s, self._wake), next_s
-
-    def _wake(self) -> None:
-        self._timer = self._timer_s = None
-        next_s = self.unit.next_timer()
-        if next_s is not None and next_s <= self._loop.now_s:
-            self.settle()
-            self.unit.tick()
-        self._arm()
-
-    def sample(self) -> None:
-        """Look at how full the arena is."""
-        pool = self.unit.scheduler.memory.pool
-        self.gauge.add(pool.num_used / pool.num_blocks)
-
-    def use(self, wall_s: float) -> UnitUse:
-        """How busy it was in `wall_s` seconds."""
-        stats, gauge = self.unit.stats(), self.gauge
-        busy = self.executor.lanes.busy_s
-        num_lanes = self.unit.scheduler.limits.num_lanes
-        return UnitUse(
-            unit=self.unit.name,
-            num_blocks=stats.blocks_total,
-            kv_mean=gauge.total / gauge.num_samples if gauge.num_samples else 0.0,
-            kv_peak=gauge.peak,
-            lanes_busy=tuple(
-                busy.get(lane, 0.0) / wall_s if wall_s else 0.0 for lane in range(num_lanes)
-            ),
-            num_batches=self.executor.lanes.num_batches,
-            models=tuple(
-                ModelUse(m.model, m.preemptions_swap, m.preemptions_recompute, m.blocks_quota)
-                for m in stats.models
-            ),
-        )
-
-
-@dataclass(slots=True)
 class _Arrivals:
     """What is still to come, in order of time, with each one's place among all arrivals."""
 
     items: Sequence[tuple[int, Arrival]]
     next: int = field(default=0)
+
+
+# So many more requests have ended.
+Tell = Callable[[int], None]
 
 
 class Watch(Protocol):
@@ -224,9 +103,10 @@ class Simulation:
     """Router, units and clock of one group."""
 
     def __init__(self, group: Group, setting: Setting, watch: Watch | None = None) -> None:
-        """Raises ConfigError where a unit cannot be laid out or costed."""
+        """Raises ConfigError where a unit cannot be laid out or costed, or dies while dead."""
         self._watch = watch
         self.loop = EventLoop()
+        self.links = Links(self.loop)
         self.ledger = Ledger()
         self.served: list[Served] = []
         self._live: dict[int, Served] = {}
@@ -241,17 +121,20 @@ class Simulation:
             ]
             for name in self._models
         }
-        self._lengths = {
-            name: min(
-                self.units[replica.unit].plan.models[name].max_model_len for replica in replicas
-            )
-            for name, replicas in self._replicas.items()
-        }
         self._coming = _Arrivals([])
         self._next_sample_s = SAMPLE_S
+        self._tell: Tell = lambda num_requests: None
+        self._told = 0
+        self._changes_s = deque(self._expect_failures(setting.failures))
 
-    def run(self, arrivals: Sequence[tuple[int, Arrival]]) -> GroupResult:
-        """Serve `arrivals` (place, arrival), in order of time, until the last one has ended."""
+    def run(
+        self, arrivals: Sequence[tuple[int, Arrival]], tell: Tell = lambda num_requests: None
+    ) -> GroupResult:
+        """Serve `arrivals` (place, arrival), in order of time, until the last one has ended.
+
+        `tell` is told from time to time how many requests have ended since it was told last.
+        """
+        self._tell = tell
         self._coming = _Arrivals(arrivals)
         self._expect()
         self.loop.at(self._next_sample_s, self._sample, PLAN)
@@ -261,21 +144,72 @@ class Simulation:
             if not self.loop.step():
                 raise AssertionError("requests wait and nothing is going to happen")
         wall_s = max((s.last_s for s in self.served if s.last_s is not None), default=0.0)
+        self._tell(len(self.served) - len(self._live) - self._told)
         uses = tuple(unit.use(wall_s) for unit in self.units.values())
         return GroupResult(tuple(self.served), uses)
 
     def _sample(self) -> None:
         for unit in self.units.values():
             unit.sample()
+        num_ended = len(self.served) - len(self._live)
+        self._tell(num_ended - self._told)
+        self._told = num_ended
         self._next_sample_s = self.loop.now_s + SAMPLE_S
         self.loop.at(self._next_sample_s, self._sample, PLAN)
 
     def horizon(self) -> float:
         """When units are looked at or given something next."""
-        coming = self._coming
+        coming, next_s = self._coming, self._next_sample_s
+        if self._changes_s:
+            next_s = min(next_s, self._changes_s[0])
         if coming.next < len(coming.items):
-            return min(self._next_sample_s, coming.items[coming.next][1].at_s)
-        return self._next_sample_s
+            return min(next_s, coming.items[coming.next][1].at_s)
+        return next_s
+
+    # -- failures ----------------------------------------------------------------------------
+
+    def _expect_failures(self, failures: Sequence[Failure]) -> list[float]:
+        """Those of the group's units are events; when they and their ends happen, in order."""
+        times: list[float] = []
+        back_s: dict[str, float] = {}
+        for failure in sorted(failures, key=lambda failure: failure.at_s):
+            if failure.unit not in self.units:
+                continue
+            if failure.at_s < back_s.get(failure.unit, 0.0):
+                raise ConfigError(
+                    f"{failure.unit}: found a failure at {failure.at_s:g} s, expected one after it"
+                    f" is back from the one before, at {back_s[failure.unit]:g} s"
+                )
+            back_s[failure.unit] = failure.ends_s
+            self.loop.at(failure.at_s, partial(self._die, failure.unit), FINISH)
+            times.append(failure.at_s)
+            if failure.down_s is not None:
+                self.loop.at(failure.ends_s, partial(self._revive, failure.unit), FINISH)
+                times.append(failure.ends_s)
+        return sorted(times)
+
+    def _die(self, name: str) -> None:
+        """What the endpoint does when a unit's process ends (server/dispatch.py: `on_death`)."""
+        self._changes_s.popleft()
+        self.units[name].die()
+        for lost in self.ledger.of_unit(name):
+            served = self._live.pop(lost.request.id)
+            self.ledger.close(lost.request.id)
+            if not self._retry(lost, served):
+                self._turn_away(served, Unavailable.status)
+
+    def _revive(self, name: str) -> None:
+        self._changes_s.popleft()
+        self.units[name].start()
+
+    def _retry(self, lost: LiveRequest, served: Served) -> bool:
+        """What gave nothing may start over elsewhere, once; False if that cannot be."""
+        replica = self._choose(lost.request.model)
+        if served.first_s is not None or served.is_retried or replica is None:
+            return False
+        served.is_retried = True
+        self._send(lost.request, served, replica.unit)
+        return True
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -296,20 +230,21 @@ class Simulation:
         spec = self._models[arrival.model]
         served = Served(index, arrival.model, arrival.at_s, arrival.prompt_tokens)
         self.served.append(served)
-        room = self._lengths[arrival.model] - arrival.prompt_tokens
-        if room < 1:
-            self._turn_away(served, BadRequest.status)
+        ready = self._ready(arrival.model)
+        if not ready:
+            self._turn_away(served, Unavailable.status)
             return
         queued = self.ledger.queued(arrival.model)
         if queued and queued + 1 > spec.max_queue:
             self._turn_away(served, Overloaded.status)
             return
-        replicas = self._replicas[arrival.model]
-        if len(replicas) > 1:  # the router counts the tokens of each
-            for candidate in replicas:
-                self.units[candidate.unit].publish()
-        replica = choose(replicas, self.ledger)
-        assert replica is not None, "a model of a placement is in one of its units"
+        longest = min(self.units[r.unit].plan.models[r.model].max_model_len for r in ready)
+        room = longest - arrival.prompt_tokens
+        if room < 1:
+            self._turn_away(served, BadRequest.status)
+            return
+        replica = self._choose(arrival.model)
+        assert replica is not None, "some are ready"
         timeout_s = spec.queue_timeout_s
         request = Request(
             id=self.ledger.next_id(),
@@ -321,10 +256,23 @@ class Simulation:
             arrived_s=arrival.at_s,
             deadline_s=arrival.at_s + timeout_s if timeout_s else None,
         )
-        served.unit = replica.unit
+        self._send(request, served, replica.unit)
+
+    def _ready(self, model: str) -> list[Replica]:
+        return [r for r in self._replicas[model] if self.units[r.unit].is_up]
+
+    def _choose(self, model: str) -> Replica | None:
+        ready = self._ready(model)
+        if len(ready) > 1:  # the router counts the tokens of each
+            for candidate in ready:
+                self.units[candidate.unit].publish()
+        return choose(ready, self.ledger)
+
+    def _send(self, request: Request, served: Served, unit: str) -> None:
+        served.unit = unit
         self._live[request.id] = served
-        self.ledger.open(request, replica.unit)
-        self.units[replica.unit].add(request)
+        self.ledger.open(request, unit)
+        self.units[unit].add(request)
 
     def _turn_away(self, served: Served, status: int) -> None:
         served.finish, served.refused = FinishReason.ERROR, status

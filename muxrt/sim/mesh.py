@@ -13,7 +13,7 @@ Assumptions, each of which a measurement on GPUs may replace:
 * Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
   and caches are not partitioned.
 * The engine's `control_s` per sequence and decode step is time of the lane that no share shortens.
-* Copies between the arena and host memory run at the links' speed and slow nobody down.
+* Copies between the arena and host memory (sim/copies.py) slow no batch down.
 """
 
 from collections.abc import Sequence
@@ -21,15 +21,11 @@ from typing import NamedTuple
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import UnitSpec
-from muxrt.core import ID_BYTES, Copy, Phase
+from muxrt.core import Phase
 from muxrt.cost.batch import BatchWork, batch_s
 from muxrt.cost.steps import SharedSteps, Steps
 from muxrt.errors import ConfigError
 from muxrt.sim.setting import Setting
-
-# PCIe 4.0 x16, as A100's data sheet has it (32e9), at the 80 % that large copies reach.
-HOST_LINK_BYTES_PER_S = 25.6e9
-
 
 LANES = {"gpu": ("green", "mps", "stream"), "cpu": ("cores", "processes")}
 
@@ -42,14 +38,9 @@ class Runner(NamedTuple):
 
 
 class MeshCost:
-    """Seconds of batches and copies on one unit's mesh."""
+    """Seconds of batches on one unit's mesh."""
 
-    def __init__(
-        self,
-        spec: UnitSpec,
-        setting: Setting,
-        block_bytes: int,
-    ) -> None:
+    def __init__(self, spec: UnitSpec, setting: Setting) -> None:
         """Raises ConfigError for a mesh of a kind that nobody knows, or lanes that are not its."""
         gpus = setting.gpus
         kind, numbers = spec.mesh.kind, spec.mesh.gpus
@@ -79,8 +70,6 @@ class MeshCost:
             model.name: setting.control_s.get(model.name, setting.engine.control_s)
             for model in spec.models
         }
-        self._copy_bytes_per_s = HOST_LINK_BYTES_PER_S * tp
-        self._block_bytes = block_bytes
 
     def shares(self, runners: Sequence[Runner]) -> list[float]:
         """What each of the batches that run now has of the SMs, in (0, 1]."""
@@ -120,11 +109,6 @@ class MeshCost:
         if not is_alone:
             seconds *= self._slower
         return seconds + self._control_s[model] * work.decodes
-
-    def copy_s(self, copy: Copy) -> float:
-        """Seconds to move the blocks between the arena and host memory."""
-        num_blocks = len(copy.blocks) // ID_BYTES
-        return num_blocks * self._block_bytes / self._copy_bytes_per_s
 
 
 def _either(names: Sequence[str]) -> str:

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from muxrt.config.placement import Slo
+from muxrt.errors import Unavailable
 from muxrt.metrics import Timing, is_met, percentile, tpot_s
-from muxrt.sim.group import Served, UnitUse
+from muxrt.sim.group import Served
+from muxrt.sim.use import UnitUse
 
 ALL = "all"
 PERCENTILES = (50, 90, 99)
@@ -31,6 +33,8 @@ class Row:
     requests: int
     answered: int
     refused: int  # at the queue's limit, at their deadline, or too long
+    failed: int  # as their unit died, or none was there
+    retried: int  # in another unit, as theirs died before their first token
     ttft_s: Spread  # of those that got a token
     tpot_s: Spread  # of those that got two
     e2e_s: Spread  # of those that got all
@@ -132,7 +136,9 @@ def _row(
         model=name,
         requests=len(served),
         answered=len(answered),
-        refused=sum(one.refused is not None for one in served),
+        refused=sum(one.refused not in (None, Unavailable.status) for one in served),
+        failed=sum(one.refused == Unavailable.status for one in served),
+        retried=sum(one.is_retried for one in served),
         ttft_s=_spread([t.ttft_s for t in timings]),
         tpot_s=_spread([t.tpot_s for t in timings]),
         e2e_s=_spread([one.last_s - one.at_s for one in answered if one.last_s is not None]),

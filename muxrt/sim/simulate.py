@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from muxrt.config.placement import ModelSpec, Placement, Slo, UnitSpec
 from muxrt.config.serve import ServeConfig
 from muxrt.errors import ConfigError
-from muxrt.sim.group import Group, GroupResult, Served, Simulation, UnitUse, groups
+from muxrt.sim.group import Group, GroupResult, Served, Simulation, Tell, groups
 from muxrt.sim.report import Report, make_report
 from muxrt.sim.setting import Setting
+from muxrt.sim.use import UnitUse
 from muxrt.workload.arrivals import Arrival
 
 
@@ -21,9 +22,9 @@ class Task:
     arrivals: tuple[tuple[int, Arrival], ...]
 
 
-def run_task(task: Task) -> GroupResult:
+def run_task(task: Task, tell: Tell = lambda num_requests: None) -> GroupResult:
     """Serve the requests of one group."""
-    return Simulation(task.group, task.setting).run(task.arrivals)
+    return Simulation(task.group, task.setting).run(task.arrivals, tell)
 
 
 # `map`, or the `map` of a pool of processes: results in the order of the tasks.
@@ -44,6 +45,11 @@ def tasks(config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival]) ->
     for arrival in arrivals:
         if arrival.model not in placed:
             raise ConfigError(f"requests ask for {arrival.model!r}, which is in no unit")
+    names = [unit.name for unit in config.units]
+    for failure in setting.failures:
+        if failure.unit not in names:
+            known = ", ".join(names)
+            raise ConfigError(f"found a failure of {failure.unit!r}, expected one of: {known}")
     found = groups(config.units, config.models)
     home = {spec.name: index for index, group in enumerate(found) for spec in group.models}
     dealt: list[list[tuple[int, Arrival]]] = [[] for _ in found]
@@ -53,14 +59,18 @@ def tasks(config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival]) ->
 
 
 def simulate(
-    config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival], map_: Map = map
+    config: ServeConfig,
+    setting: Setting,
+    arrivals: Sequence[Arrival],
+    map_: Map = map,
+    run: Callable[[Task], GroupResult] = run_task,
 ) -> Run:
     """Serve `arrivals` with the units of `config`, until the last request has ended.
 
-    Raises ConfigError where a unit cannot be laid out or a model is in no unit. The result does not
-    depend on `map_`.
+    Raises ConfigError where a unit cannot be laid out, a model is in no unit, or a failure is of no
+    unit. The result does not depend on `map_`; `run` is for those who watch its progress.
     """
-    results = list(map_(run_task, tasks(config, setting, arrivals)))
+    results = list(map_(run, tasks(config, setting, arrivals)))
     served = sorted((s for result in results for s in result.served), key=lambda s: s.index)
     by_name = {use.unit: use for result in results for use in result.units}
     return Run(tuple(served), tuple(by_name[unit.name] for unit in config.units))
