@@ -1,10 +1,17 @@
 """`muxrt simulate` as people run it."""
 
 import json
+from io import StringIO
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 from command_line import CommandLine
+from rich.console import Console
+
+from muxrt.cli.simulate_input import Facts, Load, load_known, load_variant
+from muxrt.cli.simulate_pool import Cell, run_cells
+from muxrt.cli.simulate_run import PLOT_SPEEDS
 
 CONFIG = """\
 models:
@@ -164,6 +171,193 @@ def test_who_would_be_late_is_refused(command_line: CommandLine, files: tuple[Pa
     assert strict["goodput_rps"] > patient["goodput_rps"]
 
 
-def test_several_speeds_want_a_plot(command_line: CommandLine, files: tuple[Path, Path]) -> None:
-    answer = command_line("simulate", *files, "--speed", 1, "--speed", 2)
-    assert (answer.code, "several are for --plot" in answer.err) == (2, True)
+def test_a_search_has_speeds_of_its_own(
+    command_line: CommandLine, files: tuple[Path, Path]
+) -> None:
+    answer = command_line("simulate", *files, "--find-goodput", 0.9, "--speed", 2)
+    assert (answer.code, "speeds of its own" in " ".join(answer.err.split())) == (2, True)
+
+
+# -- seeds ---------------------------------------------------------------------------------------
+
+
+def test_seeds_give_means_and_intervals(
+    command_line: CommandLine, files: tuple[Path, Path]
+) -> None:
+    many = json.loads(command_line("simulate", *files, "--json", "--seeds", 3, "--seed", 5).out)
+    alone = [
+        json.loads(command_line("simulate", *files, "--json", "--seed", seed).out)["total"]
+        for seed in (5, 6, 7)
+    ]
+    found = many["total"]["output_tokens_per_s"]
+    rates = [row["output_tokens_per_s"] for row in alone]
+    assert found["mean"] == pytest.approx(sum(rates) / 3)
+    assert found["half"] == pytest.approx(4.3027 * stdev(rates) / 3**0.5, rel=1e-4)
+    table = command_line("simulate", *files, "--seeds", 3, "--seed", 5).out
+    assert f"{found['mean']:.0f} ± {found['half']:.0f} tokens/s" in table
+    assert "3 seeds: mean ± half of its 95 % confidence interval" in table
+
+
+def test_seeds_in_processes_change_nothing(
+    command_line: CommandLine, files: tuple[Path, Path]
+) -> None:
+    asked = ("simulate", *files, "--json", "--seeds", 3, "--speed", 1, "--speed", 2)
+    one, two = (command_line(*asked, "--processes", n) for n in (1, 2))
+    assert one.code == two.code == 0
+    assert one.out == two.out
+
+
+def test_a_trace_with_models_has_one_seed(
+    command_line: CommandLine, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "trace.csv").write_text("time,model,prompt,output\n0,hot,10,5\n1,cold,10,5\n")
+    files[1].write_text("trace: {file: trace.csv}\nmodels: [{name: hot}, {name: cold}]\n")
+    answer = command_line("simulate", *files, "--seeds", 2)
+    assert (answer.code, "names its models" in answer.err) == (2, True)
+    assert command_line("simulate", *files).code == 0
+
+
+def test_the_rate_that_is_found_has_an_interval(
+    command_line: CommandLine, files: tuple[Path, Path]
+) -> None:
+    asked = ("simulate", *files, "--find-goodput", 0.9, "--seeds", 2, "--duration", 3)
+    (found,) = json.loads(command_line(*asked, "--json", "--processes", 2).out).values()
+    assert found["rate_rps"]["num"] == len(found["speeds"]) == 2
+    assert f"{found['rate_rps']['mean']:.1f} ± " in command_line(*asked).out
+
+
+# -- comparisons ---------------------------------------------------------------------------------
+
+
+def test_policies_are_compared(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    asked = ("simulate", *files, "--compare", "policy=adbs,fcfs,round_robin")
+    data = json.loads(command_line(*asked, "--json").out)
+    assert list(data) == ["adbs", "fcfs", "round-robin"]
+    given = json.loads(command_line("simulate", *files, "--json").out)
+    assert data["adbs"]["1"] == given  # the policy of the file
+    assert data["fcfs"]["1"] != given
+    table = command_line(*asked, "--seeds", 2).out
+    assert "round-robin" in table and "vs first" in table
+
+
+def test_strategies_are_compared(
+    command_line: CommandLine, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan = PLAN.replace("gpu: tiny, gpus: 1", "gpu: tiny, gpus: 2").replace(
+        "{name: hot, preset: llama-7b}]", "{name: hot, preset: llama-7b}, {name: cold, preset:"
+        " llama-7b}]"
+    )  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(plan)
+    files[0].write_text(CONFIG.replace("a100-80g", "tiny"))
+    asked = ("simulate", *files, "--compare", "strategy=spatial,muxserve", "--json")
+    answer = command_line(*asked)
+    assert (answer.code, "expected --plan" in answer.err) == (2, True)
+    data = json.loads(command_line(*asked, "--plan", tmp_path / "plan.yaml").out)
+    assert list(data) == [str(files[0]), "spatial", "muxserve"]
+    spatial = data["spatial"]["1"]
+    assert spatial["total"]["requests"] == data[str(files[0])]["1"]["total"]["requests"]
+    assert [len(unit["models"]) for unit in spatial["units"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--compare", "policy=lifo"], "found policy=lifo, expected policy= and of fcfs, round-"),
+        (["--compare", "strategy=best"], "found strategy=best, expected strategy= and of"),
+        (["--compare", "nowhere.yaml"], "nowhere.yaml"),
+        (["--fail", "both@x"], "found --fail both@x, expected UNIT@T or UNIT@T+S"),
+        (["--fail", "both@5+0"], "both: found a failure at 5 s for 0.0 s"),
+        (["--fail", "other@5"], "found a failure of 'other', expected one of: both"),
+        (["--fail", "both@5+2", "--fail", "both@6"], "both: found a failure at 6 s, expected one"),
+        (["--plot", "x.pdf"], "found x.pdf, expected a picture named *.svg or *.png"),
+        (["--plot", "no/x.png"], "found no folder no, expected it to exist"),
+    ],
+)
+def test_wrong_words_are_one_line(
+    command_line: CommandLine, files: tuple[Path, Path], words: list[str], says: str
+) -> None:
+    answer = command_line("simulate", *files, *words)
+    assert answer.code == 2
+    assert says in answer.err
+    assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_a_placement_twice_is_misuse(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    answer = command_line("simulate", *files, "--compare", files[0])
+    assert (answer.code, "is there twice" in " ".join(answer.err.split())) == (2, True)
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+
+def words_of(picture: Path) -> set[str]:
+    """The texts of an SVG whose letters are drawn as paths: matplotlib notes them beside those."""
+    return {line.strip(" <>!-") for line in picture.read_text().splitlines() if "<!--" in line}
+
+
+def test_a_picture_of_one_placement(
+    command_line: CommandLine, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    picture = tmp_path / "one.svg"
+    answer = command_line("simulate", *files, "--plot", picture)
+    assert answer.code == 0
+    lines = [line for line in answer.out.splitlines() if str(files[0])[:8] in line]
+    assert len(lines) == len(PLOT_SPEEDS)
+    assert {"requests/s", "SLO scale, at the rates given", "both", "KV in use, %", "hot", "cold",
+            "lane busy, %", "lane 0", "lane 1"} <= words_of(picture)  # fmt: skip
+
+
+def test_a_picture_of_several(
+    command_line: CommandLine, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    picture = tmp_path / "several.svg"
+    asked = ("simulate", *files, "--compare", "policy=adbs,fcfs", "--seeds", 2)
+    assert command_line(*asked, "--plot", picture, "--speed", 1, "--speed", 3).code == 0
+    assert {"adbs", "fcfs", "mean of units, %", "mean of all, %"} <= words_of(picture)
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+class Terminal(StringIO):
+    """Says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bar_reaches_its_end(processes: int, files: tuple[Path, Path]) -> None:
+    variant, known = load_variant(files[0]), load_known(Facts())
+    load = Load(files[1], num_seeds=2)
+    stream = Terminal()
+    screen = Console(file=stream, force_terminal=True, width=80)
+    cells = [Cell(variant, known, load, 1.0, number) for number in range(2)]
+    reports = run_cells(cells, processes, screen)
+    assert "simulating" in stream.getvalue() and "100%" in stream.getvalue()
+    silent = Console(file=StringIO(), force_terminal=False)
+    assert run_cells(cells, processes, silent) == reports
+    assert silent.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+def test_a_single_simulation_tells_how_far_it_is(files: tuple[Path, Path]) -> None:
+    stream = Terminal()
+    screen = Console(file=stream, force_terminal=True, width=80)
+    cell = Cell(load_variant(files[0]), load_known(Facts()), Load(files[1]), 1.0, 0)
+    run_cells([cell], 2, screen)
+    assert "100%" in stream.getvalue()
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+
+def test_a_dead_unit_shows(command_line: CommandLine, files: tuple[Path, Path]) -> None:
+    asked = ("simulate", *files, "--fail", "both@4+3")
+    data = json.loads(command_line(*asked, "--json").out)
+    assert data["total"]["failed"] > 5
+    assert data["total"]["answered"] + data["total"]["failed"] == data["total"]["requests"]
+    assert (data["units"][0]["deaths"], data["units"][0]["down_s"]) == (1, 3.0)
+    assert data["units"][0]["over_time"]["kv"]["hot"][5] == 0.0
+    table = command_line(*asked).out
+    assert "failed" in table and "down s" in table
+    assert "down s" not in command_line("simulate", *files).out

@@ -129,27 +129,26 @@ def _report(
 ) -> None:
     import msgspec
 
+    from muxrt.cli.plan_strategy import to_config
     from muxrt.cli.plan_tables import as_data, print_overloaded, print_plan, print_second_best
     from muxrt.cli.show import console
     from muxrt.config.load import dump
-    from muxrt.config.serve import ServeConfig
-    from muxrt.planner.assign import overloaded, to_placement
+    from muxrt.config.placement import Placement
+    from muxrt.planner.assign import overloaded
     from muxrt.planner.explain import second_best
 
     problem = asked.problem
-    placement = to_placement(problem, draft, score)
+    config = to_config(asked, draft, score)
+    placement = Placement(config.units)
     others = second_best(problem, capacity, draft) if wanted.explain else []
-    # The estimate of an overloaded unit assumes it: a backlog makes everybody late.
-    impatient = overloaded(score)
-    models = tuple(m.refusing_late() if m.name in impatient else m for m in asked.models)
     if wanted.out is not None:
-        wanted.out.write_text(dump(ServeConfig(models=models, units=placement.units)))
+        wanted.out.write_text(dump(config))
     if wanted.as_json:
         data = as_data(problem, capacity, draft, score, placement, others)
         print(msgspec.json.format(msgspec.json.encode(data)).decode())
     else:
         print_plan(console(), problem, capacity, draft, score, placement)
-        print_overloaded(console(), impatient, models)
+        print_overloaded(console(), overloaded(score), config.models)
         print_second_best(console(), others)
     if wanted.picture is not None:
         from muxrt.cli.plan_picture import draw

@@ -1,6 +1,6 @@
 """From the files of `muxrt simulate` to what it runs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from muxrt.cost.memory import allowed_tps
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import Profile, load_profile
 from muxrt.errors import ConfigError
-from muxrt.sim.setting import Setting
+from muxrt.sim.setting import Failure, Setting
 from muxrt.workload.arrivals import Arrival, arrivals
 from muxrt.workload.spec import Workload, adjusted, load_workload, with_models
 from muxrt.workload.trace import read_trace
@@ -37,14 +37,60 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The requests, as the command line has them."""
+    """The requests and what befalls them, as the command line has them."""
 
     workload: Path
     duration_s: float | None = None  # None: the file's
     speeds: tuple[float, ...] = (1.0,)
     seed: int | None = None
+    num_seeds: int = 1
     warmup_s: float = 0.0
     refuse_late: bool = False  # models without a queue_timeout_s get that of their TTFT target
+    failures: tuple[Failure, ...] = ()
+
+    def workload_of(self, models: Sequence[str], speed: float, number: int = 0) -> Workload:
+        """The workload for `models` at `speed` times its rates, from the seed of that number."""
+        workload = with_models(load_workload(self.workload), list(models))
+        seed = (workload.seed if self.seed is None else self.seed) + number
+        return adjusted(workload, duration_s=self.duration_s, speed=speed, seed=seed)
+
+
+def parse_failure(text: str) -> Failure:
+    """`UNIT@T[+S]`: it dies at T seconds and is back S later. Raises ConfigError."""
+    unit, _, times = text.rpartition("@")
+    at, plus, down = times.partition("+")
+    try:
+        return Failure(unit, float(at), float(down) if plus else None)
+    except ValueError:
+        raise ConfigError(
+            f"found --fail {text}, expected UNIT@T or UNIT@T+S with seconds, such as unit-0@30+12.5"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A placement that is simulated, under the name that it is shown by."""
+
+    name: str
+    config: ServeConfig
+    shapes: Mapping[str, ModelShape]
+
+    def __post_init__(self) -> None:
+        _check_meshes(self.config, self.shapes)
+
+    @property
+    def models(self) -> list[str]:
+        """Their names."""
+        return [model.name for model in self.config.models]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """GPUs by kind, the engine's facts, and step times."""
+
+    gpus: Mapping[str, GpuKind]
+    engine: EngineFacts
+    cost: CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +104,9 @@ class Case:
     duration_s: float  # in which requests come
 
 
-def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -> Case:
-    """Read and join everything.
-
-    Raises ConfigError: one line with file, key, what was found and what was expected.
-    """
-    file = load_file(config_file)
+def load_variant(path: Path) -> Variant:
+    """The placement of a file, under its name. Raises ConfigError."""
+    file = load_file(path)
     try:
         shapes = {
             model.name: model_shape(model, ("models", index))
@@ -71,18 +114,23 @@ def load_case(config_file: Path, facts: Facts, load: Load, speed: float = 1.0) -
         }
     except KeyedError as problem:
         raise file.document.locate(problem) from None
-    _check_meshes(file.config, shapes)
-    workload = with_models(load_workload(load.workload), [m.name for m in file.config.models])
-    workload = adjusted(workload, duration_s=load.duration_s, speed=speed, seed=load.seed)
+    return Variant(str(path), file.config, shapes)
+
+
+def make_case(
+    variant: Variant, known: Known, load: Load, speed: float = 1.0, number: int = 0
+) -> Case:
+    """Requests at `speed` times the rates, from the seed of that number.
+
+    Raises ConfigError: one line with file, key, what was found and what was expected.
+    """
+    workload = load.workload_of(variant.models, speed, number)
     rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
     found = arrivals(workload, rows)
     if not found:
         raise ConfigError(f"{load.workload}: no request comes in {workload.duration_s:g} s")
-    gpus, engine, profiles = _known(facts)
-    cost = CostModel(profiles, gpus)
-    setting = Setting(shapes, cost, engine, gpus)
-    slos = _slos(file.config, workload)
-    config = file.config
+    config, slos = variant.config, _slos(variant.config, workload)
+    setting = Setting(variant.shapes, known.cost, known.engine, known.gpus, failures=load.failures)
     if load.refuse_late:
         models = tuple(model.refusing_late(slos[model.name]) for model in config.models)
         config = msgspec.structs.replace(config, models=models)
@@ -104,7 +152,8 @@ def _check_meshes(config: ServeConfig, shapes: Mapping[str, ModelShape]) -> None
                 )
 
 
-def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, list[Profile]]:
+def load_known(facts: Facts) -> Known:
+    """Read plan and profiles. Raises ConfigError."""
     gpus, engine, paths = dict(KINDS), EngineFacts(), facts.profiles
     stated: Collection[str] = ()
     if facts.plan is not None:
@@ -112,7 +161,7 @@ def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, list[Profi
         gpus |= {kind.name: kind for kind in plan.file.cluster.kinds}
         engine, stated = plan.file.engine, plan.document.value.get("engine") or ()
         paths = paths or tuple(Path(name) for name in plan.file.profiles)
-    profiles = [load_profile(path) for path in paths]
+    profiles: list[Profile] = [load_profile(path) for path in paths]
     for profile in profiles:
         if profile.file is not None and profile.file.kind is not None:
             gpus.setdefault(profile.gpu, profile.file.kind)
@@ -121,7 +170,7 @@ def _known(facts: Facts) -> tuple[Mapping[str, GpuKind], EngineFacts, list[Profi
         engine = msgspec.structs.replace(engine, control_s=facts.control_s)
     if facts.interference is not None:
         engine = msgspec.structs.replace(engine, interference=facts.interference)
-    return gpus, engine, profiles
+    return Known(gpus, engine, CostModel(profiles, gpus))
 
 
 def _slos(config: ServeConfig, workload: Workload) -> dict[str, Slo | None]:
