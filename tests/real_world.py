@@ -39,6 +39,40 @@ def demo_llama(model: str, weights: LinearDType = "float32") -> Llama:
     return Llama.load(DEMO / model, "float32", weights=weights)
 
 
+def demo_plan(
+    models: tuple[str, ...] = MODELS,
+    num_groups: float = 8.0,
+    swap_groups: float = 0.0,
+    planes_per_block: int = 1,
+    kv_dtype: str = "float32",
+    lanes: int = 1,
+    depth: int = 1,
+    **scheduling: object,
+) -> UnitPlan:
+    """One unit with demo models; `num_groups` sequences of maximum length per model fit."""
+    shapes = {model: load_shape(DEMO / model) for model in models}
+    specs = {
+        m: ModelSpec(name=m, path=str(DEMO / m), dtype="float32", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        for m in models
+    }
+
+    def unit(kv_bytes: int, swap_bytes: int) -> UnitSpec:
+        return UnitSpec(
+            name="unit",
+            models=tuple(UnitModel(name=model) for model in models),
+            memory=Memory(
+                kv_bytes=kv_bytes, swap_bytes=swap_bytes, planes_per_block=planes_per_block
+            ),
+            lanes=Lanes(split=(1,) * lanes, depth=depth),
+            scheduling=msgspec.convert(scheduling, Scheduling),
+        )
+
+    roomy = plan_unit(unit(1 << 34, 0), specs, shapes)
+    floor = sum(m.floor_blocks for m in roomy.models.values()) * roomy.arena.block_bytes
+    spec = unit(int(num_groups * floor), int(swap_groups * floor))
+    return plan_unit(spec, specs, shapes)
+
+
 class RunnerExecutor:
     """Computes works when they are launched, and reports them when the virtual lane is done."""
 
@@ -106,27 +140,9 @@ class RealWorld:
 
         `simulate`: output tokens by request id; the executor is then the simulator's.
         """
-        self.shapes = {model: load_shape(DEMO / model) for model in models}
-        specs = {
-            m: ModelSpec(name=m, path=str(DEMO / m), dtype="float32", kv_dtype=kv_dtype)  # type: ignore[arg-type]
-            for m in models
-        }
-
-        def unit(kv_bytes: int, swap_bytes: int) -> UnitSpec:
-            return UnitSpec(
-                name="unit",
-                models=tuple(UnitModel(name=model) for model in models),
-                memory=Memory(
-                    kv_bytes=kv_bytes, swap_bytes=swap_bytes, planes_per_block=planes_per_block
-                ),
-                lanes=Lanes(split=(1,) * lanes, depth=depth),
-                scheduling=msgspec.convert(scheduling, Scheduling),
-            )
-
-        roomy = plan_unit(unit(1 << 34, 0), specs, self.shapes)
-        floor = sum(m.floor_blocks for m in roomy.models.values()) * roomy.arena.block_bytes
-        spec = unit(int(num_groups * floor), int(swap_groups * floor))
-        self.plan = plan_unit(spec, specs, self.shapes)
+        self.plan = demo_plan(
+            models, num_groups, swap_groups, planes_per_block, kv_dtype, lanes, depth, **scheduling
+        )
         self.loop = EventLoop()
         self.simulate = simulate
         inner: Executor = (

@@ -1,0 +1,84 @@
+"""The clock is all that differs between serving and simulating: the same works, byte for byte."""
+
+from random import Random
+
+import msgspec
+import numpy as np
+import pytest
+from clock_world import CORES, Asked, RealRun, Replay
+from real_world import MODELS, demo_plan, prompts
+
+from muxrt.core import Batch, Copy, Phase, Work
+from muxrt.engine.build import UnitPlan
+from muxrt.server.prefix_keys import prefix_keys
+
+
+def workload(seed: int, plan: UnitPlan) -> list[Asked]:
+    """More than memory holds at once, for three models; prompts that come again share blocks.
+
+    Some have no patience and are refused, some clients leave.
+    """
+    random, at_s, found = Random(seed), 0.0, list[Asked]()
+    pools = {model: prompts(model, 24, 300, seed=seed) for model in MODELS}
+    for index in range(48):
+        at_s += 0.0 if index < 30 else random.expovariate(60)
+        model = random.choice(MODELS)
+        prompt = pools[model][index // 2]
+        tokens = np.array(prompt, "<i4").tobytes()
+        found.append(
+            Asked(
+                at_s,
+                model,
+                prompt,
+                random.randint(1, 250),
+                prefix_keys(model, tokens, plan.models[model].layout.block_tokens),
+                patience_s=random.choice([None, None, None, 0.0, 0.5]),
+                leaves_s=random.choice([0.2, *[None] * 7]),
+                ignores_eos=random.random() < 0.7,
+            )
+        )
+    return found
+
+
+def decisions(works: list[Work]) -> list[bytes]:
+    """What was launched, as it goes over the wire, without prompts: only the worker reads those."""
+    return [msgspec.msgpack.encode(_decision(work)) for work in works]
+
+
+def _decision(work: Work) -> Work:
+    if not isinstance(work, Batch):
+        return work
+    opened = tuple(msgspec.structs.replace(slot, payload=b"") for slot in work.opened)
+    return msgspec.structs.replace(work, opened=opened)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "round-robin", "adbs"])
+@pytest.mark.parametrize(
+    ("lanes", "depth", "preempt"), [(1, 1, "recompute"), (2, 1, "swap"), (2, 2, "auto")]
+)
+def test_every_work_is_the_same_in_both_worlds(
+    policy: str, lanes: int, depth: int, preempt: str
+) -> None:
+    if lanes > len(CORES):
+        pytest.skip(f"needs {lanes} cores")
+    plan = demo_plan(
+        lanes=lanes, depth=depth, num_groups=1.1, swap_groups=0.5, policy=policy,
+        prefill_tokens=128, quota_period_s=0.05, max_sequences=16, preempt=preempt,
+    )  # fmt: skip
+    asked = workload(3, plan)
+    real = RealRun(plan, asked).log
+    simulated = Replay(plan, asked, real).log
+    wanted, found = decisions(real.works), decisions(simulated.works)
+    for number, (one, other) in enumerate(zip(wanted, found, strict=False)):
+        assert one == other, f"work {number} of {len(wanted)}"
+    assert len(found) == len(wanted)
+    assert simulated.tokens == real.tokens and simulated.refused == real.refused
+    # The case is worth it.
+    phases = {work.phase for work in real.works if isinstance(work, Batch)}
+    assert {Phase.PREFILL, Phase.DECODE} <= phases and len(wanted) > 100
+    assert {work.lane for work in real.works if isinstance(work, Batch)} == set(range(lanes))
+    assert len(real.ticks_s) > 0 and len(real.left_s) > 0 and len(real.refused) > 0
+    assert real.preemptions > 0 and real.cached_tokens > 0
+    if preempt != "auto":
+        has_copies = any(isinstance(work, Copy) for work in real.works)
+        assert has_copies == (preempt == "swap")
