@@ -1,12 +1,15 @@
 """Workloads: what a file may say, and which requests follow from it."""
 
+import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
+from statistics import correlation, fmean, mean, stdev
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
@@ -29,6 +32,7 @@ from muxrt.workload.trace import TraceRow, read_trace
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 AB = (Traffic(name="a"), Traffic(name="b"))
+PARTS = ("prompt", "output")
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
 BROKEN = {
@@ -67,7 +71,7 @@ BROKEN = {
     "a misspelt key": (
         "durations: 1",
         ":1: durations: unknown key; did you mean duration_s?; allowed here: title, duration_s,"
-        " seed, models, power_law, diurnal, drift, gap_cv, trace, prompt, output, slo",
+        " seed, models, power_law, diurnal, drift, gap_cv, trace, prompt, output, joint, slo",
     ),
     "a trace and a top rate": (
         "trace: {file: x.csv}\npower_law: {alpha: 1, top_rate_rps: 2}",
@@ -92,7 +96,37 @@ BROKEN = {
     "lengths twice": (
         "power_law: {alpha: 1, rate_rps: 2}\nprompt: {mean_tokens: 1, quantiles: [{share: 1,"
         " tokens: 2}]}",
-        ":2: prompt: found both of mean_tokens and quantiles, expected exactly one of them",
+        ":2: prompt: found mean_tokens and quantiles, expected exactly one of mean_tokens,"
+        " quantiles, seen, file",
+    ),
+    "no lengths": (
+        "power_law: {alpha: 1, rate_rps: 2}\noutput: {cv: 1}",
+        ":2: output: found none, expected exactly one of mean_tokens, quantiles, seen, file",
+    ),
+    "lengths from no file": (
+        "power_law: {alpha: 1, rate_rps: 2}\noutput: {file: nowhere.csv}",
+        "/nowhere.csv: no such trace",
+    ),
+    "joint lengths and others": (
+        "power_law: {alpha: 1, rate_rps: 2}\njoint: {file: x.csv}\nprompt: {mean_tokens: 3}",
+        ":2: joint: draws prompt and output together: remove those, or this",
+    ),
+    "a model's joint lengths and others": (
+        "models: [{name: a, rate_rps: 2, joint: {file: x.csv}, output: {mean_tokens: 3}}]",
+        ":1: models[0].joint: draws prompt and output together: remove those, or this",
+    ),
+    "half of joint lengths": (
+        "joint: {file: x.csv}\nmodels: [{name: a, rate_rps: 2, output: {mean_tokens: 3}}]",
+        ":2: models[0]: found one of prompt and output, which joint draws together",
+    ),
+    "a trace and joint lengths": (
+        "trace: {file: x.csv}\njoint: {file: x.csv}",
+        ":2: joint: the trace has its own lengths: remove one of the two",
+    ),
+    "joint lengths twice": (
+        "power_law: {alpha: 1, rate_rps: 2}\njoint: {file: x.csv, seen: [{prompt_tokens: 1,"
+        " output_tokens: 2}]}",
+        ":2: joint: found both of file and seen, expected exactly one of them",
     ),
     "quantiles that fall": (
         "models: [{name: a, rate_rps: 2, output: {quantiles: [{share: 1, tokens: 2},"
@@ -109,7 +143,8 @@ def test_a_wrong_file_gets_one_error(case: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_workload(path)
-    assert caught.value.message == f"{path}{expected}"
+    place = path.parent if expected.startswith("/") else path
+    assert caught.value.message == f"{place}{expected}"
 
 
 @pytest.mark.parametrize(
@@ -347,3 +382,134 @@ def test_the_excerpt_has_its_attribution_and_stays_small() -> None:
     excerpt = CONFIGS / "traces" / "azure_conv_excerpt.csv"
     assert excerpt.stat().st_size < 50_000 and len(read_trace(excerpt)) == 1015
     assert "CC-BY 4.0" in (excerpt.parent / "ATTRIBUTION.md").read_text()
+
+
+# -- moments -------------------------------------------------------------------------------------
+
+# Of so many draws a mean is off by five of its standard deviations once in two million times.
+SIGMAS = 5.0
+NUM = 20_000
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4000), st.floats(0.05, 1.2), st.integers(0, 99))
+def test_lognormal_lengths_have_their_mean_and_spread(mean: int, cv: float, seed: int) -> None:
+    rng, lengths = Random(seed), Lengths(mean_tokens=mean + 50, cv=cv)
+    drawn = [draw(lengths, rng) for _ in range(NUM)]
+    mean_of = fmean(drawn)
+    # Rounding to whole tokens moves a mean by less than 0.05 where lengths spread over many.
+    assert abs(mean_of - (mean + 50)) < SIGMAS * cv * (mean + 50) / NUM**0.5 + 0.05
+    logs = [math.log(one) for one in drawn]
+    sigma = math.sqrt(math.log1p(cv**2))
+    assert stdev(logs) == pytest.approx(sigma, rel=SIGMAS / (2 * NUM) ** 0.5, abs=0.01)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.5, 50), st.floats(0.3, 4.0), st.integers(0, 99))
+def test_gaps_have_their_mean_and_spread(rate_rps: float, cv: float, seed: int) -> None:
+    models = (Traffic(name="a", rate_rps=rate_rps),)
+    asked = Workload(duration_s=5000 / rate_rps, models=models, gap_cv=cv, seed=seed)
+    # Of a renewal process with n gaps of that spread: n^0.5 cv is the deviation of the count.
+    assert abs(len(arrivals(asked)) - 5000) < SIGMAS * cv * 5000**0.5 + cv**2 + 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 999))
+def test_poisson_counts_vary_as_much_as_their_mean(seed: int) -> None:
+    models = (Traffic(name="a", rate_rps=8.0),)
+    times = [a.at_s for a in arrivals(Workload(duration_s=1000, models=models, seed=seed))]
+    counts = Counter(int(at_s) for at_s in times)
+    numbers = [counts[second] for second in range(1000)]
+    assert abs(fmean(numbers) - 8) < SIGMAS * (8 / 1000) ** 0.5
+    # The variance of 1,000 counts has a relative deviation of about (2 / 1000)^0.5.
+    assert stdev(numbers) ** 2 == pytest.approx(8, rel=SIGMAS * (2 / 1000) ** 0.5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0, 2.5), st.integers(2, 12), st.integers(0, 99))
+def test_popularity_follows_its_power(alpha: float, num: int, seed: int) -> None:
+    models = tuple(Traffic(name=f"m{rank}") for rank in range(num))
+    law = PowerLaw(alpha=alpha, rate_rps=100)
+    found = arrivals(Workload(duration_s=100, models=models, power_law=law, seed=seed))
+    counts = Counter(arrival.model for arrival in found)
+    weights = [(rank + 1) ** -alpha for rank in range(num)]
+    for rank, weight in enumerate(weights):
+        wanted = 10_000 * weight / sum(weights)
+        assert abs(counts[f"m{rank}"] - wanted) < SIGMAS * wanted**0.5 + 3
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(0, 3), min_size=2, max_size=6), st.sampled_from([1.0, 2.0]))
+def test_every_hour_has_its_rate(hours: list[float], cv: float) -> None:
+    if not any(hours):
+        return
+    models = (Traffic(name="a", rate_rps=10.0),)
+    curve = Diurnal(hours=tuple(hours), hour_s=100)
+    asked = Workload(duration_s=100 * len(hours), models=models, diurnal=curve, gap_cv=cv)
+    counts = Counter(int(a.at_s / 100) for a in arrivals(asked))
+    for hour, factor in enumerate(hours):
+        wanted = 1000 * factor
+        assert abs(counts[hour] - wanted) < SIGMAS * cv * wanted**0.5 + cv**2 + 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=50), st.integers(0, 99))
+def test_seen_lengths_come_again_as_often(seen: list[int], seed: int) -> None:
+    lengths, rng = Lengths(seen=tuple(seen)), Random(seed)
+    drawn = [draw(lengths, rng) for _ in range(NUM)]
+    assert set(drawn) <= set(seen)
+    for tokens, times in Counter(seen).items():
+        share = times / len(seen)
+        deviation = (share * (1 - share) / NUM) ** 0.5
+        assert abs(drawn.count(tokens) / NUM - share) <= SIGMAS * deviation
+    assert moments(lengths).mean == pytest.approx(fmean(seen))
+
+
+def rows_file(folder: Path) -> None:
+    """Long prompts have short outputs."""
+    lines = [f"{n},{10 * n},{1000 - 10 * n}" for n in range(1, 100)]
+    (folder / "rows.csv").write_text("time,prompt,output\n" + "\n".join(lines))
+
+
+def loaded(folder: Path, text: str) -> Workload:
+    rows_file(folder)
+    (folder / "workload.yaml").write_text(text)
+    return load_workload(folder / "workload.yaml")
+
+
+def test_lengths_of_a_file_each_by_itself(tmp_path: Path) -> None:
+    asked = loaded(
+        tmp_path,
+        "duration_s: 500\nmodels: [{name: a, rate_rps: 20}]\nprompt: {file: rows.csv,"
+        " max_tokens: 800}\noutput: {file: rows.csv}\nslo: {ttft_s: 1, tpot_s: 1}",
+    )
+    found = arrivals(asked)
+    prompts, outputs = ([getattr(a, f"{what}_tokens") for a in found] for what in PARTS)
+    assert max(prompts) == 800 and max(outputs) == 990
+    assert fmean(outputs) == pytest.approx(500, rel=0.03)
+    assert abs(correlation(prompts, outputs)) < 0.06
+    (offer,) = offered(asked)
+    assert offer.prompt.mean == pytest.approx(fmean(prompts), rel=0.03)
+
+
+def test_joint_lengths_come_together(tmp_path: Path) -> None:
+    asked = loaded(
+        tmp_path,
+        "duration_s: 500\nmodels: [{name: a, rate_rps: 20}, {name: b, rate_rps: 1, prompt:"
+        " {mean_tokens: 7}, output: {mean_tokens: 8}}]\njoint: {file: rows.csv, prompt_scale: 0.5,"
+        " max_output_tokens: 900}\nslo: {ttft_s: 1, tpot_s: 1}",
+    )
+    found = [a for a in arrivals(asked) if a.model == "a"]
+    assert all(a.output_tokens == min(900, 1000 - 2 * a.prompt_tokens) for a in found)
+    assert len({a.prompt_tokens for a in found}) == 99
+    assert {(a.prompt_tokens, a.output_tokens) for a in arrivals(asked) if a.model == "b"} == {
+        (7, 8)
+    }
+    offer, own = offered(asked)
+    assert offer.prompt.mean == pytest.approx(250) and own.prompt.mean == pytest.approx(7)
+    assert offer.output.mean == pytest.approx(fmean(min(900, 1000 - 10 * n) for n in range(1, 100)))
+
+
+def test_a_models_own_joint_lengths(tmp_path: Path) -> None:
+    asked = loaded(tmp_path, "models: [{name: a, rate_rps: 20, joint: {file: rows.csv}}]")
+    assert all(a.prompt_tokens + a.output_tokens == 1000 for a in arrivals(asked))

@@ -8,7 +8,7 @@ from random import Random
 from statistics import NormalDist
 
 from muxrt.errors import ConfigError
-from muxrt.workload.spec import Diurnal, Lengths, Trace, Traffic, Workload
+from muxrt.workload.spec import Diurnal, Joint, Lengths, Seen, Trace, Traffic, Workload
 from muxrt.workload.trace import TraceRow
 
 
@@ -74,8 +74,7 @@ def _poisson(workload: Workload, model: Traffic) -> Iterator[Arrival]:
     while at_s < workload.duration_s:
         # Thinning (Lewis & Shedler 1979): at the peak's rate, and some of them do not come.
         if workload.diurnal is None or rng.random() * peak < factor(workload.diurnal, at_s):
-            prompt = draw(model.prompt or workload.prompt, rng)
-            yield Arrival(at_s, model.name, prompt, draw(model.output or workload.output, rng))
+            yield _arrival(workload, model, at_s, rng)
         at_s += rng.expovariate(rate_rps)
 
 
@@ -95,8 +94,7 @@ def _renewals(workload: Workload, model: Traffic) -> Iterator[Arrival]:
         while rate_rps > 0 and waited + (end_s - start_s) * rate_rps >= due:
             start_s += (due - waited) / rate_rps
             waited = due
-            prompt = draw(model.prompt or workload.prompt, rng)
-            yield Arrival(start_s, model.name, prompt, draw(model.output or workload.output, rng))
+            yield _arrival(workload, model, start_s, rng)
             due += rng.gammavariate(1 / spread, spread)
         waited += (end_s - start_s) * rate_rps
 
@@ -145,6 +143,30 @@ def _replay(workload: Workload, trace: Trace, rows: Sequence[TraceRow]) -> Itera
             yield Arrival(at_s, model, prompt, output)
 
 
+def joint_of(workload: Workload, model: Traffic) -> Joint | None:
+    """From what prompt and output of a model are drawn together; None: each by itself."""
+    has_own = model.prompt is not None and model.output is not None
+    return model.joint or (None if has_own else workload.joint)
+
+
+def scaled(joint: Joint, one: Seen) -> Seen:
+    """A request that was seen, scaled and cut off."""
+    return Seen(
+        _scaled(one.prompt_tokens, joint.prompt_scale, joint.max_prompt_tokens),
+        _scaled(one.output_tokens, joint.output_scale, joint.max_output_tokens),
+    )
+
+
+def _arrival(workload: Workload, model: Traffic, at_s: float, rng: Random) -> Arrival:
+    """A request of that time with lengths of its model's."""
+    joint = joint_of(workload, model)
+    if joint is not None:
+        one = scaled(joint, rng.choice(joint.seen))
+        return Arrival(at_s, model.name, one.prompt_tokens, one.output_tokens)
+    prompt = draw(model.prompt or workload.prompt, rng)
+    return Arrival(at_s, model.name, prompt, draw(model.output or workload.output, rng))
+
+
 def _scaled(num_tokens: int, scale: float, most: int | None) -> int:
     scaled = round(num_tokens * scale)
     return max(1, min(scaled, most or scaled))
@@ -152,20 +174,25 @@ def _scaled(num_tokens: int, scale: float, most: int | None) -> int:
 
 def draw(lengths: Lengths, rng: Random) -> int:
     """One length of the distribution, in tokens."""
-    if lengths.mean_tokens is None:
-        drawn = round(_at_quantile(lengths, rng.random()))
-    else:
-        drawn = round(rng.lognormvariate(*_normal(lengths, lengths.mean_tokens)))
-    return max(lengths.min_tokens, min(drawn, lengths.max_tokens or drawn))
+    if lengths.seen:
+        return round(cut(lengths, rng.choice(lengths.seen)))
+    if lengths.mean_tokens is not None:
+        return round(
+            cut(lengths, round(rng.lognormvariate(*_normal(lengths, lengths.mean_tokens))))
+        )
+    return round(cut(lengths, round(_at_quantile(lengths, rng.random()))))
 
 
 def length_at(lengths: Lengths, share: float) -> float:
-    """The length that `share` of all lengths do not exceed, in (0, 1)."""
+    """The length that `share` of all lengths do not exceed, in (0, 1); not of those seen."""
     if lengths.mean_tokens is None:
-        tokens = _at_quantile(lengths, share)
-    else:
-        mean, deviation = _normal(lengths, lengths.mean_tokens)
-        tokens = math.exp(mean + deviation * NormalDist().inv_cdf(share))
+        return cut(lengths, _at_quantile(lengths, share))
+    mean, deviation = _normal(lengths, lengths.mean_tokens)
+    return cut(lengths, math.exp(mean + deviation * NormalDist().inv_cdf(share)))
+
+
+def cut(lengths: Lengths, tokens: float) -> float:
+    """`tokens` within the bounds."""
     return max(lengths.min_tokens, min(tokens, lengths.max_tokens or tokens))
 
 

@@ -5,8 +5,17 @@ from dataclasses import dataclass
 
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
-from muxrt.workload.arrivals import Arrival, arrivals, length_at, rates, shares
-from muxrt.workload.spec import Lengths, Workload
+from muxrt.workload.arrivals import (
+    Arrival,
+    arrivals,
+    cut,
+    joint_of,
+    length_at,
+    rates,
+    scaled,
+    shares,
+)
+from muxrt.workload.spec import Lengths, Traffic, Workload
 from muxrt.workload.trace import TraceRow
 
 NUM_QUANTILES = 400
@@ -59,14 +68,25 @@ def offered(
             prompt, output = _of_trace(workload, mine or replayed)
         else:
             rate_rps = rates(workload)[model.name] * _busiest(workload, hour)
-            prompt = moments(model.prompt or workload.prompt)
-            output = moments(model.output or workload.output)
+            prompt, output = _drawn(workload, model)
         found.append(Offered(model.name, rate_rps, prompt, output, slo))
     return found
 
 
+def _drawn(workload: Workload, model: Traffic) -> tuple[Moments, Moments]:
+    joint = joint_of(workload, model)
+    if joint is not None:
+        seen = [scaled(joint, one) for one in joint.seen]
+        prompts = _moments([one.prompt_tokens for one in seen])
+        return prompts, _moments([one.output_tokens for one in seen])
+    prompt, output = model.prompt or workload.prompt, model.output or workload.output
+    return moments(prompt), moments(output)
+
+
 def moments(lengths: Lengths) -> Moments:
     """Mean and mean square, cut off as what is drawn is."""
+    if lengths.seen:
+        return _moments([cut(lengths, tokens) for tokens in lengths.seen])
     steps = [(index + 0.5) / NUM_QUANTILES for index in range(NUM_QUANTILES)]
     return _moments([length_at(lengths, share) for share in steps])
 

@@ -1,6 +1,7 @@
 """The schema of `configs/workloads/*.yaml`: popularity, lengths, or a trace to replay."""
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from muxrt.config.muxserve import is_muxserve_workload, load_muxserve_workload
 from muxrt.config.placement import Count, Index, Name, NotNegative, Positive, Share, Slo
 from muxrt.config.schema import convert
 from muxrt.errors import ConfigError
+from muxrt.workload.trace import TraceRow, read_trace
 
 
 class Quantile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -21,10 +23,16 @@ class Quantile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Lengths, cut off at both ends: lognormal, or by quantiles with straight lines in between."""
+    """Lengths, cut off at both ends.
+
+    Lognormal, by quantiles with straight lines in between, or empirical: one of those that were
+    seen, each as likely as the others.
+    """
 
     mean_tokens: Positive | None = None
     quantiles: tuple[Quantile, ...] = ()  # instead of a mean; rising; the last one is the longest
+    seen: tuple[Count, ...] = ()  # instead of a mean
+    file: Name | None = None  # instead of a mean: a trace, whose prompts or outputs were seen
     cv: NotNegative = 0.0  # standard deviation / mean, before the cut; 0 = all the same
     min_tokens: Count = 1
     max_tokens: Count | None = None
@@ -39,6 +47,27 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     file: Name  # relative paths are relative to the YAML
     start_s: NotNegative = 0.0  # where in the trace to begin
     speed: Positive = 1.0  # 2 = the requests of two seconds arrive in one
+    prompt_scale: Positive = 1.0
+    output_scale: Positive = 1.0
+    max_prompt_tokens: Count | None = None  # after scaling
+    max_output_tokens: Count | None = None
+
+
+class Seen(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The lengths of somebody's request."""
+
+    prompt_tokens: Count
+    output_tokens: Count
+
+
+class Joint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Prompt and output of requests that were seen, drawn together, each as likely as the others.
+
+    Long prompts have the answers that long prompts got.
+    """
+
+    file: Name | None = None  # a trace; its times and models do not matter
+    seen: tuple[Seen, ...] = ()  # instead of a file
     prompt_scale: Positive = 1.0
     output_scale: Positive = 1.0
     max_prompt_tokens: Count | None = None  # after scaling
@@ -80,7 +109,12 @@ class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     rate_rps: Positive | None = None
     prompt: Lengths | None = None
     output: Lengths | None = None
+    joint: Joint | None = None  # instead of both
     slo: Slo | None = None
+
+
+PROMPT = Lengths(mean_tokens=100, cv=0.5)
+OUTPUT = Lengths(mean_tokens=60, cv=0.5)
 
 
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -95,8 +129,9 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     drift: Drift | None = None
     gap_cv: Positive = 1.0  # of the gaps between a model's requests: 1 = Poisson, more = bursts
     trace: Trace | None = None
-    prompt: Lengths = Lengths(mean_tokens=100, cv=0.5)
-    output: Lengths = Lengths(mean_tokens=60, cv=0.5)
+    prompt: Lengths = PROMPT
+    output: Lengths = OUTPUT
+    joint: Joint | None = None  # instead of both, for models without lengths of their own
     slo: Slo | None = None
 
 
@@ -108,11 +143,51 @@ def load_workload(path: Path) -> Workload:
     workload = convert(document, Workload)
     for problem in (*_problems(workload), *_shape_problems(workload)):
         raise document.locate(problem)
-    if workload.trace is None:
-        return workload
-    file = path.absolute().parent / Path(workload.trace.file).expanduser()
-    trace = msgspec.structs.replace(workload.trace, file=str(file))
-    return msgspec.structs.replace(workload, trace=trace)
+    return _with_files(workload, path.absolute().parent)
+
+
+def _with_files(workload: Workload, home: Path) -> Workload:
+    """Paths are absolute, and what lengths were seen is read."""
+    replace = msgspec.structs.replace
+
+    def place(name: str) -> Path:
+        return home / Path(name).expanduser()
+
+    @cache
+    def rows(name: str) -> list[TraceRow]:
+        return read_trace(place(name))
+
+    def prompts(lengths: Lengths | None) -> Lengths | None:
+        if lengths is None or lengths.file is None:
+            return lengths
+        seen = tuple(max(1, row.prompt_tokens) for row in rows(lengths.file))
+        return replace(lengths, seen=seen, file=None)
+
+    def outputs(lengths: Lengths | None) -> Lengths | None:
+        if lengths is None or lengths.file is None:
+            return lengths
+        seen = tuple(max(1, row.output_tokens) for row in rows(lengths.file))
+        return replace(lengths, seen=seen, file=None)
+
+    def both(joint: Joint | None) -> Joint | None:
+        if joint is None or joint.file is None:
+            return joint
+        found = (Seen(max(1, r.prompt_tokens), max(1, r.output_tokens)) for r in rows(joint.file))
+        return replace(joint, seen=tuple(found), file=None)
+
+    models = tuple(
+        replace(m, prompt=prompts(m.prompt), output=outputs(m.output), joint=both(m.joint))
+        for m in workload.models
+    )
+    trace = workload.trace
+    return replace(
+        workload,
+        models=models,
+        prompt=prompts(workload.prompt) or PROMPT,
+        output=outputs(workload.output) or OUTPUT,
+        joint=both(workload.joint),
+        trace=trace and replace(trace, file=str(place(trace.file))),
+    )
 
 
 def _of_muxserve(path: Path) -> Workload:
@@ -180,15 +255,40 @@ def _shape_problems(workload: Workload) -> Iterator[KeyedError]:
     for key, lengths in places:
         if lengths is not None:
             yield from _length_problems(key, lengths)
+    yield from _joint_problems(workload)
     if workload.diurnal is not None and not any(workload.diurnal.hours):
         yield KeyedError(("diurnal", "hours"), "found no traffic in any hour, expected factors")
 
 
+def _joint_problems(workload: Workload) -> Iterator[KeyedError]:
+    whole = workload.joint, workload.prompt != PROMPT or workload.output != OUTPUT
+    places: list[tuple[Key, Joint | None, bool]] = [(("joint",), *whole)]
+    for index, model in enumerate(workload.models):
+        has_own = model.prompt is not None or model.output is not None
+        places.append((("models", index, "joint"), model.joint, has_own))
+        one_only = (model.prompt is None) != (model.output is None)
+        if workload.joint is not None and model.joint is None and one_only:
+            yield KeyedError(
+                ("models", index), "found one of prompt and output, which joint draws together"
+            )
+    for key, joint, has_lengths in places:
+        if joint is None:
+            continue
+        if has_lengths:
+            yield KeyedError(key, "draws prompt and output together: remove those, or this")
+        if workload.trace is not None:
+            yield KeyedError(key, "the trace has its own lengths: remove one of the two")
+        if (joint.file is None) == (not joint.seen):
+            found = "neither" if joint.file is None else "both"
+            yield KeyedError(key, f"found {found} of file and seen, expected exactly one of them")
+
+
 def _length_problems(key: Key, lengths: Lengths) -> Iterator[KeyedError]:
-    if (lengths.mean_tokens is None) == (not lengths.quantiles):
-        found = "both" if lengths.quantiles else "neither"
+    ways = ("mean_tokens", "quantiles", "seen", "file")
+    found = [way for way in ways if getattr(lengths, way)]
+    if len(found) != 1:
         yield KeyedError(
-            key, f"found {found} of mean_tokens and quantiles, expected exactly one of them"
+            key, f"found {' and '.join(found) or 'none'}, expected exactly one of {', '.join(ways)}"
         )
     pairs = [(quantile.share, quantile.tokens) for quantile in lengths.quantiles]
     if any(b[0] <= a[0] or b[1] < a[1] for a, b in pairwise(pairs)):
