@@ -248,6 +248,7 @@ class Simulation:
             for name, replicas in self._replicas.items()
         }
         self._coming = _Arrivals([])
+        self._request_s = setting.engine.request_s  # all of it before the unit: the same TTFT
         self._next_sample_s = SAMPLE_S
 
     def run(self, arrivals: Sequence[tuple[int, Arrival]]) -> GroupResult:
@@ -274,7 +275,7 @@ class Simulation:
         """When units are looked at or given something next."""
         coming = self._coming
         if coming.next < len(coming.items):
-            return min(self._next_sample_s, coming.items[coming.next][1].at_s)
+            return min(self._next_sample_s, coming.items[coming.next][1].at_s + self._request_s)
         return self._next_sample_s
 
     # -- requests ----------------------------------------------------------------------------
@@ -283,7 +284,8 @@ class Simulation:
         """The next arrival is an event; those after it wait for theirs."""
         coming = self._coming
         if coming.next < len(coming.items):
-            self.loop.at(coming.items[coming.next][1].at_s, self._arrive, ARRIVE)
+            at_s = coming.items[coming.next][1].at_s + self._request_s
+            self.loop.at(at_s, self._arrive, ARRIVE)
 
     def _arrive(self) -> None:
         index, arrival = self._coming.items[self._coming.next]
