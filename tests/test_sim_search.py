@@ -1,5 +1,7 @@
 """The largest rate that keeps the targets: bisection, and stopping as soon as it is certain."""
 
+from typing import Any
+
 import pytest
 from sim_world import SLO, config, setting, unit
 
@@ -60,8 +62,8 @@ def test_a_hopeless_rate_is_not_simulated_to_its_end(monkeypatch: pytest.MonkeyP
     ends: list[float] = []
     run = Simulation.run
 
-    def noted(self: Simulation, items: list[tuple[int, Arrival]]) -> GroupResult:
-        result = run(self, items)
+    def noted(self: Simulation, items: list[tuple[int, Arrival]], *more: Any) -> GroupResult:
+        result = run(self, items, *more)
         ends.append(self.loop.now_s)
         return result
 

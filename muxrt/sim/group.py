@@ -122,6 +122,7 @@ class Simulation:
             for name in self._models
         }
         self._coming = _Arrivals([])
+        self._request_s = setting.engine.request_s  # all of it before the unit: the same TTFT
         self._next_sample_s = SAMPLE_S
         self._tell: Tell = lambda num_requests: None
         self._told = 0
@@ -163,7 +164,7 @@ class Simulation:
         if self._changes_s:
             next_s = min(next_s, self._changes_s[0])
         if coming.next < len(coming.items):
-            return min(next_s, coming.items[coming.next][1].at_s)
+            return min(next_s, coming.items[coming.next][1].at_s + self._request_s)
         return next_s
 
     # -- failures ----------------------------------------------------------------------------
@@ -217,7 +218,8 @@ class Simulation:
         """The next arrival is an event; those after it wait for theirs."""
         coming = self._coming
         if coming.next < len(coming.items):
-            self.loop.at(coming.items[coming.next][1].at_s, self._arrive, ARRIVE)
+            at_s = coming.items[coming.next][1].at_s + self._request_s
+            self.loop.at(at_s, self._arrive, ARRIVE)
 
     def _arrive(self) -> None:
         index, arrival = self._coming.items[self._coming.next]

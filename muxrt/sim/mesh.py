@@ -12,7 +12,9 @@ Assumptions, each of which a measurement on GPUs may replace:
 * `cores` and `processes` (CPU): a lane has its cores and no others, alone or not.
 * Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
   and caches are not partitioned.
-* The engine's `control_s` per sequence and decode step is time of the lane that no share shortens.
+* The engine's `control_s` per sequence and decode step and its `control_step_s` per step are time
+  of the lane that no share shortens. On a CPU they count while every core is a busy lane's:
+  otherwise a core is free for them, and work in flight hides them.
 * Copies between the arena and host memory (sim/copies.py) slow no batch down.
 """
 
@@ -70,6 +72,9 @@ class MeshCost:
             model.name: setting.control_s.get(model.name, setting.engine.control_s)
             for model in spec.models
         }
+        self._control_step_s = setting.engine.control_step_s
+        self._split = (spec.lanes.split or ()) if spec.mesh.device == "cpu" else None
+        self._cores = gpus[kind].sms
 
     def shares(self, runners: Sequence[Runner]) -> list[float]:
         """What each of the batches that run now has of the SMs, in (0, 1]."""
@@ -108,7 +113,15 @@ class MeshCost:
         seconds = batch_s(steps, work)
         if not is_alone:
             seconds *= self._slower
-        return seconds + self._control_s[model] * work.decodes
+        if self._is_hidden(is_alone):
+            return seconds
+        return seconds + self._control_step_s + self._control_s[model] * work.decodes
+
+    def _is_hidden(self, is_alone: bool) -> bool:
+        """Whether a core is free for what a step takes beside its kernels."""
+        if self._split is None:
+            return False
+        return sum(self._split) < self._cores or (is_alone and len(self._split) > 1)
 
 
 def _either(names: Sequence[str]) -> str:
