@@ -59,9 +59,10 @@ def test_the_endpoint_adds_to_the_first_token_only() -> None:
 def test_a_step_past_the_end_is_launched_only_by_who_cannot_know_the_end(knows: bool) -> None:
     world = replace(setting("a"), asks_exactly=knows)
     spec = unit("a", lanes=Lanes(kind="stream", depth=2))
-    run = simulate(config(spec), world, burst("a", 1, output=10))
-    assert run.served[0].output_tokens == 10
-    assert run.units[0].num_batches == (10 if knows else 11)
+    asked = [*burst("a", 1, output=10), *burst("a", 1, at_s=99.0, output=1)]
+    run = simulate(config(spec), world, asked)
+    assert [one.output_tokens for one in run.served] == [10, 1]
+    assert run.units[0].num_batches == (11 if knows else 12)
 
 
 def test_tensor_parallel_ranks_share_the_work() -> None:
