@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
-from sim_world import GB, setting, steps, unit
+from sim_world import GB, burst, config, setting, steps, unit
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import Lanes, Mesh, UnitModel, UnitSpec
@@ -15,6 +16,7 @@ from muxrt.errors import ConfigError
 from muxrt.sim.executor import MeshExecutor
 from muxrt.sim.loop import EventLoop
 from muxrt.sim.mesh import HOST_LINK_BYTES_PER_S, MeshCost, Runner
+from muxrt.sim.simulate import simulate
 
 PREFILL, DECODE = Runner("a", Phase.PREFILL), Runner("a", Phase.DECODE)
 OTHER = Runner("b", Phase.DECODE)
@@ -86,6 +88,41 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
     assert cost.batch_s("b", work, 0.5, is_alone=True) == pytest.approx(step_s)
 
 
+CPU = GpuKind(
+    name="cpu-2c",
+    device="cpu",
+    memory_bytes=16 * GB,
+    bandwidth_bytes_per_s=30 * GB,
+    flops=300 * GB,
+    sms=2,
+    link_bytes_per_s=GB,
+)
+
+
+def test_a_lane_of_a_cpu_has_its_own_cores_whatever_runs_beside_it() -> None:
+    eight = replace(setting("a", "b"), gpus={"cpu-2c": msgspec.structs.replace(CPU, sms=8)})
+    spec = UnitSpec(
+        name="u",
+        models=unit("a", "b").models,
+        memory=unit("a").memory,
+        mesh=Mesh(kind="cpu-2c", gpus=(0,)),
+        lanes=Lanes(split=(6, 2)),
+    )
+    cost = MeshCost(spec, eight, 1 << 20)
+    batches = [
+        Batch(0, lane, model, Phase.DECODE, (BatchEntry(0, 0, 1, True),))
+        for lane, model in ((1, "a"), (0, "b"))
+    ]
+    assert cost.shares([cost.runner(batch) for batch in batches]) == [0.25, 0.75]
+    assert cost.shares([cost.runner(batches[0])]) == [0.25]
+    # Folding knows no lanes: such units are simulated step by step.
+    asked = [*burst("a", 3, output=50), *burst("b", 2, at_s=1.0, output=50)]
+    folded, plain = (
+        simulate(config(spec), replace(eight, fold=fold), asked).served for fold in (True, False)
+    )
+    assert folded == plain
+
+
 @pytest.mark.parametrize(
     ("split", "is_alone", "is_hidden"),
     [
@@ -98,18 +135,9 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
 def test_a_free_core_hides_the_control_path_of_a_cpu(
     split: tuple[int, ...], is_alone: bool, is_hidden: bool
 ) -> None:
-    kind = GpuKind(
-        name="cpu-2c",
-        device="cpu",
-        memory_bytes=16 * GB,
-        bandwidth_bytes_per_s=30 * GB,
-        flops=300 * GB,
-        sms=2,
-        link_bytes_per_s=GB,
-    )
     facts = EngineFacts(control_s=0.001, control_step_s=0.01, interference=0.0)
-    own = replace(setting("a", facts=facts), gpus={"cpu-2c": kind})
-    plain = replace(setting("a", facts=EngineFacts(interference=0.0)), gpus={"cpu-2c": kind})
+    own = replace(setting("a", facts=facts), gpus={"cpu-2c": CPU})
+    plain = replace(setting("a", facts=EngineFacts(interference=0.0)), gpus={"cpu-2c": CPU})
     mesh = Mesh(kind="cpu-2c", gpus=(0,))
     spec = UnitSpec(
         name="u",

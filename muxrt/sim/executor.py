@@ -201,7 +201,7 @@ class MeshExecutor:
         if isinstance(work, Copy):
             self._copy(work, done)
             return
-        runner = Runner(work.model, work.phase)
+        runner = self._cost.runner(work)
         self.lanes.launch(
             BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
         )
