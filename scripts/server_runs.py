@@ -9,11 +9,10 @@ from typing import Any
 import msgspec
 
 from muxrt.config.cluster import KINDS
-from muxrt.config.model import load_shape
 from muxrt.config.plan import EngineFacts
 from muxrt.config.serve import ServeConfig
 from muxrt.cost.model import CostModel
-from muxrt.cost.profile import Profile, load_profile
+from muxrt.cost.profile import load_profile
 from muxrt.engine.messages import BatchStats
 from muxrt.engine.metered import Metered
 from muxrt.metrics import percentile, tpot_s
@@ -91,17 +90,11 @@ def world(setup: Setup, folder: Path) -> World:
         if value is not None
     }
     known["control_s"] = known.get("control_s", 0.0) + _client_token_s(setup)
-    shapes = {model.name: _shape(profile, model.name, model.path) for model in setup.config.models}
+    shapes = {model.name: profile.shapes[model.name] for model in setup.config.models}
     engine = EngineFacts(**known)
-    return World(
-        setup.config, Setting(shapes, CostModel([profile], gpus), engine, gpus, fold=False)
-    )
-
-
-def _shape(profile: Profile, name: str, path: str | None) -> Any:
-    return (
-        profile.shapes[name] if path is None or name in profile.shapes else load_shape(Path(path))
-    )
+    cost = CostModel([profile], gpus)
+    setting = Setting(shapes, cost, engine, gpus, asks_exactly=True, fold=False)
+    return World(setup.config, setting)
 
 
 def _client_token_s(setup: Setup) -> float:

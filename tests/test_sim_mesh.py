@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
-from sim_world import setting, steps, unit
+from sim_world import GB, burst, config, setting, steps, unit
 
+from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import Lanes, Mesh, UnitModel, UnitSpec
 from muxrt.config.plan import EngineFacts
 from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Phase, Result, Work
@@ -16,6 +18,7 @@ from muxrt.sim.executor import MeshExecutor
 from muxrt.sim.links import Links
 from muxrt.sim.loop import EventLoop
 from muxrt.sim.mesh import MeshCost, Runner
+from muxrt.sim.simulate import simulate
 
 PREFILL, DECODE = Runner("a", Phase.PREFILL), Runner("a", Phase.DECODE)
 OTHER = Runner("b", Phase.DECODE)
@@ -85,6 +88,72 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
     cost = MeshCost(unit("a", "b"), own)
     assert cost.batch_s("a", work, 0.5, is_alone=True) == pytest.approx(step_s + 0.008)
     assert cost.batch_s("b", work, 0.5, is_alone=True) == pytest.approx(step_s)
+
+
+CPU = GpuKind(
+    name="cpu-2c",
+    device="cpu",
+    memory_bytes=16 * GB,
+    bandwidth_bytes_per_s=30 * GB,
+    flops=300 * GB,
+    sms=2,
+    link_bytes_per_s=GB,
+)
+
+
+def test_a_lane_of_a_cpu_has_its_own_cores_whatever_runs_beside_it() -> None:
+    eight = replace(setting("a", "b"), gpus={"cpu-2c": msgspec.structs.replace(CPU, sms=8)})
+    spec = UnitSpec(
+        name="u",
+        models=unit("a", "b").models,
+        memory=unit("a").memory,
+        mesh=Mesh(kind="cpu-2c", gpus=(0,)),
+        lanes=Lanes(split=(6, 2)),
+    )
+    cost = MeshCost(spec, eight)
+    batches = [
+        Batch(0, lane, model, Phase.DECODE, (BatchEntry(0, 0, 1, True),))
+        for lane, model in ((1, "a"), (0, "b"))
+    ]
+    assert cost.shares([cost.runner(batch) for batch in batches]) == [0.25, 0.75]
+    assert cost.shares([cost.runner(batches[0])]) == [0.25]
+    # Folding knows no lanes: such units are simulated step by step.
+    asked = [*burst("a", 3, output=50), *burst("b", 2, at_s=1.0, output=50)]
+    folded, plain = (
+        simulate(config(spec), replace(eight, fold=fold), asked).served for fold in (True, False)
+    )
+    assert folded == plain
+
+
+@pytest.mark.parametrize(
+    ("split", "is_alone", "is_hidden"),
+    [
+        ((2,), True, False),  # the only lane has every core
+        ((1,), True, True),
+        ((1, 1), True, True),  # the other lane's core is free
+        ((1, 1), False, False),
+    ],
+)
+def test_a_free_core_hides_the_control_path_of_a_cpu(
+    split: tuple[int, ...], is_alone: bool, is_hidden: bool
+) -> None:
+    facts = EngineFacts(control_s=0.001, control_step_s=0.01, interference=0.0)
+    own = replace(setting("a", facts=facts), gpus={"cpu-2c": CPU})
+    plain = replace(setting("a", facts=EngineFacts(interference=0.0)), gpus={"cpu-2c": CPU})
+    mesh = Mesh(kind="cpu-2c", gpus=(0,))
+    spec = UnitSpec(
+        name="u",
+        models=unit("a").models,
+        memory=unit("a").memory,
+        mesh=mesh,
+        lanes=Lanes(split=split),
+    )
+    for work, sequences in ((BatchWork(decodes=4, context=400), 4), (BatchWork(100, 10_000), 0)):
+        charged_s, bare_s = (
+            MeshCost(spec, some).batch_s("a", work, 0.5, is_alone=is_alone) for some in (own, plain)
+        )
+        taken_s = 0.0 if is_hidden else 0.01 + 0.001 * sequences
+        assert charged_s == pytest.approx(bare_s + taken_s)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ class MeshExecutor:
         if isinstance(work, Copy):
             self.copies.launch(work, done)
             return
-        runner = Runner(work.model, work.phase)
+        runner = self.lanes.cost.runner(work)
         self.lanes.launch(
             BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
         )

@@ -122,6 +122,7 @@ class Simulation:
             for name in self._models
         }
         self._coming = _Arrivals([])
+        self._asks_exactly = setting.asks_exactly
         self._request_s = setting.engine.request_s  # all of it before the unit: the same TTFT
         self._next_sample_s = SAMPLE_S
         self._tell: Tell = lambda num_requests: None
@@ -252,8 +253,8 @@ class Simulation:
             id=self.ledger.next_id(),
             model=arrival.model,
             prompt_tokens=arrival.prompt_tokens,
-            # As a client that sets no limit; the sequence ends by itself.
-            max_tokens=room,
+            # A client that sets no limit; the sequence ends by itself.
+            max_tokens=min(room, arrival.output_tokens) if self._asks_exactly else room,
             payload=msgspec.msgpack.encode(SimPrompt(arrival.output_tokens)),
             arrived_s=arrival.at_s,
             deadline_s=arrival.at_s + timeout_s if timeout_s else None,

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import UnitSpec
-from muxrt.core import Phase
+from muxrt.core import Batch, Phase
 from muxrt.cost.batch import BatchWork, batch_s
 from muxrt.cost.steps import SharedSteps, Steps
 from muxrt.errors import ConfigError
@@ -37,6 +37,7 @@ class Runner(NamedTuple):
 
     model: str
     phase: Phase
+    lane: int = 0  # where lanes differ
 
 
 class MeshCost:
@@ -56,7 +57,8 @@ class MeshCost:
             raise ConfigError(
                 f"{spec.name}: found lanes of kind {spec.lanes.kind}, expected {_either(allowed)}"
             )
-        self._lane_share = _lane_share(spec, gpus[kind]) if spec.mesh.device == "cpu" else None
+        self._split = _split(spec, gpus[kind]) if spec.mesh.device == "cpu" else None
+        self._cores = gpus[kind].sms
         self._kind = spec.lanes.kind
         self._own = {model.name: model.sm_pct for model in spec.models}
         self._lanes = spec.lanes.sm_pct or (100,)
@@ -73,8 +75,16 @@ class MeshCost:
             for model in spec.models
         }
         self._control_step_s = setting.engine.control_step_s
-        self._split = (spec.lanes.split or ()) if spec.mesh.device == "cpu" else None
-        self._cores = gpus[kind].sms
+
+    @property
+    def has_equal_lanes(self) -> bool:
+        """It does not matter on which lane a batch runs."""
+        return self._split is None or len(set(self._split)) == 1
+
+    def runner(self, batch: Batch) -> Runner:
+        """The batch, as far as shares depend on it."""
+        lane = 0 if self.has_equal_lanes else batch.lane
+        return Runner(batch.model, batch.phase, lane)
 
     def shares(self, runners: Sequence[Runner]) -> list[float]:
         """What each of the batches that run now has of the SMs, in (0, 1]."""
@@ -84,8 +94,8 @@ class MeshCost:
         return self._shares[key]
 
     def _deal(self, runners: Sequence[Runner]) -> list[float]:
-        if self._lane_share is not None:
-            return [self._lane_share] * len(runners)
+        if self._split is not None:
+            return [self._split[runner.lane] / self._cores for runner in runners]
         if self._kind == "mps":
             return _within_one([self._limit(runner) for runner in runners])
         if len(runners) == 1:
@@ -128,15 +138,15 @@ def _either(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _lane_share(spec: UnitSpec, kind: GpuKind) -> float:
-    """The part of the cores that each lane of a CPU has. Raises ConfigError for unequal ones."""
+def _split(spec: UnitSpec, kind: GpuKind) -> tuple[int, ...]:
+    """The cores of each lane of a CPU. Raises ConfigError for more than it has."""
     split = spec.lanes.split or ()
-    if len(set(split)) != 1 or sum(split) > kind.sms:
+    if not split or sum(split) > kind.sms:
         raise ConfigError(
-            f"{spec.name}: found lanes.split {list(split)}, expected lanes of as many cores each,"
+            f"{spec.name}: found lanes.split {list(split)}, expected cores of one lane or more,"
             f" {kind.sms} together at most"
         )
-    return split[0] / kind.sms
+    return split
 
 
 def _within_one(shares: list[float]) -> list[float]:
