@@ -1,6 +1,8 @@
 """`muxrt simulate` as people run it."""
 
 import json
+import multiprocessing
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from statistics import stdev
@@ -9,9 +11,12 @@ import pytest
 from command_line import CommandLine
 from rich.console import Console
 
+from muxrt.cli import simulate_pool
 from muxrt.cli.simulate_input import Facts, Load, load_known, load_variant
-from muxrt.cli.simulate_pool import Cell, run_cells
+from muxrt.cli.simulate_plot import error_bar
+from muxrt.cli.simulate_pool import Cell, find_rates, run_cells
 from muxrt.cli.simulate_run import PLOT_SPEEDS
+from muxrt.sim.interval import Interval
 
 CONFIG = """\
 models:
@@ -316,6 +321,23 @@ def test_a_picture_of_several(
     assert {"adbs", "fcfs", "mean of units, %", "mean of all, %"} <= words_of(picture)
 
 
+def test_error_bars_stay_within_what_a_share_can_be() -> None:
+    assert error_bar(Interval(0.5, 0.25, 3)) == (25.0, 25.0)
+    assert error_bar(Interval(0.75, 0.5, 3)) == (50.0, 25.0)
+    assert error_bar(Interval(0.125, 0.5, 3)) == (12.5, 50.0)
+    assert error_bar(Interval(1.0, None, 1)) == (0.0, 0.0)
+
+
+def test_a_picture_without_targets_has_use_only(
+    command_line: CommandLine, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    files[0].write_text(CONFIG.replace(", slo: {ttft_s: 1, tpot_s: 0.1}", ""))
+    files[1].write_text(TRAFFIC.replace("slo: {ttft_s: 2, tpot_s: 0.2}\n", ""))
+    picture = tmp_path / "one.svg"
+    assert command_line("simulate", *files, "--plot", picture, "--speed", 1).code == 0
+    assert {"KV in use, %", "lane busy, %"} <= words_of(picture)
+
+
 # -- progress ------------------------------------------------------------------------------------
 
 
@@ -326,8 +348,16 @@ class Terminal(StringIO):
         return True
 
 
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bar_reaches_its_end(processes: int, files: tuple[Path, Path]) -> None:
+def test_a_bar_reaches_its_end(processes: int, files: tuple[Path, Path], start_method: str) -> None:
     variant, known = load_variant(files[0]), load_known(Facts())
     load = Load(files[1], num_seeds=2)
     stream = Terminal()
@@ -335,9 +365,20 @@ def test_a_bar_reaches_its_end(processes: int, files: tuple[Path, Path]) -> None
     cells = [Cell(variant, known, load, 1.0, number) for number in range(2)]
     reports = run_cells(cells, processes, screen)
     assert "simulating" in stream.getvalue() and "100%" in stream.getvalue()
+    assert simulate_pool._done.value == pytest.approx(2.0)
     silent = Console(file=StringIO(), force_terminal=False)
     assert run_cells(cells, processes, silent) == reports
     assert silent.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert simulate_pool._done.value == pytest.approx(2.0)  # not four
+
+
+def test_a_bar_follows_a_search(files: tuple[Path, Path]) -> None:
+    stream = Terminal()
+    screen = Console(file=stream, force_terminal=True, width=80)
+    load = Load(files[1], duration_s=2.0)
+    cell = Cell(load_variant(files[0]), load_known(Facts()), load, 1.0, 0)
+    (rate,) = find_rates([cell], 0.9, 1, screen)
+    assert rate.found.speed > 1 and "100%" in stream.getvalue()
 
 
 def test_a_single_simulation_tells_how_far_it_is(files: tuple[Path, Path]) -> None:

@@ -44,6 +44,25 @@ def test_who_comes_while_it_is_dead_is_turned_away_and_later_it_serves_again() -
     assert (use.deaths, use.down_s) == (1, 2.0)
 
 
+def test_a_lane_was_busy_until_its_unit_died() -> None:
+    asked = burst("a", 8, prompt=2047, output=1)  # prefills, one after the other
+    assert 8 * steps().prefill_s(2047, 2047**2) > 0.8
+    later = Arrival(3.0, "a", 10, 1)
+    (use,) = run(config(unit("a")), [*asked, later], Failure("u", 0.7, down_s=1.0)).units
+    assert use.over_time.lanes[0] == pytest.approx((0.7, 0.0, 0.0))
+
+
+def test_a_dead_unit_refuses_nobody() -> None:
+    """Whose deadline passes while nobody is there has been told already."""
+    patient = ModelSpec(name="a", preset="llama-7b", slo=SLO, queue_timeout_s=1.0)
+    asked = [*burst("a", 9, prompt=2047, output=1), *burst("a", 1, at_s=5.0)]
+    done = run(config(unit("a"), models=[patient]), asked, Failure("u", 0.5))
+    assert [s.refused for s in done.served if not s.is_answered] == [503] * (
+        10 - sum(s.is_answered for s in done.served)
+    )
+    assert done.served[-2].refused == 503
+
+
 def replicas(**knobs: object) -> ServeConfig:
     return config(unit("a", name="u0", **knobs), unit("a", name="u1", gpus=[1], **knobs))  # type: ignore[arg-type]
 
@@ -122,6 +141,10 @@ def test_copies_on_their_way_are_lost_with_their_unit() -> None:
         done = run(placement, [*asked, *burst("a", 1, at_s=30.0)], Failure("u", dies_s, 1.0))
         assert done.served[-1].is_answered
         assert done.units[0].models[0].preemptions_swap <= whole.units[0].models[0].preemptions_swap
+    ends_s = max(s.last_s or 0.0 for s in whole.served)
+    again = [replace(one, at_s=ends_s + 2.0) for one in asked]
+    both = run(placement, [*asked, *again], Failure("u", ends_s + 0.5, 1.0)).units[0].models[0]
+    assert both.preemptions_swap == 2 * whole.units[0].models[0].preemptions_swap
 
 
 def test_a_unit_dies_only_while_it_lives() -> None:

@@ -98,19 +98,23 @@ def _attainment(
 
 
 def _curve(axis: "Axes", points: Sequence[tuple[float, Interval]], name: str) -> None:
+    if not points:
+        return  # nobody has targets
     axis.errorbar(
         [x for x, _ in points],
         [100 * share.mean for _, share in points],
-        # No share is outside of 0 to 100 %, whatever Student's t says of their mean.
-        yerr=[
-            [100 * min(share.half or 0.0, share.mean) for _, share in points],
-            [100 * min(share.half or 0.0, 1 - share.mean) for _, share in points],
-        ],
+        yerr=list(zip(*(error_bar(share) for _, share in points), strict=True)),
         fmt="o-",
         markersize=4,
         capsize=3,
         label=name,
     )
+
+
+def error_bar(share: Interval) -> tuple[float, float]:
+    """How far a bar goes down and up, percent: no share is outside of 0 to 100 %."""
+    half = share.half or 0.0
+    return 100 * min(half, share.mean), 100 * min(half, 1 - share.mean)
 
 
 def _busiest(units: Sequence[UnitUse]) -> list[UnitUse]:

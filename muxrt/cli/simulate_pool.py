@@ -117,7 +117,7 @@ class _Map(Protocol):
 
 @contextmanager
 def _pool(processes: int) -> Iterator[_Map]:
-    _done.value = 0.0
+    _share(multiprocessing.Value("d", 0.0))  # of the present way to start processes
     if processes == 1:
         yield cast(_Map, map)
         return

@@ -179,7 +179,6 @@ class MeshLanes:
             if job.end is not None:
                 job.end.cancel()
         self._running.clear()
-        self._queued.clear()
 
     def busy_until_now_s(self, lane: int) -> float:
         """Seconds that `lane` was busy, with what runs on it."""
