@@ -44,8 +44,7 @@ WIRING = {"cli", "__main__", "__init__"}  # may import every unit
 EVERYWHERE = {"numpy", "msgspec"}
 LIBRARIES = {
     "config": {"yaml"},
-    "cost": {"scipy"},
-    "planner": {"numba"},
+    "cost": {"numba", "scipy"},
     "kernels": {"torch", "triton", "numba", "llvmlite"},
     "models": {"torch", "safetensors"},
     "worker": {"torch", "safetensors", "zmq", "nixl", "vllm", "cuda"},

@@ -6,17 +6,24 @@ layers) and its attention work, the sum over new tokens of the tokens each atten
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from muxrt.core import BatchEntry
+from muxrt.cost.compiled import compiled
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 NUM_FEATURES = 3
 # Weight of the past per observation: a memory of about 50 batches of each size, which fades over
 # 500 others: hundreds of decode steps must not wipe out what was known of a prefill.
 FORGETTING, FADING = 0.98, 0.998
 MIN_OBSERVATIONS = 8
+FEW = 8  # batches at once: a loop in Python is as quick
 SOLVE_EVERY = 8  # observations; a solution costs as much as many predictions
 
 
@@ -55,6 +62,11 @@ class Latency(Protocol):
     def observe(self, model: str, shape: BatchShape, elapsed_s: float) -> None:
         """A batch of that shape took that long."""
 
+    def observe_all(
+        self, model: str, num_tokens: Ints, attention_tokens: Ints, elapsed_s: Floats
+    ) -> None:
+        """As `observe` for one batch after the other. Shapes [batches]."""
+
 
 class OnlineLatency:
     """Least squares per model with exponential forgetting and coefficients >= 0."""
@@ -74,6 +86,15 @@ class OnlineLatency:
             fit = self._fits[model] = _Fit()
         fit.observe(shape, elapsed_s)
 
+    def observe_all(
+        self, model: str, num_tokens: Ints, attention_tokens: Ints, elapsed_s: Floats
+    ) -> None:
+        fit = self._fits.setdefault(model, _Fit())
+        cuts = [0, *(np.flatnonzero(np.diff(num_tokens)) + 1).tolist(), len(num_tokens)]
+        for begin, end in pairwise(cuts):
+            same = slice(begin, end)
+            fit.observe_all(int(num_tokens[begin]), attention_tokens[same], elapsed_s[same])
+
 
 class _Fit:
     """Normal equations of one model, solved when asked and a few observations old at most."""
@@ -85,12 +106,21 @@ class _Fit:
         self._num_solved = 0
 
     def observe(self, shape: BatchShape, elapsed_s: float) -> None:
-        size = shape.num_tokens.bit_length()
+        self.num_observations += 1
+        self._sums(shape.num_tokens).add(shape, elapsed_s, self.num_observations)
+
+    def observe_all(self, num_tokens: int, attention_tokens: Ints, elapsed_s: Floats) -> None:
+        """As `observe`, for batches of as many tokens."""
+        sums = self._sums(num_tokens)
+        sums.add_all(num_tokens, attention_tokens, elapsed_s, self.num_observations + 1)
+        self.num_observations += len(elapsed_s)
+
+    def _sums(self, num_tokens: int) -> "_Sums":
+        size = num_tokens.bit_length()
         sums = self._sizes.get(size)
         if sums is None:
             sums = self._sizes[size] = _Sums()
-        self.num_observations += 1
-        sums.add(shape, elapsed_s, self.num_observations)
+        return sums
 
     def predict(self, shape: BatchShape) -> float:
         if not self._num_solved or self.num_observations - self._num_solved >= SOLVE_EVERY:
@@ -138,10 +168,50 @@ class _Sums:
         ]
         self._number = number
 
+    def add_all(
+        self, num_tokens: int, attention_tokens: Ints, elapsed_s: Floats, number: int
+    ) -> None:
+        """As `add` for one after the other, the first of them being observation `number`."""
+        if len(elapsed_s) < FEW or not (elapsed_s > 0).all():
+            for index, seconds in enumerate(elapsed_s.tolist()):
+                shape = BatchShape(num_tokens, int(attention_tokens[index]))
+                self.add(shape, seconds, number + index)
+            return
+        values = np.array(self._values)
+        first, each = FADING ** (number - self._number), FADING**1
+        _accumulate(
+            values, FORGETTING * first, FORGETTING * each, num_tokens, attention_tokens, elapsed_s
+        )
+        self._values = values.tolist()
+        self._number = number + len(elapsed_s) - 1
+
     def faded(self, number: int) -> list[float]:
         """What they weigh when observation `number` was made."""
         weight = FADING ** (number - self._number)
         return [weight * value for value in self._values]
+
+
+@compiled
+def _accumulate(
+    sums: Floats,
+    first: float,
+    each: float,
+    num_tokens: int,
+    attention_tokens: Ints,
+    elapsed_s: Floats,
+) -> None:
+    """What `_Sums.add` does, for one batch after the other; `first` is kept at the first."""
+    cc, tt, aa, ct, ca, ta, c_sum, t_sum, a_sum = sums
+    kept = first
+    for index in range(len(elapsed_s)):
+        c = 1 / elapsed_s[index]
+        t, a = num_tokens * c, attention_tokens[index] * c
+        cc, tt, aa = kept * cc + c * c, kept * tt + t * t, kept * aa + a * a
+        ct, ca, ta = kept * ct + c * t, kept * ca + c * a, kept * ta + t * a
+        c_sum, t_sum, a_sum = kept * c_sum + c, kept * t_sum + t, kept * a_sum + a
+        kept = each
+    sums[0], sums[1], sums[2], sums[3], sums[4] = cc, tt, aa, ct, ca
+    sums[5], sums[6], sums[7], sums[8] = ta, c_sum, t_sum, a_sum
 
 
 def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:

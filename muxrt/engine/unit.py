@@ -1,6 +1,6 @@
 """The LLM unit: one scheduler, one executor, and the loop between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from muxrt.core import FinishReason, Output, Refusal, Request, Result, Work
 from muxrt.engine.executor import Executor
@@ -129,6 +129,11 @@ class Unit:
         for name, account in self.scheduler.memory.pool.accounts.items():
             if account.used > self._peak_blocks[name]:
                 self._peak_blocks[name] = account.used
+
+    def held(self, blocks: Mapping[str, int]) -> None:
+        """Models held so many blocks at once, though nobody looked: `_note_peaks` for a run."""
+        for name, used in blocks.items():
+            self._peak_blocks[name] = max(self._peak_blocks[name], used)
 
     # -- reports -----------------------------------------------------------------------------
 

@@ -177,11 +177,14 @@ class SimUnit:
 
     def sample(self) -> None:
         """Look at how full the arena is."""
+        if self._folding is not None:
+            self._folding.take_blocks()
         pool = self.unit.scheduler.memory.pool
         self.gauge.add(pool.num_used / pool.num_blocks)
 
     def use(self, wall_s: float) -> UnitUse:
         """How busy it was in `wall_s` seconds."""
+        self.settle()
         stats, gauge = self.unit.stats(), self.gauge
         busy = self.executor.lanes.busy_s
         num_lanes = self.unit.scheduler.limits.num_lanes

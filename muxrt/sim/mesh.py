@@ -41,6 +41,14 @@ class Runner(NamedTuple):
     phase: Phase
 
 
+class DecodePrice(NamedTuple):
+    """Seconds of a decode step: `steps` times `slower`, and `control_s` for each sequence."""
+
+    steps: Steps
+    slower: float
+    control_s: float
+
+
 class MeshCost:
     """Seconds of batches and copies on one unit's mesh."""
 
@@ -113,13 +121,21 @@ class MeshCost:
 
     def batch_s(self, model: str, work: BatchWork, share: float, is_alone: bool) -> float:
         """Seconds from start to end of a batch that has `share` all the time."""
-        steps = self._at.get((model, share))
-        if steps is None:
-            steps = self._at[model, share] = self._steps[model].at(share)
-        seconds = batch_s(steps, work)
+        seconds = batch_s(self._steps_at(model, share), work)
         if not is_alone:
             seconds *= self._slower
         return seconds + self._control_s[model] * work.decodes
+
+    def _steps_at(self, model: str, share: float) -> Steps:
+        steps = self._at.get((model, share))
+        if steps is None:
+            steps = self._at[model, share] = self._steps[model].at(share)
+        return steps
+
+    def decode_price(self, model: str, share: float, is_alone: bool) -> DecodePrice:
+        """What `batch_s` makes of decode steps at that share."""
+        slower = 1.0 if is_alone else self._slower
+        return DecodePrice(self._steps_at(model, share), slower, self._control_s[model])
 
     def copy_s(self, copy: Copy) -> float:
         """Seconds to move the blocks between the arena and host memory."""
