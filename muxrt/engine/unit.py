@@ -108,11 +108,13 @@ class Unit:
     def tick(self) -> None:
         """Refuse what is too late, move quotas, and see whether that lets work start."""
         self._send(self.scheduler.expire(self.now()))
-        if self._quota_period_s and self.now() >= self._next_adapt_s:
-            self._adapt_quotas()
+        self.adapt_quotas()
         self.pump()
 
-    def _adapt_quotas(self) -> None:
+    def adapt_quotas(self) -> None:
+        """Move quotas, if it is time."""
+        if not self._quota_period_s or self.now() < self._next_adapt_s:
+            return
         pool = self.scheduler.memory.pool
         for name, blocks in adapt({n: self._usage(n) for n in self.scheduler.queues}).items():
             pool.accounts[name].quota = blocks

@@ -70,6 +70,13 @@ class FoldingExecutor(MeshExecutor):
         if self._fold is not None and self._fold.is_running:
             self._fold.take_blocks()
 
+    def tick(self) -> bool:
+        """What the unit's timer does while a run goes on; False if none does."""
+        if self._fold is None or not self._fold.is_running:
+            return False
+        self._fold.adapt_quotas()
+        return True
+
     def until_s(self) -> float:
         """What ends before that time happens before anything else does; now, at the least."""
         return max(self._horizon_s(), nextafter(self._loop.now_s, inf))
@@ -123,7 +130,7 @@ class Fold:
             unit=ints(sprint.UNIT_PLACES),
             log=ints(sprint.LOG_STEPS, sprint.LOG_COLUMNS),
             log_s=np.zeros(sprint.LOG_STEPS),
-            clock=np.zeros(1),
+            clock=np.zeros(2),
         )
         for index, model in enumerate(self._models):
             state.models[index, sprint.GROUP_BLOCKS] = model.layout.blocks_per_group
@@ -176,10 +183,7 @@ class Fold:
 
     def _write_models(self, rotation: Rotation, steps: int) -> None:
         state, memory = self._state, self._unit.scheduler.memory
-        accounts = [memory.pool.accounts[name] for name in self._names]
-        state.models[:, sprint.USED] = [account.used for account in accounts]
-        state.models[:, sprint.QUOTA] = [account.quota for account in accounts]
-        state.models[:, sprint.PEAK] = 0
+        self._write_accounts()
         state.models[:, sprint.TOKENS] = 0
         running = {cohort.model for cohort in self._cohorts}
         asked = [self._names.index(name) for name in rotation.models if name in running]
@@ -194,6 +198,12 @@ class Fold:
         unit[sprint.NUM_ASKED] = len(asked)
         unit[sprint.TURNS] = rotation.turns
         state.unit[:] = unit
+
+    def _write_accounts(self) -> None:
+        accounts = self._unit.scheduler.memory.pool.accounts.values()
+        self._state.models[:, sprint.USED] = [account.used for account in accounts]
+        self._state.models[:, sprint.QUOTA] = [account.quota for account in accounts]
+        self._state.models[:, sprint.PEAK] = 0
 
     def _write_lanes(self, lifted: list[list[Job]]) -> None:
         state, bits = self._state, dict[int, int]()
@@ -220,7 +230,7 @@ class Fold:
         unit = state.unit
         unit[sprint.NUM_RUNNING] = len(lifted)
         unit[sprint.EVENTS] = 1 + state.lanes[:, sprint.EVENT].max()
-        state.clock[0] = self._loop.now_s
+        state.clock[sprint.NOW_S] = self._loop.now_s
 
     # -- on its way --------------------------------------------------------------------------
 
@@ -231,7 +241,8 @@ class Fold:
         while True:
             why = sprint.advance(state, self._prices.arrays, until_s)
             if why == sprint.HORIZON:
-                self._event = self._loop.at(self._next_end_s(), self._go, FINISH)
+                next_s = float(state.clock[sprint.NEXT_END_S])
+                self._event = self._loop.at(next_s, self._go, FINISH)
                 return
             if why == sprint.BRAIN:
                 self.settle()
@@ -242,11 +253,6 @@ class Fold:
                 self._prices.find_shares(int(unit[sprint.WANTED]))
             else:
                 self._prices.find_size(int(unit[sprint.WANTED]), int(unit[sprint.WANTED_SIZE]))
-
-    def _next_end_s(self) -> float:
-        num_running = self._state.unit[sprint.NUM_RUNNING]
-        ends_s = self._state.times[self._state.running[:num_running], sprint.END_S]
-        return float(ends_s.min())
 
     def _observe(self) -> None:
         """The estimates know of all batches so far."""
@@ -273,6 +279,17 @@ class Fold:
                     for s in cohort.sequences
                 ],
             )
+
+    def adapt_quotas(self) -> None:
+        """Quotas move with what was used until now; nobody waits for them, so no work starts."""
+        self.take_blocks()
+        self._tell_peaks()
+        self._unit.adapt_quotas()
+        self._write_accounts()
+
+    def _tell_peaks(self) -> None:
+        peaks = self._state.models[:, sprint.PEAK].tolist()
+        self._unit.held(dict(zip(self._names, peaks, strict=True)))
 
     def publish(self) -> None:
         """Tell what was generated so far."""
@@ -302,7 +319,7 @@ class Fold:
                 left[sequence.slot] -= commits  # type: ignore[index]
         for name, row in zip(self._names, state.models.tolist(), strict=True):
             scheduler.counters[name].output_tokens += row[sprint.TOKENS]
-        unit.held(dict(zip(self._names, state.models[:, sprint.PEAK].tolist(), strict=True)))
+        self._tell_peaks()
         if state.unit[sprint.TURNS] and any(one.launches for one in stepped):
             last = (state.unit[sprint.FIRST_ASKED] - 1) % state.unit[sprint.NUM_ASKED]
             scheduler.policy.rotated(self._names[state.asked[last]])

@@ -170,8 +170,8 @@ class SimUnit:
     def _wake(self) -> None:
         self._timer = self._timer_s = None
         next_s = self.unit.next_timer()
-        if next_s is not None and next_s <= self._loop.now_s:
-            self.settle()
+        is_due = next_s is not None and next_s <= self._loop.now_s
+        if is_due and not (self._folding is not None and self._folding.tick()):
             self.unit.tick()
         self._arm()
 

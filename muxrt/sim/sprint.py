@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from muxrt.cost.compiled import compiled
+from muxrt.cost.compiled import compiled, inlined
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -44,6 +44,9 @@ LOG_MODEL, LOG_SIZE, LOG_CONTEXT, LOG_COLUMNS = range(4)
 # Columns of Prices.factors.
 SLOWER, CONTROL_S, SLOPE, FACTOR_COLUMNS = range(4)
 
+# Places in State.clock.
+NOW_S, NEXT_END_S = range(2)
+
 UNKNOWN_END_S = -1.0
 
 
@@ -62,7 +65,7 @@ class State(NamedTuple):
     unit: Ints  # [UNIT_PLACES]
     log: Ints  # [LOG_STEPS, LOG_COLUMNS]
     log_s: Floats  # [LOG_STEPS]: how long each took
-    clock: Floats  # [1]: now
+    clock: Floats  # [2]: now, and when the next batch ends
 
 
 class Prices(NamedTuple):
@@ -90,17 +93,18 @@ def advance(state: State, prices: Prices, until_s: float) -> int:
         lane = _next_lane(state)
         now = state.times[lane, END_S]
         if now >= until_s:
+            state.clock[NEXT_END_S] = now
             return HORIZON
         if _is_last(state, lane) or not _has_room(state):
             return BRAIN
         if state.unit[NUM_LOGGED] == len(state.log):
             return LOG_IS_FULL
-        state.clock[0] = now
+        state.clock[NOW_S] = now
         _commit(state, lane, now)
         _pump(state, now)
 
 
-@compiled
+@inlined
 def _next_lane(state: State) -> int:
     """Whose batch ends first; of several the one that was known first."""
     found = int(state.running[0])
@@ -114,19 +118,18 @@ def _next_lane(state: State) -> int:
     return found
 
 
-@compiled
+@inlined
 def _is_last(state: State, lane: int) -> bool:
     """The next commit on the lane ends a sequence."""
     mask = state.jobs[lane, 0, JOB_COHORTS]
     for index in range(state.unit[NUM_COHORTS]):
-        if mask >> index & 1:
-            cohort = state.cohorts[index]
-            if cohort[COMMITS] + 1 >= cohort[ENDS_AFTER]:
-                return True
+        commits = state.cohorts[index, COMMITS] + 1
+        if mask >> index & 1 and commits >= state.cohorts[index, ENDS_AFTER]:
+            return True
     return False
 
 
-@compiled
+@inlined
 def _has_room(state: State) -> bool:
     """Whatever is launched after the next commit gets its blocks, and is within the limits.
 
@@ -138,42 +141,42 @@ def _has_room(state: State) -> bool:
             return False
     needed = 0
     for index in range(unit[NUM_MODELS]):
-        model = state.models[index]
-        most = depth * model[MOST_GROWTH]
+        most = depth * state.models[index, MOST_GROWTH]
         needed += most
-        if not unit[MAY_BORROW] and model[USED] + most > model[QUOTA]:
+        if not unit[MAY_BORROW] and state.models[index, USED] + most > state.models[index, QUOTA]:
             return False
     return bool(needed <= unit[AVAILABLE])
 
 
-@compiled
+@inlined
 def _commit(state: State, lane: int, now: float) -> None:
     """The batch that runs on the lane ends; the next one begins."""
-    unit, times, job = state.unit, state.times, state.jobs[lane, 0]
+    unit, times = state.unit, state.times
+    model, cohorts = state.jobs[lane, 0, JOB_MODEL], state.jobs[lane, 0, JOB_COHORTS]
+    size = state.jobs[lane, 0, JOB_SIZE]
     elapsed_s = now - times[lane, STARTED_S]
     times[lane, BUSY_S] += elapsed_s
     unit[BATCHES] += 1
     line = unit[NUM_LOGGED]
     unit[NUM_LOGGED] = line + 1
-    state.log[line, LOG_MODEL] = job[JOB_MODEL]
-    state.log[line, LOG_SIZE] = job[JOB_SIZE]
-    state.log[line, LOG_CONTEXT] = job[JOB_CONTEXT]
+    state.log[line, LOG_MODEL] = model
+    state.log[line, LOG_SIZE] = size
+    state.log[line, LOG_CONTEXT] = state.jobs[lane, 0, JOB_CONTEXT]
     state.log_s[line] = elapsed_s
     for index in range(unit[NUM_COHORTS]):
-        if job[JOB_COHORTS] >> index & 1:
-            cohort = state.cohorts[index]
-            cohort[COMMITS] += 1
-            cohort[IN_FLIGHT] -= 1
+        if cohorts >> index & 1:
+            state.cohorts[index, COMMITS] += 1
+            state.cohorts[index, IN_FLIGHT] -= 1
             state.last_s[index] = now
-    state.models[job[JOB_MODEL], TOKENS] += job[JOB_SIZE]
+    state.models[model, TOKENS] += size
     if unit[HAS_GROWN]:
-        for index in range(unit[NUM_MODELS]):
-            state.models[index, PEAK] = state.models[index, USED]
+        for other in range(unit[NUM_MODELS]):
+            state.models[other, PEAK] = state.models[other, USED]
         unit[HAS_GROWN] = 0
     _leave(state, lane, now)
 
 
-@compiled
+@inlined
 def _leave(state: State, lane: int, now: float) -> None:
     """The lane's first job is gone: those behind it move up."""
     unit, running, jobs = state.unit, state.running, state.jobs
@@ -193,7 +196,7 @@ def _leave(state: State, lane: int, now: float) -> None:
         _start(state, lane, now)
 
 
-@compiled
+@inlined
 def _start(state: State, lane: int, now: float) -> None:
     """The lane's first job begins; `_deal` finds out when it ends."""
     state.running[state.unit[NUM_RUNNING]] = lane
@@ -203,7 +206,7 @@ def _start(state: State, lane: int, now: float) -> None:
     state.times[lane, END_S] = UNKNOWN_END_S
 
 
-@compiled
+@inlined
 def _pump(state: State, now: float) -> None:
     """Launch whatever fits, on the emptiest lane first, models in turn."""
     has_launched = True
@@ -218,7 +221,7 @@ def _pump(state: State, now: float) -> None:
                 break
 
 
-@compiled
+@inlined
 def _launch_next(state: State, lane: int, now: float) -> bool:
     """A step of the first model in turn that may run on the lane."""
     unit = state.unit
@@ -235,23 +238,22 @@ def _launch_next(state: State, lane: int, now: float) -> bool:
     return False
 
 
-@compiled
+@inlined
 def _ready(state: State, model: int, lane: int) -> int:
     """The model's cohorts that may run on the lane, as bits."""
     found = 0
     is_whole = state.models[model, KEPT_WHOLE]
     for index in range(state.unit[NUM_COHORTS]):
-        cohort = state.cohorts[index]
-        if cohort[MODEL] != model:
+        if state.cohorts[index, MODEL] != model:
             continue
-        if not cohort[IN_FLIGHT] or cohort[LANE] == lane:
+        if not state.cohorts[index, IN_FLIGHT] or state.cohorts[index, LANE] == lane:
             found |= 1 << index
         elif is_whole:
             return 0
     return found
 
 
-@compiled
+@inlined
 def _launch(state: State, model: int, cohorts: int, lane: int, now: float) -> None:
     """A decode step of the cohorts, with the blocks that it needs."""
     block_tokens = state.models[model, BLOCK_TOKENS]
@@ -259,38 +261,39 @@ def _launch(state: State, model: int, cohorts: int, lane: int, now: float) -> No
     for index in range(state.unit[NUM_COHORTS]):
         if not cohorts >> index & 1:
             continue
-        cohort, launches = state.cohorts[index], state.cohorts[index, LAUNCHES]
+        launches, sequences = state.cohorts[index, LAUNCHES], state.cohorts[index, SIZE]
         at = launches % block_tokens
         short += state.growing[index, at]
         if launches and not at:
             short += state.growing[index, block_tokens]
-        cohort[CONTEXT] += cohort[SIZE]
-        cohort[LAUNCHES] += 1
-        cohort[IN_FLIGHT] += 1
-        cohort[LANE] = lane
-        size += cohort[SIZE]
-        context += cohort[CONTEXT]
+        state.cohorts[index, CONTEXT] += sequences
+        state.cohorts[index, LAUNCHES] = launches + 1
+        state.cohorts[index, IN_FLIGHT] += 1
+        state.cohorts[index, LANE] = lane
+        size += sequences
+        context += state.cohorts[index, CONTEXT]
     if short:
         blocks = short * state.models[model, GROUP_BLOCKS]
         state.models[model, USED] += blocks
         state.unit[AVAILABLE] -= blocks
         state.unit[HAS_GROWN] = 1
     load = state.lanes[lane, LOAD]
-    job = state.jobs[lane, load]
-    job[JOB_MODEL], job[JOB_COHORTS] = model, cohorts
-    job[JOB_SIZE], job[JOB_CONTEXT] = size, context
+    state.jobs[lane, load, JOB_MODEL] = model
+    state.jobs[lane, load, JOB_COHORTS] = cohorts
+    state.jobs[lane, load, JOB_SIZE] = size
+    state.jobs[lane, load, JOB_CONTEXT] = context
     state.lanes[lane, LOAD] = load + 1
     if not load:
         _start(state, lane, now)
 
 
-@compiled
+@inlined
 def _deal(state: State, prices: Prices) -> int:
     """Give every running batch its share; -1, or what must be found out first.
 
     Asked again it does nothing twice: who has what it should have is left alone.
     """
-    unit, times, now = state.unit, state.times, state.clock[0]
+    unit, times, now = state.unit, state.times, state.clock[NOW_S]
     num_running, key = unit[NUM_RUNNING], 0
     for position in range(num_running - 1, -1, -1):
         lane = state.running[position]
@@ -320,10 +323,10 @@ def _deal(state: State, prices: Prices) -> int:
     return -1
 
 
-@compiled
+@inlined
 def _by_context(prices: Prices, price: int, context: int) -> float:
     """A `Curve` of monotone.py at `context`, with its sums."""
-    begin, end = prices.curves[price]
+    begin, end = prices.curves[price, 0], prices.curves[price, 1]
     knots, values = prices.knots, prices.values
     low, high = begin, end
     while low < high:
