@@ -4,9 +4,12 @@ Features of a batch: a constant (weights are read once whatever the batch), its 
 layers) and its attention work, the sum over new tokens of the tokens each attends to.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from math import sqrt
+from operator import add
 from typing import Protocol
 
 import numpy as np
@@ -102,7 +105,7 @@ class _Fit:
     def __init__(self) -> None:
         self.num_observations = 0
         self._sizes: dict[int, _Sums] = {}  # by the bits of the number of tokens
-        self._coefficients = (0.0, 0.0, 0.0)
+        self._coefficients: tuple[float, ...] = (0.0, 0.0, 0.0)
         self._num_solved = 0
 
     def observe(self, shape: BatchShape, elapsed_s: float) -> None:
@@ -130,12 +133,11 @@ class _Fit:
 
     def _solve(self) -> None:
         faded = [sums.faded(self.num_observations) for sums in self._sizes.values()]
-        sums = np.sum(faded, axis=0)
-        constants, tokens, attention, both_t, both_a, both, *moment = sums
-        gram = np.array(
-            [[constants, both_t, both_a], [both_t, tokens, both], [both_a, both, attention]]
+        cc, tt, aa, ct, ca, ta, *moment = (
+            reduce(add, column) for column in zip(*faded, strict=True)
         )
-        self._coefficients = tuple(_solve_nonnegative(gram, np.array(moment)).tolist())
+        gram = ((cc, ct, ca), (ct, tt, ta), (ca, ta, aa))
+        self._coefficients = _solve_nonnegative(gram, moment)
         self._num_solved = self.num_observations
 
 
@@ -214,16 +216,26 @@ def _accumulate(
     sums[5], sums[6], sums[7], sums[8] = ta, c_sum, t_sum, a_sum
 
 
-def _solve_nonnegative(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:
+def _solve_nonnegative(
+    gram: Sequence[Sequence[float]], moment: Sequence[float]
+) -> tuple[float, ...]:
     """Least squares with the most negative coefficient dropped until none is negative."""
     active = list(range(len(moment)))
     while active:
-        scale = np.sqrt(np.maximum(np.diag(gram)[active], 1e-300))
-        scaled = gram[np.ix_(active, active)] / np.outer(scale, scale)
-        part = np.linalg.lstsq(scaled, moment[active] / scale, rcond=1e-10)[0] / scale
-        if (part >= 0).all():
-            solution = np.zeros(len(moment))
-            solution[active] = part
-            return solution
-        del active[int(np.argmin(part * scale))]
-    return np.zeros(len(moment))
+        # Plain numbers: arrays of three take many times as long.
+        scale = [sqrt(max(gram[row][row], 1e-300)) for row in active]
+        scaled = [
+            [gram[row][column] / (s * t) for column, t in zip(active, scale, strict=True)]
+            for row, s in zip(active, scale, strict=True)
+        ]
+        right = [moment[row] / s for row, s in zip(active, scale, strict=True)]
+        found = np.linalg.lstsq(scaled, right, rcond=1e-10)[0].tolist()
+        part = [value / s for value, s in zip(found, scale, strict=True)]
+        if min(part) >= 0:
+            solution = [0.0] * len(moment)
+            for row, value in zip(active, part, strict=True):
+                solution[row] = value
+            return tuple(solution)
+        worst = min(range(len(active)), key=lambda place: part[place] * scale[place])
+        del active[worst]
+    return (0.0,) * len(moment)
