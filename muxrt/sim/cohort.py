@@ -1,7 +1,7 @@
 """Sequences of one model that are in the same batches, as one thing."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from muxrt.core import Sequence
 from muxrt.sched.queues import ModelQueue
@@ -16,6 +16,10 @@ class Cohort:
     sequences: list[Sequence]  # oldest first
     flights: tuple[int, ...]  # ids of the works that name them
     told: int = 0  # of its commits: clients and router know of them
+    request_ids: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request_ids = [sequence.request.id for sequence in self.sequences]
 
     def ends_after(self, remaining: Mapping[int, int]) -> int:
         """Commits until the first of them says its last token; `remaining` is by slot."""

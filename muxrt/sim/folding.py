@@ -11,7 +11,7 @@ A run goes no further than anything else that may happen to the unit or be asked
 a sample, its timer. It is over before the first end of a sequence, and where blocks may be short.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf, nextafter
 
 import numpy as np
@@ -31,8 +31,8 @@ from muxrt.sim.mesh import MeshCost, Runner
 from muxrt.sim.prices import PriceTable
 from muxrt.sim.sprint import State
 
-# A request got so many tokens more, the last one at that time.
-Advance = Callable[[int, int, float], None]
+# Requests of a model in a unit got so many tokens more each, the last ones at that time.
+Advance = Callable[[str, str, Sequence[int], int, float], None]
 
 FEW_STEPS = 16  # to be observed: more is quicker by arrays
 MIN_STEPS = 2  # of every sequence before its end: shorter runs are not worth their bookkeeping
@@ -83,13 +83,12 @@ class FoldingExecutor(MeshExecutor):
         """What ends before that time happens before anything else does; now, at the least."""
         return max(self._horizon_s(), nextafter(self._loop.now_s, inf))
 
-    def advance(self, cohort: Cohort, commits: int, last_s: float) -> None:
+    def advance(self, unit: str, cohort: Cohort, commits: int, last_s: float) -> None:
         """Tell what every sequence of a cohort got since it was told last."""
         steps = commits - cohort.told
         if steps:
             cohort.told = commits
-            for sequence in cohort.sequences:
-                self._advance(sequence.request.id, steps, last_s)
+            self._advance(cohort.model, unit, cohort.request_ids, steps, last_s)
 
 
 class Fold:
@@ -301,7 +300,8 @@ class Fold:
         """Tell what was generated so far."""
         for index, cohort in enumerate(self._cohorts):
             commits = int(self._state.cohorts[index, sprint.COMMITS])
-            self._executor.advance(cohort, commits, float(self._state.last_s[index]))
+            last_s = float(self._state.last_s[index])
+            self._executor.advance(self._unit.name, cohort, commits, last_s)
 
     # -- the end -----------------------------------------------------------------------------
 
