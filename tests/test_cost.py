@@ -309,3 +309,13 @@ def test_a_share_with_too_few_cells_is_as_its_neighbours_say() -> None:
     assert set(lanes.measured) == {100}
     assert lanes.at(0.5).decode_s(1, 16) > lanes.at(1.0).decode_s(1, 16)
     assert lanes.at(0.25).decode_s(1, 16) == lanes.between.at(0.25).decode_s(1, 16)
+
+
+@given(st.integers(1, 300), st.integers(0, 500_000), st.sampled_from([1.0, 0.6, 0.25]))
+def test_a_decode_step_is_the_sum_of_its_parts(batch: int, context: int, share: float) -> None:
+    """To the last bit: the simulator adds them up by itself."""
+    roofline = Roofline(PRESETS["llama-7b"], 1, KINDS["a100-80g"])
+    for shared in (fitted("llama-7b", 1), roofline):
+        steps = shared.at(share)
+        parts = steps.decode_batch_s(batch) + steps.decode_context(context)
+        assert parts == steps.decode_s(batch, context)

@@ -68,7 +68,7 @@ class Latency(Protocol):
     def observe_all(
         self, model: str, num_tokens: Ints, attention_tokens: Ints, elapsed_s: Floats
     ) -> None:
-        """As `observe` for one batch after the other. Shapes [batches]."""
+        """As `observe` for one batch after the other. Shapes [batches], at least one."""
 
 
 class OnlineLatency:
