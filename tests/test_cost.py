@@ -345,3 +345,13 @@ def test_a_prefill_takes_as_long_as_the_next_whole_tile() -> None:
         assert steps.prefill_s(tokens, 0) == pytest.approx(expected_s, rel=0.03)
     exact = [steps.prefill_s(tokens, 0) for tokens in range(65, 193)]
     assert steps.mean_prefill_s(128.5, 0) == pytest.approx(sum(exact) / len(exact), rel=0.01)
+
+
+@given(st.integers(1, 300), st.integers(0, 500_000), st.sampled_from([1.0, 0.6, 0.25]))
+def test_a_decode_step_is_the_sum_of_its_parts(batch: int, context: int, share: float) -> None:
+    """To the last bit: the simulator adds them up by itself."""
+    roofline = Roofline(PRESETS["llama-7b"], 1, KINDS["a100-80g"])
+    for shared in (fitted("llama-7b", 1), roofline):
+        steps = shared.at(share)
+        parts = steps.decode_batch_s(batch) + steps.decode_context(context)
+        assert parts == steps.decode_s(batch, context)

@@ -7,22 +7,32 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim_world import GB, burst, config, setting, unit
+from msgspec.structs import replace as replace_struct
+from sim_world import GB, SLO, burst, config, setting, unit
 
+from muxrt.config.cluster import KINDS
 from muxrt.config.placement import Lanes, ModelSpec, Scheduling, UnitSpec
 from muxrt.config.plan import EngineFacts
 from muxrt.config.serve import ServeConfig
+from muxrt.cost.latency import BatchShape
 from muxrt.sim.executor import Job, MeshExecutor
+from muxrt.sim.group import Simulation, groups
 from muxrt.sim.simulate import Run, simulate
+from muxrt.sim.sprint import LOG_STEPS
 from muxrt.workload.arrivals import Arrival
 
 FACTS = EngineFacts(control_s=1e-4, interference=0.15)
 LANES = {
-    f"{kind} {depth}": Lanes(kind=kind, sm_pct=sm_pct, depth=depth)  # type: ignore[arg-type]
+    f"{kind} {len(sm_pct or '1')} lanes, depth {depth}": Lanes(
+        kind=kind,  # type: ignore[arg-type]
+        sm_pct=sm_pct,
+        depth=depth,
+    )
     for (kind, sm_pct), depth in product(
-        [("stream", None), ("green", (40, 60)), ("mps", (90, 50, 50))], [1, 2]
+        [("stream", None), ("stream", (50, 50)), ("green", (40, 60)), ("mps", (90, 50, 50))], [1, 2]
     )
 }
+ONE_LANE, TWO_LANES = LANES["stream 1 lanes, depth 2"], LANES["green 2 lanes, depth 2"]
 POLICIES = ["adbs", "fcfs", "round-robin"]
 
 
@@ -93,23 +103,130 @@ def test_folding_changes_nothing_anywhere(
 
 def test_the_end_of_the_model_ends_a_run() -> None:
     asked = burst("a", 3, prompt=1900, output=900)
-    unfolded, folded = both(config(unit("a", lanes=LANES["stream 2"])), asked)
+    unfolded, folded = both(config(unit("a", lanes=ONE_LANE)), asked)
     assert folded == unfolded
     assert {served.output_tokens for served in folded.served} == {148}
 
 
-@pytest.mark.parametrize("lanes", ["stream 1", "stream 2", "green 2"])
-def test_the_brain_itself_sees_few_of_the_steps(
-    lanes: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen, land = [], MeshExecutor.land
+def landed(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The batches that the brain is told of, from now on."""
+    seen, land = list[Job](), MeshExecutor.land
 
     def counted(self: MeshExecutor, job: Job, elapsed_s: float) -> None:
         seen.append(job)
         land(self, job, elapsed_s)
 
     monkeypatch.setattr(MeshExecutor, "land", counted)
-    placement = config(unit("a", lanes=LANES[lanes]))
-    run = simulate(placement, setting("a"), burst("a", 8, output=1000))
-    assert run.units[0].num_batches > 1000
-    assert len(seen) < 60
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("policy", "models"),
+    # Under fcfs the second model waits until the first is done: that is no run.
+    [("adbs", "a"), ("adbs", "abc"), ("round-robin", "abc"), ("fcfs", "a")],
+)
+@pytest.mark.parametrize("lanes", LANES)
+def test_the_brain_itself_sees_few_of_the_steps(
+    lanes: str, models: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, scheduling = landed(monkeypatch), Scheduling(policy=policy, prefill_tokens=2048)  # type: ignore[arg-type]
+    placement = config(unit(*models, lanes=LANES[lanes], scheduling=scheduling))
+    asked = [arrival for name in models for arrival in burst(name, 4, output=1000)]
+    run = simulate(placement, setting(*models), asked)
+    assert run.units[0].num_batches > 900 * len(models)
+    assert len(seen) < 80 * len(models)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_models_in_step_are_folded_in_the_order_of_their_events(lanes: str) -> None:
+    """Equal models with equal requests end their steps at the same instant, on several lanes."""
+    placement = config(unit("a", "b", "c", lanes=LANES[lanes]))
+    asked = [arrival for name in "abc" for arrival in burst(name, 2, output=300)]
+    unfolded, folded = both(placement, [*asked, *burst("b", 1, at_s=1.0)])
+    assert folded == unfolded
+
+
+def test_a_run_may_be_longer_than_its_log() -> None:
+    longest = LOG_STEPS + 1500
+    models = [ModelSpec(name="a", preset="mistral-7b", max_model_len=2 * longest)]
+    placement = config(unit("a", lanes=ONE_LANE), models=models)
+    asked = burst("a", 2, output=longest)
+    known = setting("a", preset="mistral-7b", facts=FACTS)
+    unfolded = simulate(placement, replace(known, fold=False), asked)
+    assert simulate(placement, known, asked) == unfolded
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_lanes_of_cores_fold_too(depth: int) -> None:
+    """There a model may decode on several lanes at once: its batches are not kept whole."""
+    kind = KINDS["a100-80g"]
+    cores = replace_struct(kind, name="cores", device="cpu", sms=4)
+    known = setting("a", "b", facts=FACTS)
+    known = replace(known, gpus={"cores": cores})
+    lanes = Lanes(kind="cores", split=(2, 2), depth=depth)
+    spec = unit("a", "b", lanes=lanes)
+    spec = replace_struct(spec, mesh=replace_struct(spec.mesh, device="cpu", kind="cores"))
+    asked = traffic("ab", 2.0, 25, seed=3)
+    unfolded = simulate(config(spec), replace(known, fold=False), asked)
+    folded = simulate(config(spec), known, asked)
+    assert folded == unfolded
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_quotas_move_while_a_run_goes_on(policy: str, lanes: str) -> None:
+    """A model that waits for blocks after long runs finds the quotas where they would be."""
+    placement = config(*units(LANES[lanes], policy, 4 * GB, quota_period_s=0.1))
+    asked = [
+        *burst("a", 2, output=1500),
+        *burst("b", 6, at_s=8.0, prompt=400, output=300),
+        *burst("a", 9, at_s=14.0, prompt=300, output=200),
+    ]
+    unfolded, folded = both(placement, asked)
+    assert folded == unfolded
+    first = folded.units[0].models
+    assert len({use.quota_blocks for use in first}) > 1  # they have moved
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lanes=st.sampled_from(sorted(LANES)),
+    policy=st.sampled_from(POLICIES),
+    num_models=st.integers(1, 4),
+    rate_rps=st.sampled_from([0.5, 3.0, 12.0]),
+    kv_gb=st.sampled_from([4, 30]),
+    seed=st.integers(0, 10**6),
+    timeout_s=st.sampled_from([None, 0.5]),
+    period_s=st.sampled_from([0.05, 1.0]),
+)
+def test_the_brain_is_left_as_it_would_be(
+    lanes: str,
+    policy: str,
+    num_models: int,
+    rate_rps: float,
+    kv_gb: int,
+    seed: int,
+    timeout_s: float | None,
+    period_s: float,
+) -> None:
+    """Not only what clients saw is the same: estimates, quotas and peaks are, and all adds up."""
+    names = "abcd"[:num_models]
+    scheduling = Scheduling(policy=policy, max_sequences=8, quota_period_s=period_s)  # type: ignore[arg-type]
+    spec = unit(*names, lanes=LANES[lanes], kv_bytes=kv_gb * GB, scheduling=scheduling)
+    models = [
+        ModelSpec(name=name, preset="llama-7b", queue_timeout_s=timeout_s, slo=slo)
+        for name, slo in zip(names, (SLO, None, SLO, None), strict=False)
+    ]
+    placement = config(spec, models=models)
+    (group,) = groups(placement.units, placement.models)
+    asked = list(enumerate(traffic(names, rate_rps, 20, seed)))
+    known = setting(*names, facts=FACTS)
+    left = []
+    for is_folded in (False, True):
+        simulation = Simulation(group, replace(known, fold=is_folded))
+        simulation.run(asked)
+        brain = simulation.units["u"].unit
+        assert brain.check()
+        predicted = [brain.scheduler.latency.predict(n, BatchShape(3, 900)) for n in names]
+        left.append((brain.stats(), predicted, brain.next_timer()))
+    assert left[0] == left[1]

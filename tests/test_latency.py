@@ -1,6 +1,9 @@
 """The online latency fit."""
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from muxrt.core import BatchEntry
 from muxrt.cost.latency import MIN_OBSERVATIONS, BatchShape, OnlineLatency, attention_work
@@ -63,3 +66,29 @@ def test_a_machine_that_changes_is_followed() -> None:
     for _ in range(2000):
         latency.observe("m", BatchShape(1, 100), 20e-3)
     assert latency.predict("m", BatchShape(1, 100)) == pytest.approx(20e-3, rel=0.05)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 1, 3, 4, 200]), st.integers(1, 9), st.integers(0, 10**4)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([0.0, 0.01, 0.02]),
+)
+def test_many_batches_at_once_are_one_after_the_other(
+    runs: list[tuple[int, int, int]], odd_s: float
+) -> None:
+    """To the last bit, whatever sizes alternate; a batch of no time is counted and no more."""
+    one, all_ = OnlineLatency(), OnlineLatency()
+    for latency in (one, all_):
+        latency.observe("m", BatchShape(2, 7), 0.003)
+    num_tokens = np.array([tokens for tokens, times, _ in runs for _ in range(5 * times)], int)
+    attention = np.array([a + i for _, times, a in runs for i in range(5 * times)], int)
+    elapsed_s = 0.01 + 1e-6 * attention + 1e-4 * num_tokens
+    elapsed_s[3::7] = odd_s
+    for tokens, attended, seconds in zip(num_tokens, attention, elapsed_s, strict=True):
+        one.observe("m", BatchShape(int(tokens), int(attended)), float(seconds))
+    all_.observe_all("m", num_tokens, attention, elapsed_s)
+    for shape in (BatchShape(1, 50), BatchShape(4, 900), BatchShape(300, 10**5)):
+        assert one.predict("m", shape) == all_.predict("m", shape)

@@ -44,7 +44,7 @@ WIRING = {"cli", "__main__", "__init__"}  # may import every unit
 EVERYWHERE = {"numpy", "msgspec"}
 LIBRARIES = {
     "config": {"yaml"},
-    "cost": {"scipy"},
+    "cost": {"numba", "scipy"},
     "sim": {"scipy"},
     "planner": {"numba"},
     "kernels": {"torch", "triton", "numba", "llvmlite"},

@@ -31,7 +31,7 @@ def test_adbs_runs_one_prefill_beside_decodes_of_other_models(lanes: int) -> Non
         world.submit(model, prompt=60, output=20)
     running: set[tuple[int, Phase]] = set()
     while world.step():
-        flights = [flight.work for flight in world.unit.scheduler._flights.values()]
+        flights = [flight.work for flight in world.unit.scheduler.flights.values()]
         prefills = [w for w in flights if isinstance(w, Batch) and w.phase is Phase.PREFILL]
         assert len(prefills) <= 1
         running |= {(len(flights), w.phase) for w in flights if isinstance(w, Batch)}

@@ -44,6 +44,13 @@ class FittedSteps:
     def decode_s(self, batch: float, context: float) -> float:
         return self.batch(batch) + self.context(context)
 
+    def decode_batch_s(self, batch: float) -> float:
+        return self.batch(batch)
+
+    @property
+    def decode_context(self) -> Curve:
+        return self.context
+
 
 @dataclass(frozen=True, slots=True)
 class Fitted:

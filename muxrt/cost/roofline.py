@@ -13,6 +13,7 @@ from muxrt.config.cluster import GpuKind
 from muxrt.config.model import ModelShape
 from muxrt.cost.fitted import squares_per_token
 from muxrt.cost.memory import num_params
+from muxrt.cost.monotone import Curve
 
 DTYPE_BYTES = 2  # fp16 or bf16 weights, activations, K and V
 ALL_REDUCES = 2  # per layer: after attention, after the MLP (Shoeybi et al. 2019)
@@ -88,5 +89,11 @@ class RooflineSteps:
         return self.prefill_s(tokens, squares)
 
     def decode_s(self, batch: float, context: float) -> float:
-        per_token_s = self.token_flops_s + self.link_token_s
-        return self.fixed_s + per_token_s * batch + self.kv_token_s * context
+        return self.decode_batch_s(batch) + self.kv_token_s * context
+
+    def decode_batch_s(self, batch: float) -> float:
+        return self.fixed_s + (self.token_flops_s + self.link_token_s) * batch
+
+    @property
+    def decode_context(self) -> Curve:
+        return Curve((0.0,), (0.0,), self.kv_token_s)

@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from muxrt.cost.monotone import Curve
+
 
 class Steps(Protocol):
     """Step times of one model on a mesh, at one share of its SMs. More work is never faster."""
@@ -19,7 +21,17 @@ class Steps(Protocol):
         """
 
     def decode_s(self, batch: float, context: float) -> float:
-        """Seconds for a token each of `batch` sequences that hold `context` tokens in all."""
+        """Seconds for a token each of `batch` sequences that hold `context` tokens in all.
+
+        It is `decode_batch_s(batch) + decode_context(context)`, to the last bit.
+        """
+
+    def decode_batch_s(self, batch: float) -> float:
+        """The part of a decode step that does not depend on what the sequences hold."""
+
+    @property
+    def decode_context(self) -> Curve:
+        """The part that does."""
 
 
 class SharedSteps(Protocol):

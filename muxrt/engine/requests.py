@@ -1,6 +1,6 @@
 """The ledger of live requests in the API process: who waits, who runs, and where."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -73,6 +73,15 @@ class Ledger:
             load.running += 1
         live.output_tokens += num_tokens
         load.tokens += num_tokens
+
+    def add_tokens_each(
+        self, model: str, unit: str, request_ids: Sequence[int], num_tokens: int
+    ) -> None:
+        """Requests of `model` that stream from `unit` gave `num_tokens` more each."""
+        live = self._live
+        for request_id in request_ids:
+            live[request_id].output_tokens += num_tokens
+        self._loads[model, unit].tokens += num_tokens * len(request_ids)
 
     def close(self, request_id: int) -> LiveRequest | None:
         """The request ended, however; None if it had already."""

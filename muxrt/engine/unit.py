@@ -1,6 +1,6 @@
 """The LLM unit: one scheduler, one executor, and the loop between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from muxrt.core import FinishReason, Output, Refusal, Request, Result, Work
 from muxrt.engine.executor import Executor
@@ -108,11 +108,13 @@ class Unit:
     def tick(self) -> None:
         """Refuse what is too late, move quotas, and see whether that lets work start."""
         self._send(self.scheduler.expire(self.now()))
-        if self._quota_period_s and self.now() >= self._next_adapt_s:
-            self._adapt_quotas()
+        self.adapt_quotas()
         self.pump()
 
-    def _adapt_quotas(self) -> None:
+    def adapt_quotas(self) -> None:
+        """Move quotas, if it is time."""
+        if not self._quota_period_s or self.now() < self._next_adapt_s:
+            return
         pool = self.scheduler.memory.pool
         for name, blocks in adapt({n: self._usage(n) for n in self.scheduler.queues}).items():
             pool.accounts[name].quota = blocks
@@ -129,6 +131,11 @@ class Unit:
         for name, account in self.scheduler.memory.pool.accounts.items():
             if account.used > self._peak_blocks[name]:
                 self._peak_blocks[name] = account.used
+
+    def held(self, blocks: Mapping[str, int]) -> None:
+        """Models held so many blocks at once, though nobody looked: `_note_peaks` for a run."""
+        for name, used in blocks.items():
+            self._peak_blocks[name] = max(self._peak_blocks[name], used)
 
     # -- reports -----------------------------------------------------------------------------
 

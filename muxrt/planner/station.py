@@ -4,25 +4,16 @@
 `which` [n], the rows of `Times` that hold their step times, and `rates` [n], requests/s offered.
 """
 
-from collections.abc import Callable
 from math import erf, exp, inf, log2, sqrt
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from muxrt.cost.compiled import compiled
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def compiled(function: F) -> F:
-    """Compiled when first called, then kept on disk; dividing by zero gives infinity."""
-    made: F = njit(cache=True, error_model="numpy")(function)
-    return made
-
 
 PER_DOUBLING = 4
 NUM_DOUBLINGS = 14

@@ -64,9 +64,14 @@ class Memory:
         self.num_preempted: dict[tuple[str, Preempt], int] = {}
         self._queues = queues
         self._choose = choose
-        self._may_borrow = may_borrow
+        self.may_borrow = may_borrow
         self._leaving: set[Sequence] = set()  # their blocks return when their work is done
         self._short: dict[str, Sequence] = {}  # by model: who runs and waits for blocks
+
+    @property
+    def is_settled(self) -> bool:
+        """Nobody is on the way in or out or waits for blocks, and nothing is kept for anybody."""
+        return not (self.copies or self.claims or self._leaving or self._short)
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -117,6 +122,17 @@ class Memory:
             self._end_shortage(model)
         return True
 
+    def grow(self, model: str, grown: Iterable[tuple[Sequence, int]]) -> None:
+        """Take groups for running sequences of `model`, so many each; the blocks must be there."""
+        wanted = [(sequence, num_groups) for sequence, num_groups in grown if num_groups > 0]
+        if not wanted:
+            return
+        groups = self.pool.take(model, sum(num_groups for _, num_groups in wanted))
+        assert groups is not None, "blocks that were counted are gone"
+        for sequence, num_groups in wanted:
+            sequence.groups += groups[-num_groups:]
+            del groups[-num_groups:]
+
     def _is_short(self, model: str) -> bool:
         """A running sequence of `model` waits for blocks."""
         sequence = self._short.get(model)
@@ -155,7 +171,7 @@ class Memory:
                 self.claims[model] = blocks + idle
                 self._call_back(blocks + idle)
             return self.pool.num_available - idle >= blocks
-        if not self._may_borrow:
+        if not self.may_borrow:
             return False
         kept = int(WATERMARK * self.pool.num_blocks) + self._claimed_by_others(model) + growth
         return self.pool.num_available - idle - blocks >= kept
@@ -164,7 +180,7 @@ class Memory:
         available = self.pool.num_available
         if self._is_entitled(model, blocks):
             return available >= blocks
-        return self._may_borrow and available - blocks >= self._claimed_by_others(model)
+        return self.may_borrow and available - blocks >= self._claimed_by_others(model)
 
     def _is_entitled(self, model: str, blocks: int) -> bool:
         account = self.pool.accounts[model]
@@ -208,7 +224,7 @@ class Memory:
 
     def _room(self, model: str) -> int:
         """Blocks that `model` could be given now, whoever has a claim on them."""
-        if self._may_borrow:
+        if self.may_borrow:
             return self.pool.num_available
         account = self.pool.accounts[model]
         return account.quota - account.used

@@ -30,6 +30,7 @@ from muxrt.errors import Overloaded
 from muxrt.sched.admission import Admission, Allowance, Need
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
+from muxrt.sched.rotation import Rotation
 
 LATENESS_MARGIN = 2.0  # of a predicted prefill: others share its batch, it may wait for the lane
 AnyWork = TypeVar("AnyWork", Batch, Copy)
@@ -41,8 +42,11 @@ class Policy(Protocol):
     def next_batch(self, scheduler: "Scheduler", lane: int, now: float) -> Batch | None:
         """A batch made by `scheduler.prefill` or `scheduler.decode`, or None to leave it idle."""
 
-    def is_steady(self) -> bool:
-        """Decode steps alone change nothing of it but whose turn it is."""
+    def rotation(self, scheduler: "Scheduler") -> Rotation | None:
+        """How decode steps would go on if nothing else happened; None: not by turns alone."""
+
+    def rotated(self, last: str) -> None:
+        """Decode steps went by that rotation, the last one was of the model `last`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Counters:
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
+class Flight:
     """A launched work and the sequences it names."""
 
     work: Work
@@ -96,11 +100,11 @@ class Scheduler:
         self.admission = Admission(queues, latency, limits.num_lanes, limits.prefill_tokens)
         self.counters = {name: Counters() for name in queues}
         self._sequences: dict[int, Sequence] = {}  # unfinished, by request id
-        self._flights: dict[int, _Flight] = {}
-        self._lane_load = [0] * (limits.num_lanes + 1)  # the copy lane is the last
+        self.flights: dict[int, Flight] = {}
+        self.lane_load = [0] * (limits.num_lanes + 1)  # the copy lane is the last
         self._num_prefills = 0  # in flight
         self._orders = count()
-        self._work_ids = count()
+        self.work_ids = count()
         self._deadlines: list[tuple[float, int]] = []  # (time, request id)
 
     # -- arrivals and departures -------------------------------------------------------------
@@ -168,12 +172,12 @@ class Scheduler:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._flights)
+        return len(self.flights)
 
     @property
     def is_idle(self) -> bool:
         """Nothing waits, runs or flies."""
-        return not self._sequences and not self._flights
+        return not self._sequences and not self.flights
 
     def schedule(self, now: float) -> Work | None:
         """The next work that fits now; None when every lane is full or nothing can run."""
@@ -188,7 +192,7 @@ class Scheduler:
 
     def _idle_lanes(self) -> list[int]:
         """Lanes that take more work, the emptiest first."""
-        loads = self._lane_load[: self.limits.num_lanes]
+        loads = self.lane_load[: self.limits.num_lanes]
         idle = [lane for lane, load in enumerate(loads) if load < self.limits.depth]
         return sorted(idle, key=loads.__getitem__)
 
@@ -213,7 +217,7 @@ class Scheduler:
             if sequence.is_prefilled:
                 queue.prefilled(sequence)
         self._num_prefills += 1
-        batch = Batch(next(self._work_ids), lane, model, Phase.PREFILL, entries, opened)
+        batch = Batch(next(self.work_ids), lane, model, Phase.PREFILL, entries, opened)
         return self._fly(batch, sequences)
 
     def _cut(self, queue: ModelQueue, lane: int, allowed: Allowance) -> list[tuple[Sequence, int]]:
@@ -260,7 +264,7 @@ class Scheduler:
         if not sequences:
             return None
         entries = tuple([_step(sequence, lane) for sequence in sequences])
-        batch = Batch(next(self._work_ids), lane, model, Phase.DECODE, entries)
+        batch = Batch(next(self.work_ids), lane, model, Phase.DECODE, entries)
         return self._fly(batch, sequences)
 
     def _grow(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -310,14 +314,14 @@ class Scheduler:
     def _next_copy(self) -> Copy | None:
         sequence, kind = self.memory.copies.popleft()
         lane = self.limits.copy_lane
-        work = self.memory.copy(sequence, kind, next(self._work_ids), lane)
+        work = self.memory.copy(sequence, kind, next(self.work_ids), lane)
         sequence.lane = lane
         sequence.in_flight += 1
         return self._fly(work, [sequence])
 
     def _fly(self, work: AnyWork, sequences: list[Sequence]) -> AnyWork:
-        self._flights[work.id] = _Flight(work, sequences)
-        self._lane_load[work.lane] += 1
+        self.flights[work.id] = Flight(work, sequences)
+        self.lane_load[work.lane] += 1
         self.queues[work.model].flew(work, 1)
         return work
 
@@ -325,8 +329,8 @@ class Scheduler:
 
     def commit(self, work: Work, result: Result, now: float) -> list[Output]:
         """Account for a finished work; what its sequences gave, and whether they ended."""
-        flight = self._flights.pop(work.id)
-        self._lane_load[work.lane] -= 1
+        flight = self.flights.pop(work.id)
+        self.lane_load[work.lane] -= 1
         self._num_prefills -= _is_prefill(work)
         self.queues[work.model].flew(work, -1)
         for sequence in flight.sequences:
@@ -434,12 +438,12 @@ class Scheduler:
             queue.check()
         self.memory.check(alive)
         flying: dict[Sequence, int] = {}
-        for flight in self._flights.values():
+        for flight in self.flights.values():
             for sequence in flight.sequences:
                 flying[sequence] = flying.get(sequence, 0) + 1
         assert all(s.in_flight == flying.get(s, 0) for s in alive), "a flight is miscounted"
-        assert sum(self._lane_load) == len(self._flights)
-        assert self._num_prefills == sum(_is_prefill(f.work) for f in self._flights.values())
+        assert sum(self.lane_load) == len(self.flights)
+        assert self._num_prefills == sum(_is_prefill(f.work) for f in self.flights.values())
         unfinished = {s.request.id for s in alive if s.state is not SequenceState.FINISHED}
         assert unfinished == self._sequences.keys(), "a sequence is lost"
         return True

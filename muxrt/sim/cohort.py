@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 
 from muxrt.core import Sequence
 from muxrt.sched.queues import ModelQueue
-from muxrt.sched.scheduler import Scheduler
-from muxrt.sim.executor import BatchJob
-
-MIN_STEPS = 4  # of every sequence before its end: shorter runs are not worth their bookkeeping
+from muxrt.sched.scheduler import Flight, Scheduler
 
 
 @dataclass(slots=True, eq=False)
@@ -17,87 +14,47 @@ class Cohort:
 
     model: str
     sequences: list[Sequence]  # oldest first
-    lane: int
-    in_flight: int
-    context: int  # tokens that all of them have scheduled, together
-    ends_after: int  # commits until the first of them ends
-    most_launches: int
-    growing: dict[int, list[Sequence]]  # by tokens of room that were left when the run began
-    launches: int = 0
-    commits: int = 0
-    told: int = 0  # of the commits: clients and router know of them
-    last_s: float = 0.0  # of the last commit
+    flights: tuple[int, ...]  # ids of the works that name them
+    told: int = 0  # of its commits: clients and router know of them
+    request_ids: list[int] = field(init=False)
 
-    def short(self, launch: int, block_tokens: int) -> list[Sequence]:
-        """Who needs a group for its token of that launch, counted from 0."""
-        found = self.growing.get(launch % block_tokens, [])
-        if launch and launch % block_tokens == 0:
-            return found + self.growing.get(block_tokens, [])
-        return found
+    def __post_init__(self) -> None:
+        self.request_ids = [sequence.request.id for sequence in self.sequences]
+
+    def ends_after(self, remaining: Mapping[int, int]) -> int:
+        """Commits until the first of them says its last token; `remaining` is by slot."""
+        # A slot is an int while a sequence runs.
+        return min([remaining[sequence.slot] for sequence in self.sequences])  # type: ignore[index]
+
+    def rooms(self, block_tokens: int) -> list[int]:
+        """Tokens that each may still have scheduled before it needs a block group."""
+        return [len(s.groups) * block_tokens - s.num_scheduled for s in self.sequences]
 
 
-@dataclass(slots=True, eq=False)
-class FoldedJob(BatchJob):
-    """A decode step of cohorts. Its batch is made only if the run ends before it does."""
+def make_cohorts(scheduler: Scheduler) -> list[Cohort]:
+    """All decoding sequences, model by model."""
+    flights: dict[str, list[tuple[int, Flight]]] = {}
+    for number, flight in scheduler.flights.items():
+        flights.setdefault(flight.work.model, []).append((number, flight))
+    return [
+        cohort
+        for queue in scheduler.queues.values()
+        if queue.decoding
+        for cohort in _cohorts(queue, flights.get(queue.name, []))
+    ]
 
-    id: int = 0
-    cohorts: list[Cohort] = field(default_factory=list)
 
-
-def make_cohorts(
-    scheduler: Scheduler, remaining: Mapping[tuple[str, int], int]
-) -> dict[str, list[Cohort]] | None:
-    """The cohorts of each model; None if somebody ends too soon for a run to be worth it."""
-    for name, queue in scheduler.queues.items():
-        for sequence in queue.decoding:
-            assert sequence.slot is not None
-            if remaining[name, sequence.slot] <= MIN_STEPS or sequence.request.keys:
-                return None
-            if sequence.request.max_tokens - sequence.outputs_scheduled <= MIN_STEPS:
-                return None
+def _cohorts(queue: ModelQueue, flights: list[tuple[int, Flight]]) -> list[Cohort]:
+    everybody = len(queue.decoding)
+    # Most of the time all are in all batches.
+    if all(len(flight.sequences) == everybody for _, flight in flights):
+        numbers = tuple([number for number, _ in flights])
+        return [Cohort(queue.name, list(queue.decoding), numbers)]
     signs: dict[Sequence, tuple[int, ...]] = {}
-    for number, flight in scheduler._flights.items():
+    for number, flight in flights:
         for sequence in flight.sequences:
             signs[sequence] = (*signs.get(sequence, ()), number)
-    found: dict[str, list[Cohort]] = {}
-    for name, queue in scheduler.queues.items():
-        alike: dict[tuple[int, ...], list[Sequence]] = {}
-        for sequence in queue.decoding:
-            alike.setdefault(signs.get(sequence, ()), []).append(sequence)
-        found[name] = [_cohort(queue, members, remaining) for members in alike.values()]
-    return found
-
-
-def _cohort(
-    queue: ModelQueue, members: list[Sequence], remaining: Mapping[tuple[str, int], int]
-) -> Cohort:
-    block_tokens = queue.model.layout.block_tokens
-    growing: dict[int, list[Sequence]] = {}
-    ends, launches = [], []
-    for sequence in members:
-        assert sequence.slot is not None
-        room = len(sequence.groups) * block_tokens - sequence.num_scheduled
-        assert 0 <= room <= block_tokens
-        growing.setdefault(room, []).append(sequence)
-        left = sequence.request.max_tokens - sequence.outputs_committed
-        ends.append(min(remaining[queue.name, sequence.slot], left))
-        launches.append(sequence.request.max_tokens - sequence.outputs_scheduled)
-    return Cohort(
-        model=queue.name,
-        sequences=members,
-        lane=members[0].lane,
-        in_flight=members[0].in_flight,
-        context=sum(sequence.num_scheduled for sequence in members),
-        ends_after=min(ends),
-        most_launches=min(launches),
-        growing=growing,
-    )
-
-
-def is_last(cohorts: list[Cohort]) -> bool:
-    """The next commit of these cohorts ends a sequence."""
-    # A loop, as `any` of a generator takes three times as long.
-    for cohort in cohorts:  # noqa: SIM110
-        if cohort.commits + 1 >= cohort.ends_after:
-            return True
-    return False
+    alike: dict[tuple[int, ...], list[Sequence]] = {}
+    for sequence in queue.decoding:
+        alike.setdefault(signs.get(sequence, ()), []).append(sequence)
+    return [Cohort(queue.name, members, sign) for sign, members in alike.items()]

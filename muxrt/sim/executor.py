@@ -41,7 +41,7 @@ class Tokens:
     """What the sequences in the slots of a unit still have to say."""
 
     def __init__(self) -> None:
-        self.remaining: dict[tuple[str, int], int] = {}  # by (model, slot)
+        self.remaining: dict[str, dict[int, int]] = {}  # by model and slot
 
     def run(self, work: Work, elapsed_s: float) -> Result:
         """The result of `work`."""
@@ -49,22 +49,26 @@ class Tokens:
             return Result(elapsed_s=elapsed_s)
         for opened in work.opened:
             self._open(work.model, opened)
-        drawn = tuple([self._draw(work.model, entry) for entry in work.entries])
+        left = self.remaining.setdefault(work.model, {})
+        drawn = tuple([_draw(left, entry) for entry in work.entries])
         stopped = tuple([remaining == 0 for remaining in drawn])
         return Result(drawn, stopped, elapsed_s=elapsed_s)
 
     def _open(self, model: str, opened: SlotOpen) -> None:
         prompt = msgspec.msgpack.decode(opened.payload, type=SimPrompt)
-        self.remaining[model, opened.slot] = prompt.output_tokens
+        self.remaining.setdefault(model, {})[opened.slot] = prompt.output_tokens
 
-    def _draw(self, model: str, entry: BatchEntry) -> int | None:
-        """A sampled token: how many are still to come after it; None if nothing is sampled."""
-        if not entry.samples:
-            return None
-        # Past its end a sequence draws what nobody will read, as the real one does.
-        remaining = max(0, self.remaining[model, entry.slot] - 1)
-        self.remaining[model, entry.slot] = remaining
-        return remaining
+
+def _draw(left: dict[int, int], entry: BatchEntry) -> int | None:
+    """A sampled token: how many are still to come after it; None if nothing is sampled."""
+    if not entry.samples:
+        return None
+    # Past its end a sequence draws what nobody will read, as the real one does.
+    remaining = left[entry.slot] - 1
+    if remaining < 0:
+        remaining = 0
+    left[entry.slot] = remaining
+    return remaining
 
 
 class SimExecutor:
@@ -118,7 +122,7 @@ class MeshLanes:
         self._queued: dict[int, deque[Job]] = {}  # by lane, behind what runs
         self._running: dict[int, Job] = {}  # by lane
         self._is_held = False  # more may start at this instant: shares are dealt once, after it
-        self.sprint: Callable[[], None] | None = None  # takes over where it can, after a batch
+        self.after: Callable[[], None] | None = None  # called when a batch has ended
         self.busy_s: dict[int, float] = {}  # by lane
         self.num_batches = 0
 
@@ -150,7 +154,7 @@ class MeshLanes:
                 job.left = max(0.0, job.left - (now - job.since_s) / job.whole_s)
                 job.end.cancel()
             job.since_s, job.whole_s = now, whole_s
-            self.ends(job, now + job.left * whole_s)
+            self._ends(job, now + job.left * whole_s)
 
     def _end(self, job: Job) -> None:
         lane, elapsed_s = job.lane, self.loop.now_s - job.started_s
@@ -164,11 +168,10 @@ class MeshLanes:
         job.landed(job, elapsed_s)
         self._is_held = False
         self._deal()
-        if self.sprint is not None:
-            self.sprint()
+        if self.after is not None:
+            self.after()
 
-    def ends(self, job: Job, at_s: float) -> None:
-        """The running `job` ends at that time."""
+    def _ends(self, job: Job, at_s: float) -> None:
         job.end = self.loop.at(at_s, partial(self._end, job), FINISH)
 
     def stop(self) -> None:
@@ -185,12 +188,22 @@ class MeshLanes:
         busy_s, job = self.busy_s.get(lane, 0.0), self._running.get(lane)
         return busy_s if job is None else busy_s + self.loop.now_s - job.started_s
 
-    def alone(self) -> "tuple[Job, deque[Job]] | None":
-        """The only batch that runs, and those behind it on its lane; None if others run too."""
-        if len(self._running) != 1:
-            return None
-        (job,) = self._running.values()
-        return job, self._queued.get(job.lane) or deque()
+    def lift(self) -> list[list[Job]]:
+        """Take all jobs off the lanes: by lane in order of start, what runs before what waits."""
+        lifted = [[job, *self._queued.pop(lane, ())] for lane, job in self._running.items()]
+        self._running.clear()
+        for job, *_ in lifted:
+            assert job.end is not None, "shares are dealt before jobs are lifted"
+            job.end.cancel()
+        return lifted
+
+    def put(self, lifted: list[list[Job]], ends: list[tuple[Job, float]]) -> None:
+        """The opposite of `lift`; `ends` says of those that run when, in order of being known."""
+        for first, *others in lifted:
+            self._running[first.lane] = first
+            self._queued[first.lane] = deque(others)
+        for job, at_s in ends:
+            self._ends(job, at_s)
 
 
 @dataclass(slots=True, eq=False)

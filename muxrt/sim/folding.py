@@ -2,38 +2,41 @@
 
 While nobody waits, prefills or ends, every decode step of a model does the same to each of its
 sequences: one token more. Such a run is folded: sequences that are in the same batches are one
-`Cohort`, a step changes a few integers, and what it did is written into the sequences when the
-run is over. Lanes, clock, latency estimates, and the policy's choices are the real ones, step by
-step; so is the taking of blocks. The result is the same to the last bit (tests/test_folding.py).
+`Cohort`, a step changes a few integers in a compiled loop (`sim/sprint.py`), and what it did is
+written into the sequences when the run is over. Several models take turns as the policy says
+(`Policy.rotation`), on as many lanes as there are, beside each other at the mesh's prices. The
+result is the same to the last bit (tests/test_folding.py).
 
-A run ends before anything else happens to the unit: a request, its timer, the first end of a
-sequence, or blocks that are not simply there.
+A run goes no further than anything else that may happen to the unit or be asked of it: a request,
+a sample, its timer. It is over before the first end of a sequence, and where blocks may be short.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from collections.abc import Callable, Sequence
+from math import inf, nextafter
 
-from muxrt.core import Batch, BatchEntry, Phase, Sequence, SequenceState, Work
+import numpy as np
+
+from muxrt.core import Batch, Phase
 from muxrt.cost.batch import BatchWork
 from muxrt.cost.latency import BatchShape
 from muxrt.engine.executor import Done
 from muxrt.engine.unit import Unit
-from muxrt.sched.memory import Memory
-from muxrt.sched.queues import ModelQueue, by_order
-from muxrt.sched.scheduler import Limits, Scheduler, _Flight
-from muxrt.sim.cohort import Cohort, FoldedJob, is_last, make_cohorts
+from muxrt.sched.rotation import Rotation
+from muxrt.sched.run import Flying, Stepped, horizon, resume
+from muxrt.sim import sprint
+from muxrt.sim.cohort import Cohort, make_cohorts
 from muxrt.sim.copies import CopyLane
 from muxrt.sim.executor import BatchJob, Job, MeshExecutor
-from muxrt.sim.loop import EventLoop
+from muxrt.sim.loop import FINISH, Event, EventLoop
 from muxrt.sim.mesh import MeshCost, Runner
-from muxrt.sim.sprint import run_steps
+from muxrt.sim.prices import PriceTable
+from muxrt.sim.sprint import State
 
-# A request got so many tokens more, the last one at that time.
-Advance = Callable[[int, int, float], None]
+# Requests of a model in a unit got so many tokens more each, the last ones at that time.
+Advance = Callable[[str, str, Sequence[int], int, float], None]
 
-
-class _Over(Exception):
-    """The run ends here: the brain itself must decide."""
+FEW_STEPS = 16  # to be observed: more is quicker by arrays
+MIN_STEPS = 2  # of every sequence before its end: shorter runs are not worth their bookkeeping
 
 
 class FoldingExecutor(MeshExecutor):
@@ -45,341 +48,326 @@ class FoldingExecutor(MeshExecutor):
         cost: MeshCost,
         copies: CopyLane,
         advance: Advance,
-        horizon: Callable[[], float],
+        horizon_s: Callable[[], float],
     ) -> None:
-        """`horizon` is when something else may happen to the unit, or be asked of it."""
+        """`horizon_s` is when something else may happen to the unit, or be asked of it."""
         super().__init__(loop, cost, copies)
-        self.horizon = horizon
+        self._horizon_s = horizon_s
         self._advance = advance
-        self._jobs: dict[int, BatchJob] = {}  # the brain's batches in flight, by id
-        self._unit: Unit | None = None
-        self._run: DecodeRun | None = None
+        self._fold: Fold | None = None
 
     def attach(self, unit: Unit) -> None:
         """The unit whose work this is."""
-        self._unit = unit
-
-    def launch(self, work: Work, done: Done) -> None:
-        """Finish `work` when its lane has had time for it."""
-        if not isinstance(work, Batch):
-            super().launch(work, done)
-            return
-        runner = Runner(work.model, work.phase)
-        job = BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
-        self._jobs[work.id] = job
-        self.lanes.launch(job)
-
-    def land(self, job: Job, elapsed_s: float) -> None:
-        """Tell the brain that a batch is done, and see whether a run begins."""
-        assert isinstance(job, BatchJob) and job.batch is not None
-        del self._jobs[job.batch.id]
-        super().land(job, elapsed_s)
-        if self._unit is not None and is_quiet(self._unit):
-            self._fold(self._unit)
+        limits, queues = unit.scheduler.limits, unit.scheduler.queues
+        if PriceTable.fits(len(queues), limits.num_lanes):
+            self._fold = Fold(unit, self, self._cost, self._loop)
+            self.lanes.after = self._fold.begin
 
     def settle(self) -> None:
         """The run is over: sequences, flights and jobs are what they would be without it."""
-        if self._run is not None:
-            run, self._run, self.lanes.sprint = self._run, None, None
-            run.settle()
+        if self._fold is not None and self._fold.is_running:
+            self._fold.settle()
 
     def publish(self) -> None:
         """Tell what was generated so far; the run goes on."""
-        if self._run is not None:
-            self._run.publish()
+        if self._fold is not None and self._fold.is_running:
+            self._fold.publish()
 
-    def _fold(self, unit: Unit) -> None:
-        cohorts = make_cohorts(unit.scheduler, self.tokens.remaining)
-        if cohorts is not None:
-            self._run = DecodeRun(unit, self, cohorts, self._loop)
-            if sum(bool(parts) for parts in cohorts.values()) == 1:
-                self.lanes.sprint = self._run.sprint
+    def take_blocks(self) -> None:
+        """The pool is as full as it should be by now; the run goes on."""
+        if self._fold is not None and self._fold.is_running:
+            self._fold.take_blocks()
 
-    # -- what a run needs --------------------------------------------------------------------
+    def tick(self) -> bool:
+        """What the unit's timer does while a run goes on; False if none does."""
+        if self._fold is None or not self._fold.is_running:
+            return False
+        self._fold.adapt_quotas()
+        return True
 
-    @property
-    def jobs(self) -> Mapping[int, BatchJob]:
-        """The brain's batches in flight, by id."""
-        return self._jobs
+    def until_s(self) -> float:
+        """What ends before that time happens before anything else does; now, at the least."""
+        return max(self._horizon_s(), nextafter(self._loop.now_s, inf))
 
-    def adopt(self, job: BatchJob) -> None:
-        """A folded job goes on as a batch of the brain."""
-        assert job.batch is not None
-        job.landed = self.land
-        self._jobs[job.batch.id] = job
-
-    def disown(self, number: int) -> None:
-        """A batch of the brain was committed by a run."""
-        del self._jobs[number]
-
-    def advance(self, cohort: Cohort) -> None:
+    def advance(self, unit: str, cohort: Cohort, commits: int, last_s: float) -> None:
         """Tell what every sequence of a cohort got since it was told last."""
-        steps, remaining = cohort.commits - cohort.told, self.tokens.remaining
-        if not steps:
-            return
-        cohort.told = cohort.commits
-        for sequence in cohort.sequences:
-            assert sequence.slot is not None
-            remaining[cohort.model, sequence.slot] -= steps
-            self._advance(sequence.request.id, steps, cohort.last_s)
+        steps = commits - cohort.told
+        if steps:
+            cohort.told = commits
+            self._advance(cohort.model, unit, cohort.request_ids, steps, last_s)
 
 
-def is_quiet(unit: Unit) -> bool:
-    """Nothing but decode steps of all running sequences can come next."""
-    scheduler = unit.scheduler
-    memory = scheduler.memory
-    if scheduler.prefills_in_flight() or memory.copies or memory.claims:
-        return False
-    if memory._leaving or memory._short or not scheduler.policy.is_steady():
-        return False
-    return not any(q.waiting or q.preempted or q.prefilling for q in scheduler.queues.values())
-
-
-class DecodeRun:
-    """Stands in for the unit's scheduler while a run lasts; the policy notices no difference."""
+class Fold:
+    """The runs of one unit, one after the other, in the same arrays."""
 
     def __init__(
-        self,
-        unit: Unit,
-        executor: FoldingExecutor,
-        cohorts: dict[str, list[Cohort]],
-        loop: EventLoop,
+        self, unit: Unit, executor: FoldingExecutor, cost: MeshCost, loop: EventLoop
     ) -> None:
         self._unit = unit
-        self._scheduler = unit.scheduler
         self._executor = executor
-        self._cohorts = cohorts
         self._loop = loop
-        self._has_grown = False
-        self._folded: dict[int, FoldedJob] = {}  # in flight, in order of launch
-        self._first: dict[int, list[Cohort]] = {}  # of batches in flight when the run began
-        members = {c.sequences[0]: c for parts in cohorts.values() for c in parts}
-        for number, job in executor.jobs.items():
-            named = self._scheduler._flights[number].sequences
-            self._first[number] = [members[s] for s in named if s in members]
-            job.landed = self._land
+        scheduler = unit.scheduler
+        self._names = list(scheduler.queues)
+        self._models = [queue.model for queue in scheduler.queues.values()]
+        self._cohorts: list[Cohort] = []
+        self._done: Done | None = None
+        self._event: Event | None = None
+        self._is_running = False
+        num_lanes, longest = scheduler.limits.num_lanes, 1
+        longest = max(model.max_sequences for model in self._models)
+        self._prices = PriceTable(cost, self._names, num_lanes, longest)
+        self._state = self._make_state(num_lanes, scheduler.limits.depth)
 
-    # -- what policies ask -------------------------------------------------------------------
+    def _make_state(self, num_lanes: int, depth: int) -> State:
+        def ints(*shape: int) -> sprint.Ints:
+            return np.zeros(shape, np.int64)
+
+        most, num_models = sprint.MOST_COHORTS, len(self._models)
+        room = max(model.layout.block_tokens for model in self._models) + 1
+        state = State(
+            cohorts=ints(most, sprint.COHORT_COLUMNS),
+            growing=ints(most, room),
+            last_s=np.zeros(most),
+            jobs=ints(num_lanes, depth, sprint.JOB_COLUMNS),
+            lanes=ints(num_lanes, sprint.LANE_COLUMNS),
+            times=np.zeros((num_lanes, sprint.TIME_COLUMNS)),
+            running=ints(num_lanes),
+            models=ints(num_models, sprint.MODEL_COLUMNS),
+            asked=ints(num_models),
+            unit=ints(sprint.UNIT_PLACES),
+            log=ints(sprint.LOG_STEPS, sprint.LOG_COLUMNS),
+            log_s=np.zeros(sprint.LOG_STEPS),
+            clock=np.zeros(2),
+        )
+        for index, model in enumerate(self._models):
+            state.models[index, sprint.GROUP_BLOCKS] = model.layout.blocks_per_group
+            state.models[index, sprint.BLOCK_TOKENS] = model.layout.block_tokens
+            state.models[index, sprint.KEPT_WHOLE] = model.is_kept_whole
+        return state
 
     @property
-    def queues(self) -> Mapping[str, ModelQueue]:
-        return self._scheduler.queues
+    def is_running(self) -> bool:
+        """A run is under way: what the brain has in its sequences and accounts is old."""
+        return self._is_running
 
-    @property
-    def limits(self) -> Limits:
-        return self._scheduler.limits
+    # -- the beginning -----------------------------------------------------------------------
 
-    @property
-    def memory(self) -> Memory:
-        return self._scheduler.memory
-
-    @property
-    def num_in_flight(self) -> int:
-        return self._scheduler.num_in_flight
-
-    def prefills_in_flight(self) -> int:
-        """None: it would not be a run."""
-        return 0
-
-    def wants_prefill(self, model: str, lane: int) -> bool:
-        """Nobody waits."""
-        return False
-
-    def prefill(self, model: str, lane: int, now: float) -> None:
-        """Nobody waits."""
-
-    def can_decode(self, model: str, lane: int) -> bool:
-        """Some cohort may run on `lane`."""
-        return bool(self._ready(model, lane))
-
-    def decode(self, model: str, lane: int) -> FoldedJob | None:
-        """One step of every cohort of `model` that may run on `lane`; raises `_Over`."""
-        chosen = self._ready(model, lane)
-        if not chosen:
-            return None
-        self._grow(model, chosen)
-        num, context = 0, 0
-        for cohort in chosen:
-            size = len(cohort.sequences)
-            num += size
-            cohort.context += size
-            context += cohort.context
-            cohort.launches += 1
-            cohort.in_flight += 1
-            cohort.lane = lane
-        work = BatchWork(0, 0, num, context)
-        number = next(self._scheduler._work_ids)
-        runner = Runner(model, Phase.DECODE)
-        job = FoldedJob(lane, runner, work, self._land, id=number, cohorts=chosen)
-        self._scheduler._flights[number] = _Flight(cast(Batch, job))
-        self._scheduler._lane_load[lane] += 1
-        decodes = self.queues[model].decodes
-        decodes[lane] = decodes.get(lane, 0) + 1
-        self._folded[number] = job
-        return job
-
-    def _ready(self, model: str, lane: int) -> list[Cohort]:
-        if self.queues[model].is_elsewhere(lane):
-            return []
-        return [c for c in self._cohorts[model] if not c.in_flight or c.lane == lane]
-
-    def _grow(self, model: str, chosen: list[Cohort]) -> None:
-        """Take the groups that sequences need for their next token, all or none."""
-        layout = self.queues[model].model.layout
-        short = []
-        for cohort in chosen:
-            if cohort.launches >= cohort.most_launches:
-                raise _Over
-            short += cohort.short(cohort.launches, layout.block_tokens)
-        if not short:
+    def begin(self) -> None:
+        """Start a run if it can go on for some steps."""
+        scheduler = self._unit.scheduler
+        steps = horizon(scheduler)
+        if steps <= MIN_STEPS + scheduler.limits.depth:
             return
-        memory = self.memory
-        if not memory._may_take(model, len(short) * layout.blocks_per_group):
-            raise _Over
-        for sequence in short:
-            sequence.groups += memory._take(sequence, 1)
-        self._has_grown = True
+        rotation = scheduler.policy.rotation(scheduler)
+        if rotation is None or not scheduler.flights:
+            return
+        cohorts, remaining = make_cohorts(scheduler), self._executor.tokens.remaining
+        ends = [cohort.ends_after(remaining[cohort.model]) for cohort in cohorts]
+        if min(ends) <= MIN_STEPS or len(cohorts) > sprint.MOST_COHORTS:
+            return
+        self._cohorts = cohorts
+        self._write_cohorts(ends)
+        self._write_models(rotation, steps)
+        self._write_lanes(self._executor.lanes.lift())
+        self._is_running = True
+        self._go()
 
-    # -- the loop ----------------------------------------------------------------------------
+    def _write_cohorts(self, ends: list[int]) -> None:
+        state, most_growth = self._state, [0] * len(self._models)
+        rows = []
+        for index, cohort in enumerate(self._cohorts):
+            model, members = self._names.index(cohort.model), cohort.sequences
+            first, size = members[0], len(members)
+            context = sum([sequence.num_scheduled for sequence in members])
+            rows.append((model, first.lane, first.in_flight, size, context, 0, 0, ends[index]))
+            block_tokens = self._models[model].layout.block_tokens
+            counts = np.bincount(cohort.rooms(block_tokens), minlength=block_tokens + 1)
+            state.growing[index, : block_tokens + 1] = counts
+            most_growth[model] += size * self._models[model].layout.blocks_per_group
+        state.cohorts[: len(rows)] = rows
+        state.last_s[: len(rows)] = 0.0
+        state.models[:, sprint.MOST_GROWTH] = most_growth
 
-    def _pump(self) -> None:
-        scheduler, now = self._scheduler, self._loop.now_s
-        stand_in, next_batch = cast(Scheduler, self), scheduler.policy.next_batch
+    def _write_models(self, rotation: Rotation, steps: int) -> None:
+        state, memory = self._state, self._unit.scheduler.memory
+        self._write_accounts()
+        state.models[:, sprint.TOKENS] = 0
+        running = {cohort.model for cohort in self._cohorts}
+        asked = [self._names.index(name) for name in rotation.models if name in running]
+        state.asked[: len(asked)] = asked
+        unit = [0] * sprint.UNIT_PLACES
+        unit[sprint.NUM_COHORTS] = len(self._cohorts)
+        unit[sprint.NUM_MODELS] = len(self._models)
+        unit[sprint.AVAILABLE] = memory.pool.num_available
+        unit[sprint.MAY_BORROW] = memory.may_borrow
+        unit[sprint.HAS_GROWN] = True  # what the brain took last was not looked at yet
+        unit[sprint.MOST_LAUNCHES] = steps
+        unit[sprint.NUM_ASKED] = len(asked)
+        unit[sprint.TURNS] = rotation.turns
+        state.unit[:] = unit
+
+    def _write_accounts(self) -> None:
+        accounts = self._unit.scheduler.memory.pool.accounts.values()
+        self._state.models[:, sprint.USED] = [account.used for account in accounts]
+        self._state.models[:, sprint.QUOTA] = [account.quota for account in accounts]
+        self._state.models[:, sprint.PEAK] = 0
+
+    def _write_lanes(self, lifted: list[list[Job]]) -> None:
+        state, bits = self._state, dict[int, int]()
+        for index, cohort in enumerate(self._cohorts):
+            for number in cohort.flights:
+                bits[number] = bits.get(number, 0) | 1 << index
+        state.lanes[:] = 0
+        busy_s = self._executor.lanes.busy_s
+        for lane in range(len(state.lanes)):
+            state.times[lane, sprint.BUSY_S] = busy_s.get(lane, 0.0)
+        for position, jobs in enumerate(lifted):
+            first = jobs[0]
+            assert first.end is not None
+            state.running[position] = first.lane
+            for place, job in enumerate(jobs):
+                assert isinstance(job, BatchJob) and job.batch is not None
+                model, work = self._names.index(job.runner.model), job.work
+                row = (model, bits[job.batch.id], work.decodes, work.context)
+                state.jobs[first.lane, place] = row
+                self._done = job.done
+            state.lanes[first.lane] = (len(jobs), first.end.number)
+            times = (first.started_s, first.since_s, first.left, first.whole_s, first.end.at_s)
+            state.times[first.lane, : sprint.BUSY_S] = times
+        unit = state.unit
+        unit[sprint.NUM_RUNNING] = len(lifted)
+        unit[sprint.EVENTS] = 1 + state.lanes[:, sprint.EVENT].max()
+        state.clock[sprint.NOW_S] = self._loop.now_s
+
+    # -- on its way --------------------------------------------------------------------------
+
+    def _go(self) -> None:
+        """Do what comes before anything else; come back for the rest, or leave it to the brain."""
+        state, unit = self._state, self._state.unit
+        until_s = self._executor.until_s()
         while True:
-            for lane in scheduler._idle_lanes():
-                job = cast("FoldedJob | None", next_batch(stand_in, lane, now))
-                if job is not None:
-                    self._executor.lanes.launch(job)
-                    break
+            why = sprint.advance(state, self._prices.arrays, until_s)
+            if why == sprint.HORIZON:
+                next_s = float(state.clock[sprint.NEXT_END_S])
+                self._event = self._loop.at(next_s, self._go, FINISH)
+                return
+            if why == sprint.BRAIN:
+                self.settle()
+                return
+            if why == sprint.LOG_IS_FULL:
+                self._observe()
+            elif why == sprint.NO_PRICES:
+                self._prices.find_shares(int(unit[sprint.WANTED]))
             else:
-                return
+                self._prices.find_size(int(unit[sprint.WANTED]), int(unit[sprint.WANTED_SIZE]))
 
-    def _land(self, job: Job, elapsed_s: float) -> None:
-        assert isinstance(job, BatchJob)
-        # A job of an earlier run has a batch since that one ended.
-        is_new = isinstance(job, FoldedJob) and job.batch is None
-        cohorts = job.cohorts if is_new else self._first[_number(job)]  # type: ignore[attr-defined]
-        if is_last(cohorts):
-            self._executor.settle()
-            self._executor.land(job, elapsed_s)
+    def _observe(self) -> None:
+        """The estimates know of all batches so far."""
+        state, latency = self._state, self._unit.scheduler.latency
+        num_logged = int(state.unit[sprint.NUM_LOGGED])
+        state.unit[sprint.NUM_LOGGED] = 0
+        log, log_s = state.log[:num_logged], state.log_s[:num_logged]
+        if num_logged < FEW_STEPS:
+            for (model, size, context), elapsed_s in zip(log.tolist(), log_s.tolist(), strict=True):
+                latency.observe(self._names[model], BatchShape(size, context), elapsed_s)
             return
-        self._commit(job, cohorts, elapsed_s)
-        try:
-            self._pump()
-        except _Over:
-            self._executor.settle()
-            self._unit.pump()
+        for model in sorted({self._names.index(cohort.model) for cohort in self._cohorts}):
+            mine = log[:, sprint.LOG_MODEL] == model
+            sizes, contexts = log[mine, sprint.LOG_SIZE], log[mine, sprint.LOG_CONTEXT]
+            if len(sizes):
+                latency.observe_all(self._names[model], sizes, contexts, log_s[mine])
 
-    def _commit(self, job: BatchJob, cohorts: list[Cohort], elapsed_s: float) -> None:
-        scheduler, model, work = self._scheduler, job.runner.model, job.work
-        if isinstance(job, FoldedJob) and job.batch is None:
-            number = job.id
-            del self._folded[number]
-        else:
-            number = _number(job)
-            self._executor.disown(number)
-        del scheduler._flights[number]
-        scheduler._lane_load[job.lane] -= 1
-        scheduler.queues[model].decodes[job.lane] -= 1
-        scheduler.latency.observe(model, BatchShape(work.decodes, work.context), elapsed_s)
-        scheduler.counters[model].output_tokens += work.decodes
-        now = self._loop.now_s
-        for cohort in cohorts:
-            cohort.commits += 1
-            cohort.in_flight -= 1
-            cohort.last_s = now
-        if self._has_grown:
-            self._unit._note_peaks()
-            self._has_grown = False
+    def take_blocks(self) -> None:
+        """The groups that sequences have for the tokens they have scheduled by now."""
+        memory = self._unit.scheduler.memory
+        for index, cohort in enumerate(self._cohorts):
+            launches = int(self._state.cohorts[index, sprint.LAUNCHES])
+            layout = self._models[self._names.index(cohort.model)].layout
+            memory.grow(
+                cohort.model,
+                [
+                    (s, layout.num_groups(s.num_scheduled + launches) - len(s.groups))
+                    for s in cohort.sequences
+                ],
+            )
 
-    def sprint(self) -> None:
-        """Steps of the only model on the only busy lane, until the horizon or an end is near.
+    def adapt_quotas(self) -> None:
+        """Quotas move with what was used until now; nobody waits for them, so no work starts."""
+        self.take_blocks()
+        self._tell_peaks()
+        self._unit.adapt_quotas()
+        self._write_accounts()
 
-        Other units' clocks do not matter: until then nobody compares.
-        """
-        alone = self._executor.lanes.alone()
-        if alone is None:
-            return
-        job, queued = alone
-        cohorts = list(self._all())
-        jobs = [job, *queued]
-        for one in jobs:
-            if not isinstance(one, FoldedJob) or len(one.cohorts) != len(cohorts):
-                return
-        if len(jobs) != self.limits.depth or len(jobs) != self.num_in_flight or job.end is None:
-            return
-        if self.limits.depth == 1 and job.lane:
-            return  # its next step would go to the first lane
-        steps = min(
-            min(c.ends_after - c.commits - 1, c.most_launches - c.launches) for c in cohorts
-        )
-        if steps <= 0 or job.end.at_s >= self._executor.horizon():
-            return
-        job.end.cancel()
-        until_s, lanes = self._executor.horizon(), self._executor.lanes
-        self._has_grown = run_steps(
-            self._unit, lanes, cohorts, jobs, steps, until_s, self._has_grown
-        )
-
-    # -- the end -----------------------------------------------------------------------------
+    def _tell_peaks(self) -> None:
+        peaks = self._state.models[:, sprint.PEAK].tolist()
+        self._unit.held(dict(zip(self._names, peaks, strict=True)))
 
     def publish(self) -> None:
         """Tell what was generated so far."""
-        for cohort in self._all():
-            self._executor.advance(cohort)
+        for index, cohort in enumerate(self._cohorts):
+            commits = int(self._state.cohorts[index, sprint.COMMITS])
+            last_s = float(self._state.last_s[index])
+            self._executor.advance(self._unit.name, cohort, commits, last_s)
+
+    # -- the end -----------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Write what happened into the sequences, and make batches of what is in flight."""
-        for cohort in self._all():
+        if self._event is not None:
+            self._event.cancel()
+        self._is_running = False
+        state, unit, executor = self._state, self._unit, self._executor
+        scheduler, remaining = unit.scheduler, executor.tokens.remaining
+        self.publish()
+        self.take_blocks()
+        self._observe()
+        stepped = []
+        for cohort, row in zip(self._cohorts, state.cohorts.tolist(), strict=False):
+            launches, commits = row[sprint.LAUNCHES], row[sprint.COMMITS]
+            in_flight, lane = row[sprint.IN_FLIGHT], row[sprint.LANE]
+            stepped.append(Stepped(cohort.sequences, launches, commits, in_flight, lane))
+            left = remaining[cohort.model]
             for sequence in cohort.sequences:
-                sequence.num_scheduled += cohort.launches
-                sequence.outputs_scheduled += cohort.launches
-                sequence.num_committed += cohort.commits
-                sequence.outputs_committed += cohort.commits
-                sequence.in_flight = cohort.in_flight
-                sequence.lane = cohort.lane
-                # No worker of a simulation keeps block tables: nothing is left to be sent.
-                sequence.num_groups_sent = len(sequence.groups)
-            self._executor.advance(cohort)
-        for name, cohorts in self._cohorts.items():
-            # What was computed of a model that did nothing meanwhile still holds.
-            if any(cohort.launches or cohort.commits for cohort in cohorts):
-                self.queues[name].changed()
-        for number in self._first:
-            if number in self._executor.jobs:
-                self._executor.adopt(self._executor.jobs[number])
-        steps_left = dict.fromkeys(self._all(), 0)
-        for job in self._folded.values():
-            for cohort in job.cohorts:
-                steps_left[cohort] += 1
-        for number, job in self._folded.items():
-            self._make_batch(number, job, steps_left)
+                left[sequence.slot] -= commits  # type: ignore[index]
+        for name, row in zip(self._names, state.models.tolist(), strict=True):
+            scheduler.counters[name].output_tokens += row[sprint.TOKENS]
+        self._tell_peaks()
+        if state.unit[sprint.TURNS] and any(one.launches for one in stepped):
+            last = (state.unit[sprint.FIRST_ASKED] - 1) % state.unit[sprint.NUM_ASKED]
+            scheduler.policy.rotated(self._names[state.asked[last]])
+        self._put_back(stepped)
 
-    def _make_batch(self, number: int, job: FoldedJob, steps_left: dict[Cohort, int]) -> None:
-        """The batch of a folded job; `steps_left` counts those from it on, by cohort."""
-        named = [(s, steps_left[cohort]) for cohort in job.cohorts for s in cohort.sequences]
-        named.sort(key=lambda pair: by_order(pair[0]))
-        entries = tuple(
-            [BatchEntry(_slot(s), s.num_scheduled - left, 1, True) for s, left in named]
+    def _put_back(self, stepped: list[Stepped]) -> None:
+        """Lanes with jobs that the brain knows, each of them ending when it would."""
+        state, executor = self._state, self._executor
+        num_running, lanes = state.unit[sprint.NUM_RUNNING], executor.lanes
+        order = state.running[:num_running].tolist()
+        rows = {lane: state.jobs[lane, : state.lanes[lane, sprint.LOAD]].tolist() for lane in order}
+        batches = iter(
+            resume(
+                self._unit.scheduler,
+                stepped,
+                [self._flying(lane, row) for lane, jobs in rows.items() for row in jobs],
+            )
         )
-        for cohort in job.cohorts:
-            steps_left[cohort] -= 1
-        batch = Batch(number, job.lane, job.runner.model, Phase.DECODE, entries)
-        flight = _Flight(batch, [sequence for sequence, _ in named])
-        self._scheduler._flights[number] = flight
-        job.batch, job.done = batch, self._unit._done
-        self._executor.adopt(job)
+        lifted = [[self._job(next(batches), row) for row in jobs] for jobs in rows.values()]
+        ends = []
+        for (first, *_), lane in zip(lifted, order, strict=True):
+            times = state.times[lane].tolist()
+            first.started_s, first.since_s, first.left, first.whole_s, end_s, _ = times
+            ends.append((state.lanes[lane, sprint.EVENT], first, end_s))
+        ends.sort(key=lambda end: end[0])
+        lanes.put(lifted, [(job, end_s) for _, job, end_s in ends])
+        lanes.busy_s.update(enumerate(state.times[:, sprint.BUSY_S].tolist()))
+        lanes.num_batches += int(state.unit[sprint.BATCHES])
 
-    def _all(self) -> Iterator[Cohort]:
-        for cohorts in self._cohorts.values():
-            yield from cohorts
+    def _flying(self, lane: int, row: list[int]) -> Flying:
+        mask = row[sprint.JOB_COHORTS]
+        named = [c.sequences for index, c in enumerate(self._cohorts) if mask >> index & 1]
+        sequences = [sequence for members in named for sequence in members]
+        return Flying(self._names[row[sprint.JOB_MODEL]], lane, sequences)
 
-
-def _number(job: BatchJob) -> int:
-    assert job.batch is not None
-    return job.batch.id
-
-
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None and sequence.state is SequenceState.RUNNING
-    return sequence.slot
+    def _job(self, batch: Batch, row: list[int]) -> Job:
+        work = BatchWork(0, 0, row[sprint.JOB_SIZE], row[sprint.JOB_CONTEXT])
+        runner, landed = Runner(batch.model, Phase.DECODE), self._executor.land
+        return BatchJob(batch.lane, runner, work, landed, batch=batch, done=self._done)

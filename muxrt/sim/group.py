@@ -282,12 +282,17 @@ class Simulation:
         if self._watch is not None:
             self._watch.ended(served)
 
-    def advance(self, request_id: int, num_tokens: int, last_s: float) -> None:
-        """A request got more tokens, the last of them at `last_s`; it goes on."""
-        served = self._live[request_id]
-        served.output_tokens += num_tokens
-        served.last_s = last_s
-        self.ledger.add_tokens(request_id, num_tokens)
+    def advance(
+        self, model: str, unit: str, request_ids: Sequence[int], num_tokens: int, last_s: float
+    ) -> None:
+        """Requests got `num_tokens` more each, the last of them at `last_s`; they go on."""
+        live = self._live
+        for request_id in request_ids:
+            served = live[request_id]
+            served.output_tokens += num_tokens
+            served.last_s = last_s
+        if len(self._replicas[model]) > 1:
+            self.ledger.add_tokens_each(model, unit, request_ids, num_tokens)
 
     def emit(self, outputs: tuple[Output, ...]) -> None:
         """Tokens and ends, as the client sees them."""
@@ -295,12 +300,14 @@ class Simulation:
         for output in outputs:
             served = live[output.request_id]
             if output.tokens:
+                num_tokens = len(output.tokens)
                 # The router counts tokens where it has a choice, and who has none yet anywhere.
-                if served.first_s is None or len(replicas[served.model]) > 1:
-                    self.ledger.add_tokens(output.request_id, len(output.tokens))
                 if served.first_s is None:
                     served.first_s = now
-                served.output_tokens += len(output.tokens)
+                    self.ledger.add_tokens(output.request_id, num_tokens)
+                elif len(replicas[served.model]) > 1:
+                    self.ledger.add_tokens(output.request_id, num_tokens)
+                served.output_tokens += num_tokens
                 served.last_s = now
             if output.finish is not None:
                 served.finish = output.finish

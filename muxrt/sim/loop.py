@@ -15,6 +15,7 @@ class Event:
 
     at_s: float
     callback: Callable[[], None] | None
+    number: int  # in order of being asked for
 
     def cancel(self) -> None:
         """It will not happen; cancelling twice or too late does no harm."""
@@ -38,8 +39,8 @@ class EventLoop:
 
     def at(self, at_s: float, callback: Callable[[], None], priority: int = PLAN) -> Event:
         """Call `callback` at `at_s`; a time that has passed means now."""
-        event = Event(at_s if at_s > self.now_s else self.now_s, callback)
-        heappush(self._heap, (event.at_s, priority, next(self._seq), event))
+        event = Event(at_s if at_s > self.now_s else self.now_s, callback, next(self._seq))
+        heappush(self._heap, (event.at_s, priority, event.number, event))
         return event
 
     @property

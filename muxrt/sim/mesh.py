@@ -40,6 +40,14 @@ class Runner(NamedTuple):
     lane: int = 0  # where lanes differ
 
 
+class DecodePrice(NamedTuple):
+    """Seconds of a decode step: `steps` times `slower`, and `control_s` for each sequence."""
+
+    steps: Steps
+    slower: float
+    control_s: float
+
+
 class MeshCost:
     """Seconds of batches on one unit's mesh."""
 
@@ -117,10 +125,7 @@ class MeshCost:
 
     def batch_s(self, model: str, work: BatchWork, share: float, is_alone: bool) -> float:
         """Seconds from start to end of a batch that has `share` all the time."""
-        steps = self._at.get((model, share))
-        if steps is None:
-            steps = self._at[model, share] = self._steps[model].at(share)
-        seconds = batch_s(steps, work)
+        seconds = batch_s(self._steps_at(model, share), work)
         if not is_alone:
             seconds *= self._slower
         if self._is_hidden(is_alone):
@@ -132,6 +137,17 @@ class MeshCost:
         if self._split is None:
             return False
         return sum(self._split) < self._cores or (is_alone and len(self._split) > 1)
+
+    def _steps_at(self, model: str, share: float) -> Steps:
+        steps = self._at.get((model, share))
+        if steps is None:
+            steps = self._at[model, share] = self._steps[model].at(share)
+        return steps
+
+    def decode_price(self, model: str, share: float, is_alone: bool) -> DecodePrice:
+        """What `batch_s` makes of decode steps at that share."""
+        slower = 1.0 if is_alone else self._slower
+        return DecodePrice(self._steps_at(model, share), slower, self._control_s[model])
 
 
 def _either(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ do not eat its blocks for ever.
 
 from muxrt.core import Batch
 from muxrt.sched.policies.turns import TimedTurns, Turns
+from muxrt.sched.rotation import Rotation
 from muxrt.sched.scheduler import Scheduler
 
 
@@ -33,9 +34,15 @@ class Adbs:
                 return batch
         return self._decode(scheduler, lane)
 
-    def is_steady(self) -> bool:
-        """No round is under way and nothing is reserved."""
-        return not self._round and not self._reserved_until
+    def rotation(self, scheduler: Scheduler) -> Rotation | None:
+        """Decodes take turns; not while a round is under way or something is reserved."""
+        if self._round or self._reserved_until:
+            return None
+        return Rotation(tuple(self._decodes.order(scheduler.queues)))
+
+    def rotated(self, last: str) -> None:
+        """The others are before it now."""
+        self._decodes.served(last)
 
     def _may_prefill(self, scheduler: Scheduler, lane: int) -> bool:
         if scheduler.prefills_in_flight():

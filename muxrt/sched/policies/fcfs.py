@@ -1,6 +1,7 @@
 """First come, first served: the paper's temporal-multiplexing ablation."""
 
 from muxrt.core import Batch
+from muxrt.sched.rotation import Rotation
 from muxrt.sched.scheduler import Scheduler
 
 
@@ -15,9 +16,12 @@ class Fcfs:
                 return batch
         return None
 
-    def is_steady(self) -> bool:
-        """It remembers nothing of prefills."""
-        return True
+    def rotation(self, scheduler: Scheduler) -> Rotation:
+        """Whoever came first goes first, every time."""
+        return Rotation(tuple(_by_arrival(scheduler)), turns=False)
+
+    def rotated(self, last: str) -> None:
+        """It remembers nothing."""
 
 
 def _by_arrival(scheduler: Scheduler) -> list[str]:

@@ -2,6 +2,7 @@
 
 from muxrt.core import Batch
 from muxrt.sched.policies.turns import Turns
+from muxrt.sched.rotation import Rotation
 from muxrt.sched.scheduler import Scheduler
 
 
@@ -20,6 +21,10 @@ class RoundRobin:
                 return batch
         return None
 
-    def is_steady(self) -> bool:
-        """It remembers nothing of prefills."""
-        return True
+    def rotation(self, scheduler: Scheduler) -> Rotation:
+        """Models take turns, whatever they do."""
+        return Rotation(tuple(self._turns.order(scheduler.queues)))
+
+    def rotated(self, last: str) -> None:
+        """The others are before it now."""
+        self._turns.served(last)
