@@ -123,7 +123,7 @@ class SimUnit:
         block_bytes = self.plan.arena.block_bytes
         cost = MeshCost(spec, setting, block_bytes)
         folding = None
-        if setting.fold and cost.has_equal_lanes:
+        if setting.fold and cost.can_fold:
             folding = FoldingExecutor(self._loop, cost, group.advance, self._horizon)
         self.executor = folding or MeshExecutor(self._loop, cost)
         self._group = group
