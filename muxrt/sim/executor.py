@@ -144,10 +144,9 @@ class MeshLanes:
         jobs = list(self._running.values())
         if not jobs:
             return
-        now, is_alone = self.loop.now_s, len(jobs) == 1
-        shares = self.cost.shares([job.runner for job in jobs])
-        for job, share in zip(jobs, shares, strict=True):
-            whole_s = self.cost.batch_s(job.runner.model, job.work, share, is_alone)
+        now = self.loop.now_s
+        seconds = self.cost.together_s([job.runner for job in jobs], [job.work for job in jobs])
+        for job, whole_s in zip(jobs, seconds, strict=True):
             if job.end is not None:
                 if whole_s == job.whole_s:
                     continue
@@ -232,6 +231,10 @@ class MeshExecutor:
         self.lanes.launch(
             BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
         )
+
+    def busy_until_now_s(self, lane: int) -> float:
+        """Seconds that `lane` was busy, with what runs on it."""
+        return self.lanes.busy_until_now_s(lane)
 
     def stop(self) -> None:
         """The mesh is lost: nothing of what was launched will be done."""

@@ -60,7 +60,7 @@ class FoldingExecutor(MeshExecutor):
         """The unit whose work this is."""
         limits, queues = unit.scheduler.limits, unit.scheduler.queues
         if PriceTable.fits(len(queues), limits.num_lanes):
-            self._fold = Fold(unit, self, self._cost, self._loop)
+            self._fold = Fold(unit, self, self.lanes.cost, self._loop)
             self.lanes.after = self._fold.begin
 
     def settle(self) -> None:
@@ -77,6 +77,12 @@ class FoldingExecutor(MeshExecutor):
         """The pool is as full as it should be by now; the run goes on."""
         if self._fold is not None and self._fold.is_running:
             self._fold.take_blocks()
+
+    def busy_until_now_s(self, lane: int) -> float:
+        """Seconds that `lane` was busy, with what runs on it; the run goes on."""
+        if self._fold is not None and self._fold.is_running:
+            return self._fold.busy_until_now_s(lane)
+        return super().busy_until_now_s(lane)
 
     def tick(self) -> bool:
         """What the unit's timer does while a run goes on; False if none does."""
@@ -290,6 +296,14 @@ class Fold:
                     for s in cohort.sequences
                 ],
             )
+
+    def busy_until_now_s(self, lane: int) -> float:
+        """Seconds that `lane` was busy, with what runs on it."""
+        state = self._state
+        busy_s = float(state.times[lane, sprint.BUSY_S])
+        if not state.lanes[lane, sprint.LOAD]:
+            return busy_s
+        return busy_s + self._loop.now_s - float(state.times[lane, sprint.STARTED_S])
 
     def adapt_quotas(self) -> None:
         """Quotas move with what was used until now; nobody waits for them, so no work starts."""

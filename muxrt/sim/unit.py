@@ -23,8 +23,10 @@ class Surroundings(Protocol):
     loop: EventLoop
     links: Links
 
-    def advance(self, request_id: int, num_tokens: int, last_s: float) -> None:
-        """A request got more tokens, the last of them at `last_s`; it goes on."""
+    def advance(
+        self, model: str, unit: str, request_ids: Sequence[int], num_tokens: int, last_s: float
+    ) -> None:
+        """Requests got `num_tokens` more each, the last of them at `last_s`; they go on."""
 
     def emit(self, outputs: tuple[Output, ...]) -> None:
         """Tokens and ends of one step."""
@@ -47,7 +49,7 @@ class SimUnit:
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        self._folds = setting.fold and self._cost.has_equal_lanes
+        self._folds = setting.fold and self._cost.can_fold
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
         self.start()
@@ -122,22 +124,25 @@ class SimUnit:
     def _wake(self) -> None:
         self._timer = self._timer_s = None
         next_s = self.unit.next_timer()
-        if next_s is not None and next_s <= self._loop.now_s:
-            self.settle()
+        is_due = next_s is not None and next_s <= self._loop.now_s
+        if is_due and not (self._folding is not None and self._folding.tick()):
             self.unit.tick()
         self._arm()
 
     def sample(self) -> None:
         """Look at how full the arena is, and how busy the lanes were."""
+        if self._folding is not None:
+            self._folding.take_blocks()
         pool = self.unit.scheduler.memory.pool
         kv = [pool.accounts[m].used / pool.num_blocks * self.is_up for m in self.plan.models]
         self._gauge.add(kv, [self._busy_s(lane) for lane in range(self._num_lanes)])
 
     def _busy_s(self, lane: int) -> float:
-        return sum(executor.lanes.busy_until_now_s(lane) for _, executor in self._lives)
+        return sum(executor.busy_until_now_s(lane) for _, executor in self._lives)
 
     def use(self, wall_s: float) -> UnitUse:
         """How busy it was in `wall_s` seconds."""
+        self.settle()
         gauge, down_s = self._gauge, self._down_s
         if not self.is_up:
             down_s += max(0.0, wall_s - self._down_since_s)
