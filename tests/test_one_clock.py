@@ -16,12 +16,14 @@ from muxrt.server.prefix_keys import prefix_keys
 def workload(seed: int, plan: UnitPlan) -> list[Asked]:
     """More than memory holds at once, for three models; prompts that come again share blocks.
 
-    Some have no patience and are refused, some clients leave.
+    Some have no patience and are refused, some clients leave; of those that come first nobody
+    does, and their answers are long: they need more than there is, on a slow machine too.
     """
     random, at_s, found = Random(seed), 0.0, list[Asked]()
     pools = {model: prompts(model, 24, 300, seed=seed) for model in MODELS}
     for index in range(48):
-        at_s += 0.0 if index < 30 else random.expovariate(60)
+        is_first = index < 30
+        at_s += 0.0 if is_first else random.expovariate(60)
         model = random.choice(MODELS)
         prompt = pools[model][index // 2]
         tokens = np.array(prompt, "<i4").tobytes()
@@ -30,11 +32,13 @@ def workload(seed: int, plan: UnitPlan) -> list[Asked]:
                 at_s,
                 model,
                 prompt,
-                random.randint(1, 250),
+                random.randint(150 if is_first else 1, 250),
                 prefix_keys(model, tokens, plan.models[model].layout.block_tokens),
-                patience_s=random.choice([None, None, None, 0.0, 0.5]),
-                leaves_s=random.choice([0.2, *[None] * 7]),
-                ignores_eos=random.random() < 0.7,
+                patience_s=random.choice(
+                    [None] * 4 + [0.0] if is_first else [None, None, 0.0, 0.5]
+                ),
+                leaves_s=None if is_first else random.choice([0.2, *[None] * 3]),
+                ignores_eos=is_first or random.random() < 0.4,
             )
         )
     return found
