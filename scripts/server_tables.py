@@ -13,7 +13,7 @@ MEASURED, SIMULATED = "#3b6ea5", "#c06a2b"
 
 def print_setup(setup: Setup, simulated: Sequence[Run]) -> None:
     """A row per load: measured (spread of identical runs) / simulated (error)."""
-    print(f"\nLanes of {setup.name} cores:\n")
+    print(f"\n{_lanes(setup)}:\n")
     print("| load | requests | " + " | ".join(f"{what}" for what in SHOWN) + " |")
     print("|---" * (2 + len(SHOWN)) + "|")
     for load, run in zip(setup.loads, simulated, strict=True):
@@ -27,6 +27,13 @@ def print_setup(setup: Setup, simulated: Sequence[Run]) -> None:
             f"| {line.what} | {line.mean:.2f} | {line.spread:.1%} | {line.simulated:.2f} |"
             f" {line.error:+.1%} |"
         )
+
+
+def _lanes(setup: Setup) -> str:
+    sizes = setup.name.split("+")
+    if len(sizes) > 1:
+        return f"lanes of {setup.name} cores"
+    return f"one lane of {sizes[0]} core{'s' * (sizes != ['1'])}"
 
 
 def _cell(line: Line) -> str:
@@ -48,11 +55,15 @@ def draw(record: Record, folder: Path, path: Path) -> None:
         here = world(setup, folder)
         runs = [replay(here, load.asked) for load in setup.loads]
         pairs = list(zip(setup.loads, runs, strict=True))
-        _panel(axes[0], pairs, ("TTFT p50", "TTFT p90"), "ms", f"TTFT, lanes of {setup.name} cores")
+        _panel(axes[0], pairs, ("TTFT p50", "TTFT p90"), "ms", f"{_lanes(setup)}: TTFT")
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter("{x:g}")
         _panel(axes[1], pairs, ("TPOT p50", "TPOT p90"), "ms", "TPOT")
         _panel(axes[2], pairs, ("throughput",), "tokens/s", "throughput")
-    grid[0][0].legend(fontsize=8)
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9
+    )
     figure.savefig(path, dpi=130)
 
 
@@ -81,7 +92,7 @@ def _panel(
         axes.plot(
             loads,
             [line.simulated for line in lines],
-            ("-", "--")[number],
+            (".-", ".--")[number],
             color=SIMULATED,
             label=f"simulated {short}".strip(),
         )

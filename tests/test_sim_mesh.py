@@ -18,6 +18,7 @@ from muxrt.sim.executor import MeshExecutor
 from muxrt.sim.links import Links
 from muxrt.sim.loop import EventLoop
 from muxrt.sim.mesh import MeshCost, Runner
+from muxrt.sim.setting import Setting
 from muxrt.sim.simulate import simulate
 
 PREFILL, DECODE = Runner("a", Phase.PREFILL), Runner("a", Phase.DECODE)
@@ -101,6 +102,17 @@ CPU = GpuKind(
 )
 
 
+def cpu_cost(split: tuple[int, ...], world: Setting) -> MeshCost:
+    spec = UnitSpec(
+        name="u",
+        models=unit(*world.shapes).models,
+        memory=unit("a").memory,
+        mesh=Mesh(kind="cpu-2c", gpus=(0,)),
+        lanes=Lanes(split=split),
+    )
+    return MeshCost(spec, world)
+
+
 def test_a_lane_of_a_cpu_has_its_own_cores_whatever_runs_beside_it() -> None:
     eight = replace(setting("a", "b"), gpus={"cpu-2c": msgspec.structs.replace(CPU, sms=8)})
     spec = UnitSpec(
@@ -126,34 +138,48 @@ def test_a_lane_of_a_cpu_has_its_own_cores_whatever_runs_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "is_alone", "is_hidden"),
+    ("split", "sequences", "charged"),
     [
-        ((2,), True, False),  # the only lane has every core
-        ((1,), True, True),
-        ((1, 1), True, True),  # the other lane's core is free
-        ((1, 1), False, False),
+        ((2,), (4,), [0.014]),  # the only lane has every core
+        ((1,), (4,), [0.0]),  # a core is free
+        ((1, 1), (4,), [0.0]),  # the other lane's
+        ((1, 1), (4, 4), [0.014, 0.014]),  # each takes half of its own and half of the other's
     ],
 )
 def test_a_free_core_hides_the_control_path_of_a_cpu(
-    split: tuple[int, ...], is_alone: bool, is_hidden: bool
+    split: tuple[int, ...], sequences: tuple[int, ...], charged: list[float]
 ) -> None:
     facts = EngineFacts(control_s=0.001, control_step_s=0.01, interference=0.0)
-    own = replace(setting("a", facts=facts), gpus={"cpu-2c": CPU})
-    plain = replace(setting("a", facts=EngineFacts(interference=0.0)), gpus={"cpu-2c": CPU})
-    mesh = Mesh(kind="cpu-2c", gpus=(0,))
-    spec = UnitSpec(
-        name="u",
-        models=unit("a").models,
-        memory=unit("a").memory,
-        mesh=mesh,
-        lanes=Lanes(split=split),
+    cost, plain = (
+        cpu_cost(split, replace(setting("a", facts=some), gpus={"cpu-2c": CPU}))
+        for some in (facts, EngineFacts(interference=0.0))
     )
-    for work, sequences in ((BatchWork(decodes=4, context=400), 4), (BatchWork(100, 10_000), 0)):
-        charged_s, bare_s = (
-            MeshCost(spec, some).batch_s("a", work, 0.5, is_alone=is_alone) for some in (own, plain)
+    runners = [DECODE] * len(sequences)
+    works = [BatchWork(decodes=n, context=100 * n) for n in sequences]
+    taken = [
+        seconds - bare
+        for seconds, bare in zip(
+            cost.together_s(runners, works), plain.together_s(runners, works), strict=True
         )
-        taken_s = 0.0 if is_hidden else 0.01 + 0.001 * sequences
-        assert charged_s == pytest.approx(bare_s + taken_s)
+    ]
+    assert taken == pytest.approx(charged)
+    assert plain.can_fold and cost.can_fold == (sum(split) < 2)
+
+
+def test_the_control_path_of_a_cpu_slows_all_lanes_whoever_caused_it() -> None:
+    facts = EngineFacts(control_step_s=0.01, interference=0.0)
+    world = replace(setting("a", "b", facts=facts), gpus={"cpu-2c": CPU})
+    cost = cpu_cost((1, 1), world)
+    works = [BatchWork(1000, 1000**2), BatchWork(decodes=2, context=200)]
+    prefill_s, step_s = (
+        cost.batch_s("a", works[0], 0.5, False),
+        cost.batch_s("b", works[1], 0.5, False),
+    )
+    slower = 1 + (0.01 / prefill_s + 0.01 / step_s) / 2
+    assert prefill_s > 5 * step_s
+    assert cost.together_s([PREFILL, OTHER], works) == pytest.approx(
+        [slower * prefill_s, slower * step_s]
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ Assumptions, each of which a measurement on GPUs may replace:
 * Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
   and caches are not partitioned.
 * The engine's `control_s` per sequence and decode step and its `control_step_s` per step are time
-  of the lane that no share shortens. On a CPU they count while every core is a busy lane's:
-  otherwise a core is free for them, and work in flight hides them.
+  of the lane that no share shortens. On a CPU a free core hides them behind the work in flight;
+  while every core is a busy lane's, they are spread over the lanes, whoever caused them.
 * Copies between the arena and host memory (sim/copies.py) slow no batch down.
 """
 
@@ -77,14 +77,40 @@ class MeshCost:
         self._control_step_s = setting.engine.control_step_s
 
     @property
-    def has_equal_lanes(self) -> bool:
-        """It does not matter on which lane a batch runs."""
+    def can_fold(self) -> bool:
+        """A batch takes as long on any lane, whatever batch of the same model runs beside it."""
+        if self._split is None:
+            return True
+        has_control = any((self._control_step_s, *self._control_s.values()))
+        return self._has_equal_lanes and not (has_control and self._is_covered(len(self._split)))
+
+    @property
+    def _has_equal_lanes(self) -> bool:
         return self._split is None or len(set(self._split)) == 1
+
+    def _is_covered(self, num_busy: int) -> bool:
+        """Busy lanes leave no core of a CPU for anything else."""
+        split = self._split or ()
+        return num_busy == len(split) and sum(split) == self._cores
 
     def runner(self, batch: Batch) -> Runner:
         """The batch, as far as shares depend on it."""
-        lane = 0 if self.has_equal_lanes else batch.lane
-        return Runner(batch.model, batch.phase, lane)
+        return Runner(batch.model, batch.phase, 0 if self._has_equal_lanes else batch.lane)
+
+    def together_s(self, runners: Sequence[Runner], works: Sequence[BatchWork]) -> list[float]:
+        """Seconds of each of the batches that run now, if they all ran on like this."""
+        is_alone = len(runners) == 1
+        found = [
+            self.batch_s(runner.model, work, share, is_alone)
+            for runner, work, share in zip(runners, works, self.shares(runners), strict=True)
+        ]
+        if self._split is None or not self._is_covered(len(runners)):
+            return found
+        control = sum(
+            self._batch_control_s(runner.model, work) / seconds
+            for runner, work, seconds in zip(runners, works, found, strict=True)
+        )
+        return [seconds * (1 + control / len(found)) for seconds in found]
 
     def shares(self, runners: Sequence[Runner]) -> list[float]:
         """What each of the batches that run now has of the SMs, in (0, 1]."""
@@ -116,22 +142,20 @@ class MeshCost:
         return (pcts[-1] if runner.phase is Phase.DECODE else pcts[0]) / 100
 
     def batch_s(self, model: str, work: BatchWork, share: float, is_alone: bool) -> float:
-        """Seconds from start to end of a batch that has `share` all the time."""
+        """Seconds from start to end of a batch that has `share` all the time.
+
+        Without what control takes of a CPU's lanes: that depends on who runs beside it.
+        """
         steps = self._at.get((model, share))
         if steps is None:
             steps = self._at[model, share] = self._steps[model].at(share)
         seconds = batch_s(steps, work)
         if not is_alone:
             seconds *= self._slower
-        if self._is_hidden(is_alone):
-            return seconds
-        return seconds + self._control_step_s + self._control_s[model] * work.decodes
+        return seconds if self._split else seconds + self._batch_control_s(model, work)
 
-    def _is_hidden(self, is_alone: bool) -> bool:
-        """Whether a core is free for what a step takes beside its kernels."""
-        if self._split is None:
-            return False
-        return sum(self._split) < self._cores or (is_alone and len(self._split) > 1)
+    def _batch_control_s(self, model: str, work: BatchWork) -> float:
+        return self._control_step_s + self._control_s[model] * work.decodes
 
 
 def _either(names: Sequence[str]) -> str:

@@ -47,7 +47,7 @@ class SimUnit:
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        self._folds = setting.fold and self._cost.has_equal_lanes
+        self._folds = setting.fold and self._cost.can_fold
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
         self.start()
