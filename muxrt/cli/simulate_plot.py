@@ -94,7 +94,7 @@ def _attainment(
         axis.grid(alpha=0.3)
     by_rate.set_xlim(0, None)
     if len(curves) > 1:
-        by_scale.legend(fontsize=8, loc="lower right")
+        by_scale.legend(fontsize=8, loc="best")
 
 
 def _curve(axis: "Axes", points: Sequence[tuple[float, Interval]], name: str) -> None:
@@ -140,7 +140,7 @@ def _kv(axis: "Axes", unit: UnitUse) -> None:
     shares = [[100 * value for value in values] for values in bands.values()]
     axis.stackplot(_times(unit), *shares, labels=list(bands), alpha=0.8)
     axis.set_ylabel(f"{unit.unit}\nKV in use, %")
-    axis.legend(fontsize=7, loc="upper right", ncols=max(1, len(bands) // 4))
+    _legend_above(axis)
 
 
 def _lanes(axis: "Axes", unit: UnitUse) -> None:
@@ -149,7 +149,19 @@ def _lanes(axis: "Axes", unit: UnitUse) -> None:
     axis.set_ylabel("lane busy, %")
     axis.set_ylim(0, 103)
     if len(unit.over_time.lanes) > 1:
-        axis.legend(fontsize=7, loc="center")
+        _legend_above(axis)
+
+
+def _legend_above(axis: "Axes") -> None:
+    """Where no curve is."""
+    axis.legend(
+        fontsize=7,
+        ncols=5,
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.98),
+        borderaxespad=0.2,
+    )
 
 
 def _compare_use(axes: Sequence["Axes"], shown: Mapping[str, Report]) -> None:
