@@ -18,14 +18,15 @@ def workload(seed: int, plan: UnitPlan) -> list[Asked]:
 
     Some have no patience and are refused, some clients leave; of those that come first nobody
     does, and their answers are long: they need more than there is, on a slow machine too.
+    The last come late, one after the other with one prompt: they find it in the cache.
     """
     random, at_s, found = Random(seed), 0.0, list[Asked]()
     pools = {model: prompts(model, 24, 300, seed=seed) for model in MODELS}
-    for index in range(48):
-        is_first = index < 30
-        at_s += 0.0 if is_first else random.expovariate(60)
-        model = random.choice(MODELS)
-        prompt = pools[model][index // 2]
+    for index in range(52):
+        is_first, is_last = index < 30, index >= 48
+        at_s += 0.0 if is_first else 0.3 if is_last else random.expovariate(60)
+        model = MODELS[0] if is_last else random.choice(MODELS)
+        prompt = pools[model][0 if is_last else index // 2]
         tokens = np.array(prompt, "<i4").tobytes()
         found.append(
             Asked(
@@ -35,9 +36,13 @@ def workload(seed: int, plan: UnitPlan) -> list[Asked]:
                 random.randint(150 if is_first else 1, 250),
                 prefix_keys(model, tokens, plan.models[model].layout.block_tokens),
                 patience_s=random.choice(
-                    [None] * 4 + [0.0] if is_first else [None, None, 0.0, 0.5]
+                    [None] * 4 + [0.0]
+                    if is_first
+                    else [None]
+                    if is_last
+                    else [None, None, 0.0, 0.5]
                 ),
-                leaves_s=None if is_first else random.choice([0.2, *[None] * 3]),
+                leaves_s=None if is_first or is_last else random.choice([0.2, *[None] * 3]),
                 ignores_eos=is_first or random.random() < 0.4,
             )
         )
