@@ -11,7 +11,7 @@ from msgspec.structs import replace as replace_struct
 from sim_world import GB, SLO, burst, config, setting, unit
 
 from muxrt.config.cluster import KINDS
-from muxrt.config.placement import Lanes, ModelSpec, Scheduling, UnitSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitSpec
 from muxrt.config.plan import EngineFacts
 from muxrt.config.serve import ServeConfig
 from muxrt.cost.latency import BatchShape
@@ -135,6 +135,18 @@ def test_the_brain_itself_sees_few_of_the_steps(
     run = simulate(placement, setting(*models), asked)
     assert run.units[0].num_batches > 900 * len(models)
     assert len(seen) < 80 * len(models)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_folding_changes_nothing_while_blocks_are_copied(lanes: str) -> None:
+    """Sequences on their way back from host memory run, but do not decode yet."""
+    tight = [
+        replace_struct(spec, memory=Memory(kv_bytes=3 * GB, swap_bytes=20 * GB))
+        for spec in units(LANES[lanes], "adbs", 3 * GB, preempt="swap")
+    ]
+    unfolded, folded = both(config(*tight), traffic("ab", 4.0, 30, seed=2))
+    assert folded == unfolded
+    assert sum(m.preemptions_swap for use in folded.units for m in use.models) > 0
 
 
 @pytest.mark.parametrize("lanes", LANES)
