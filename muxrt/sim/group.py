@@ -274,7 +274,11 @@ class Simulation:
         self.loop.at(self._next_sample_s, self._sample, PLAN)
 
     def horizon(self) -> float:
-        """When units are looked at or given something next."""
+        """When units are looked at or given something next.
+
+        Runs of decode steps go on until then without asking (`sim/folding.py`): whatever comes to a
+        unit from outside must be counted in.
+        """
         coming = self._coming
         if coming.next < len(coming.items):
             return min(self._next_sample_s, coming.items[coming.next][1].at_s)
