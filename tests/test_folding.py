@@ -21,7 +21,7 @@ from muxrt.sim.simulate import Run, simulate
 from muxrt.sim.sprint import LOG_STEPS
 from muxrt.workload.arrivals import Arrival
 
-FACTS = EngineFacts(control_s=1e-4, interference=0.15)
+FACTS = EngineFacts(control_s=1e-4, control_step_s=3e-4, interference=0.15)
 LANES = {
     f"{kind} {len(sm_pct or '1')} lanes, depth {depth}": Lanes(
         kind=kind,  # type: ignore[arg-type]
@@ -168,12 +168,14 @@ def test_a_run_may_be_longer_than_its_log() -> None:
     assert simulate(placement, known, asked) == unfolded
 
 
+@pytest.mark.parametrize("num_cores", [4, 5])  # one is free for control, or none
 @pytest.mark.parametrize("depth", [1, 2])
-def test_lanes_of_cores_fold_too(depth: int) -> None:
+def test_lanes_of_cores_fold_too(depth: int, num_cores: int) -> None:
     """There a model may decode on several lanes at once: its batches are not kept whole."""
     kind = KINDS["a100-80g"]
-    cores = replace_struct(kind, name="cores", device="cpu", sms=4)
-    known = setting("a", "b", facts=FACTS)
+    cores = replace_struct(kind, name="cores", device="cpu", sms=num_cores)
+    facts = EngineFacts(control_step_s=1e-3) if num_cores > 4 else EngineFacts(interference=0.1)
+    known = setting("a", "b", facts=facts)
     known = replace(known, gpus={"cores": cores})
     lanes = Lanes(kind="cores", split=(2, 2), depth=depth)
     spec = unit("a", "b", lanes=lanes)

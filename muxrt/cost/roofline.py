@@ -85,6 +85,9 @@ class RooflineSteps:
         moved_s = self.link_token_s * tokens
         return self.fixed_s + self.token_flops_s * arithmetic + moved_s
 
+    def mean_prefill_s(self, tokens: float, squares: float) -> float:
+        return self.prefill_s(tokens, squares)
+
     def decode_s(self, batch: float, context: float) -> float:
         return self.decode_batch_s(batch) + self.kv_token_s * context
 

@@ -69,7 +69,7 @@ class PriceTable:
         known = self.arrays.by_size[: len(curves) - 1]
         by_size[: len(known)] = known
         factors = [
-            (price.slower, price.control_s, curve.slope)
+            (price.slower, price.control_step_s, price.control_s, curve.slope)
             for price, curve in zip(self._found, curves, strict=True)
         ]
         self.arrays = Prices(

@@ -42,7 +42,7 @@ UNIT_PLACES = 15
 # Columns of State.log: what was committed, for the latency estimates.
 LOG_MODEL, LOG_SIZE, LOG_CONTEXT, LOG_COLUMNS = range(4)
 # Columns of Prices.factors.
-SLOWER, CONTROL_S, SLOPE, FACTOR_COLUMNS = range(4)
+SLOWER, CONTROL_STEP_S, CONTROL_S, SLOPE, FACTOR_COLUMNS = range(5)
 
 # Places in State.clock.
 NOW_S, NEXT_END_S = range(2)
@@ -310,7 +310,9 @@ def _deal(state: State, prices: Prices) -> int:
             unit[WANTED], unit[WANTED_SIZE] = price, size
             return NO_PRICE
         whole_s = by_size + _by_context(prices, price, state.jobs[lane, 0, JOB_CONTEXT])
-        whole_s = whole_s * prices.factors[price, SLOWER] + prices.factors[price, CONTROL_S] * size
+        control_s = prices.factors[price, CONTROL_S] * size
+        whole_s *= prices.factors[price, SLOWER]
+        whole_s += prices.factors[price, CONTROL_STEP_S] + control_s
         if times[lane, END_S] != UNKNOWN_END_S:
             if whole_s == times[lane, WHOLE_S]:
                 continue
