@@ -129,8 +129,8 @@ def large_case(models: int, gpus: int, requests: int, load: float) -> Case:
         load_workload(WORKLOAD),
         models=tuple(Traffic(name=name, rate_rps=rate) for name, rate in rates.items()),
         power_law=None,
-        # Some more than asked for, as their number is random: the first of them are taken.
-        duration_s=1.01 * requests / sum(rates.values()),
+        # For more than are asked for, as their number is random (5 sigma): the first are taken.
+        duration_s=(requests + 5 * requests**0.5) / sum(rates.values()),
     )
     specs = tuple(
         ModelSpec(

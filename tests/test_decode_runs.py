@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import World
 
-from muxrt.core import Batch, Phase, Request
+from muxrt.core import Batch, Phase, Request, SequenceState
 from muxrt.engine.requests import Ledger
 from muxrt.sched.rotation import Rotation
 from muxrt.sched.run import Flying, Stepped, horizon, resume
@@ -59,6 +59,23 @@ def test_a_preempted_sequence_ends_the_horizon() -> None:
     assert horizon(scheduler) == 0  # on its way out
     world.step()
     assert horizon(scheduler) == 0  # out
+
+
+def test_a_sequence_on_its_way_back_from_host_memory_ends_the_horizon() -> None:
+    world = World(models="a", num_blocks=400, swap_blocks=400, preempt="swap", depth=2)
+    for _ in range(2):
+        world.submit("a", 10, 40)
+    scheduler = world.unit.scheduler
+    while not horizon(scheduler):
+        assert world.step()
+    (queue,) = scheduler.queues.values()
+    scheduler.memory.preempt(queue.running[-1])
+    while not any(s.state is SequenceState.SWAPPING_IN for s in queue.running):
+        assert world.step()
+    assert not (queue.waiting or queue.preempted or queue.prefilling)
+    assert scheduler.memory.is_settled  # the copy is in flight, no more
+    assert horizon(scheduler) == 0
+    world.run()
 
 
 @pytest.mark.parametrize("policy", ["adbs", "round-robin"])

@@ -11,7 +11,7 @@ from msgspec.structs import replace as replace_struct
 from sim_world import GB, SLO, burst, config, setting, unit
 
 from muxrt.config.cluster import KINDS
-from muxrt.config.placement import Lanes, ModelSpec, Scheduling, UnitSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitSpec
 from muxrt.config.plan import EngineFacts
 from muxrt.config.serve import ServeConfig
 from muxrt.cost.latency import BatchShape
@@ -21,7 +21,7 @@ from muxrt.sim.simulate import Run, simulate
 from muxrt.sim.sprint import LOG_STEPS
 from muxrt.workload.arrivals import Arrival
 
-FACTS = EngineFacts(control_s=1e-4, interference=0.15)
+FACTS = EngineFacts(control_s=1e-4, control_step_s=3e-4, interference=0.15)
 LANES = {
     f"{kind} {len(sm_pct or '1')} lanes, depth {depth}": Lanes(
         kind=kind,  # type: ignore[arg-type]
@@ -138,6 +138,18 @@ def test_the_brain_itself_sees_few_of_the_steps(
 
 
 @pytest.mark.parametrize("lanes", LANES)
+def test_folding_changes_nothing_while_blocks_are_copied(lanes: str) -> None:
+    """Sequences on their way back from host memory run, but do not decode yet."""
+    tight = [
+        replace_struct(spec, memory=Memory(kv_bytes=3 * GB, swap_bytes=20 * GB))
+        for spec in units(LANES[lanes], "adbs", 3 * GB, preempt="swap")
+    ]
+    unfolded, folded = both(config(*tight), traffic("ab", 4.0, 30, seed=2))
+    assert folded == unfolded
+    assert sum(m.preemptions_swap for use in folded.units for m in use.models) > 0
+
+
+@pytest.mark.parametrize("lanes", LANES)
 def test_models_in_step_are_folded_in_the_order_of_their_events(lanes: str) -> None:
     """Equal models with equal requests end their steps at the same instant, on several lanes."""
     placement = config(unit("a", "b", "c", lanes=LANES[lanes]))
@@ -156,12 +168,14 @@ def test_a_run_may_be_longer_than_its_log() -> None:
     assert simulate(placement, known, asked) == unfolded
 
 
+@pytest.mark.parametrize("num_cores", [4, 5])  # one is free for control, or none
 @pytest.mark.parametrize("depth", [1, 2])
-def test_lanes_of_cores_fold_too(depth: int) -> None:
+def test_lanes_of_cores_fold_too(depth: int, num_cores: int) -> None:
     """There a model may decode on several lanes at once: its batches are not kept whole."""
     kind = KINDS["a100-80g"]
-    cores = replace_struct(kind, name="cores", device="cpu", sms=4)
-    known = setting("a", "b", facts=FACTS)
+    cores = replace_struct(kind, name="cores", device="cpu", sms=num_cores)
+    facts = EngineFacts(control_step_s=1e-3) if num_cores > 4 else EngineFacts(interference=0.1)
+    known = setting("a", "b", facts=facts)
     known = replace(known, gpus={"cores": cores})
     lanes = Lanes(kind="cores", split=(2, 2), depth=depth)
     spec = unit("a", "b", lanes=lanes)

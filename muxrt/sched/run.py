@@ -35,10 +35,12 @@ class Flying:
 def horizon(scheduler: Scheduler) -> int:
     """Decode steps that every running sequence has before its limit if nothing else happens.
 
-    0 where something else can come next: nothing runs, somebody waits, prefills, is preempted or on
-    the way out, or blocks are kept for somebody. Prompts under hash keys are left to the brain.
+    0 where something else can come next: nothing runs, somebody waits, prefills, is preempted, on
+    the way out or back, or blocks are kept for somebody. Prompts under hash keys are left to the
+    brain.
     """
-    if scheduler.prefills_in_flight() or not scheduler.memory.is_settled:
+    copies_in_flight = scheduler.lane_load[scheduler.limits.copy_lane]
+    if scheduler.prefills_in_flight() or copies_in_flight or not scheduler.memory.is_settled:
         return 0
     steps = []
     for queue in scheduler.queues.values():

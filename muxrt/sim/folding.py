@@ -119,7 +119,7 @@ class Fold:
         self._done: Done | None = None
         self._event: Event | None = None
         self._is_running = False
-        num_lanes, longest = scheduler.limits.num_lanes, 1
+        num_lanes = scheduler.limits.num_lanes
         longest = max(model.max_sequences for model in self._models)
         self._prices = PriceTable(cost, self._names, num_lanes, longest)
         self._state = self._make_state(num_lanes, scheduler.limits.depth)

@@ -160,7 +160,11 @@ class Simulation:
         self.loop.at(self._next_sample_s, self._sample, PLAN)
 
     def horizon(self) -> float:
-        """When units are looked at or given something next."""
+        """When units are looked at or given something next.
+
+        Runs of decode steps go on until then without asking (`sim/folding.py`): whatever comes to a
+        unit from outside must be counted in.
+        """
         coming, next_s = self._coming, self._next_sample_s
         if self._changes_s:
             next_s = min(next_s, self._changes_s[0])

@@ -41,12 +41,12 @@ class Runner(NamedTuple):
 
 
 class DecodePrice(NamedTuple):
-    """Seconds of a decode step: `steps` times `slower`, and control per step and sequence."""
+    """Seconds of a decode step: `steps` times `slower`, and control."""
 
     steps: Steps
     slower: float
     control_step_s: float
-    control_s: float
+    control_s: float  # for each sequence
 
 
 class MeshCost:

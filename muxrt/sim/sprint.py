@@ -310,9 +310,9 @@ def _deal(state: State, prices: Prices) -> int:
             unit[WANTED], unit[WANTED_SIZE] = price, size
             return NO_PRICE
         whole_s = by_size + _by_context(prices, price, state.jobs[lane, 0, JOB_CONTEXT])
-        factors = prices.factors[price]
-        control_s = factors[CONTROL_STEP_S] + factors[CONTROL_S] * size
-        whole_s = whole_s * factors[SLOWER] + control_s
+        control_s = prices.factors[price, CONTROL_S] * size
+        whole_s *= prices.factors[price, SLOWER]
+        whole_s += prices.factors[price, CONTROL_STEP_S] + control_s
         if times[lane, END_S] != UNKNOWN_END_S:
             if whole_s == times[lane, WHOLE_S]:
                 continue
