@@ -12,8 +12,16 @@ def compiled(function: F) -> F:
     """Compiled when first called, then kept on disk; dividing by zero gives infinity.
 
     Sums are rounded as Python rounds them: nothing is reordered, no multiplication is fused with
-    an addition. It must not make arrays: without reference counts (`_nrt`), which took nine tenths
-    of the time of small loops over arrays in a tuple, nobody would free them.
+    an addition.
+    """
+    made: F = njit(cache=True, error_model="numpy")(function)
+    return made
+
+
+def compiled_bare(function: F) -> F:
+    """The same without reference counts, for functions that make no arrays: nobody would free them.
+
+    Counting took nine tenths of the time of small loops over arrays in a tuple.
     """
     made: F = njit(cache=True, error_model="numpy", _nrt=False)(function)
     return made

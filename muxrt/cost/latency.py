@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from muxrt.core import BatchEntry
-from muxrt.cost.compiled import compiled
+from muxrt.cost.compiled import compiled_bare
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -193,7 +193,7 @@ class _Sums:
         return [weight * value for value in self._values]
 
 
-@compiled
+@compiled_bare
 def _accumulate(
     sums: Floats,
     first: float,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from muxrt.cost.compiled import compiled, inlined
+from muxrt.cost.compiled import compiled_bare, inlined
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -79,7 +79,7 @@ class Prices(NamedTuple):
     values: Floats  # likewise
 
 
-@compiled
+@compiled_bare
 def advance(state: State, prices: Prices, until_s: float) -> int:
     """Do what happens before `until_s`; the reason why there is no more of it.
 
