@@ -208,7 +208,7 @@ def test_quotas_move_while_a_run_goes_on(policy: str, lanes: str) -> None:
     policy=st.sampled_from(POLICIES),
     num_models=st.integers(1, 4),
     rate_rps=st.sampled_from([0.5, 3.0, 12.0]),
-    kv_gb=st.sampled_from([4, 30]),
+    kv_gb=st.sampled_from([5, 30]),
     seed=st.integers(0, 10**6),
     timeout_s=st.sampled_from([None, 0.5]),
     period_s=st.sampled_from([0.05, 1.0]),
