@@ -126,7 +126,7 @@ def is_quiet(unit: Unit) -> bool:
         return False
     if memory._leaving or memory._short or not scheduler.policy.is_steady():
         return False
-    return not any(q.waiting or q.preempted or q.prefilling for q in scheduler.queues.values())
+    return all(queue.is_waitless for queue in scheduler.queues.values())
 
 
 class DecodeRun:
