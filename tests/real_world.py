@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from muxrt.config.model import load_shape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, UnitModel, UnitSpec
 from muxrt.core import Copy, Output, Prompt, Request, SamplingParams, TokenLogprobs, Work
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
@@ -100,6 +100,7 @@ class RealWorld:
         weights: LinearDType = "float32",
         lanes: int = 1,
         depth: int = 1,
+        slo: Slo | None = None,
         **scheduling: object,
     ) -> None:
         """`num_groups`: sequences of maximum length per model that the arena holds.
@@ -108,7 +109,13 @@ class RealWorld:
         """
         self.shapes = {model: load_shape(DEMO / model) for model in models}
         specs = {
-            m: ModelSpec(name=m, path=str(DEMO / m), dtype="float32", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+            m: ModelSpec(
+                name=m,
+                path=str(DEMO / m),
+                dtype="float32",
+                kv_dtype=kv_dtype,  # type: ignore[arg-type]
+                slo=slo,
+            )
             for m in models
         }
 

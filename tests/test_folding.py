@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim_world import GB, burst, config, setting, unit
+from sim_world import GB, SLO, burst, config, setting, unit
 
 from muxrt.config.placement import Lanes, ModelSpec, Scheduling, UnitSpec
 from muxrt.config.plan import EngineFacts
@@ -23,7 +23,7 @@ LANES = {
         [("stream", None), ("green", (40, 60)), ("mps", (90, 50, 50))], [1, 2]
     )
 }
-POLICIES = ["adbs", "fcfs", "round-robin"]
+POLICIES = ["adbs", "fcfs", "round-robin", "slo"]
 
 
 def traffic(models: str, rate_rps: float, num: int, seed: int) -> list[Arrival]:
@@ -83,9 +83,10 @@ def test_folding_changes_nothing_anywhere(
     lanes: str, policy: str, rate_rps: float, kv_gb: int, seed: int, timeout_s: float | None
 ) -> None:
     placed = units(LANES[lanes], policy, kv_gb * GB, max_sequences=6)
+    slos = (SLO, SLO if policy == "slo" else None)
     models = [
         ModelSpec(name=name, preset="llama-7b", queue_timeout_s=timeout_s, slo=slo)
-        for name, slo in zip("ab", (config(*placed).models[0].slo, None), strict=True)
+        for name, slo in zip("ab", slos, strict=True)
     ]
     unfolded, folded = both(config(*placed, models=models), traffic("ab", rate_rps, 15, seed))
     assert folded == unfolded

@@ -121,7 +121,9 @@ class Unit:
 
     def _usage(self, model: str) -> Usage:
         queue, memory = self.scheduler.queues[model], self.scheduler.memory
-        wanted = sum(memory.need(sequence) for sequence in (*queue.preempted, *queue.waiting, *queue.late))
+        wanted = sum(
+            memory.need(sequence) for sequence in (*queue.preempted, *queue.waiting, *queue.late)
+        )
         quota = memory.pool.accounts[model].quota
         return Usage(quota, queue.model.floor_blocks, self._peak_blocks[model], wanted)
 

@@ -58,7 +58,7 @@ class ModelQueue:
     decoding: list[Sequence] = field(default_factory=list)  # running, one token per step
     free_slots: list[int] = field(default_factory=list)
     decodes: dict[int, int] = field(default_factory=dict)  # decode batches in flight, by lane
-    members: int = 0  # counts changes of who is running
+    num_changes: int = 0  # of who is running, and in which phase
     version: int = 0  # counts changes of running sequences: what was computed before is stale
     _ready: dict[int, Ready] = field(default_factory=dict)  # by lane, until something changes
 
@@ -96,6 +96,19 @@ class ModelQueue:
             return self.preempted[0].state in (SequenceState.WAITING, SequenceState.SWAPPED)
         return bool(self.waiting and self.free_slots)
 
+    def step_behind(self) -> None:
+        """The first that waits lets those behind it pass, until it is recalled."""
+        self.late.append(self.waiting.popleft())
+
+    def recall(self) -> Sequence:
+        """The oldest that stepped behind is first again; not to be asked if there is none."""
+        self.waiting.appendleft(self.late.popleft())
+        return self.waiting[0]
+
+    def turn_around(self) -> None:
+        """Those that stepped behind for those that did not; twice is as before."""
+        self.waiting, self.late = self.late, self.waiting
+
     @property
     def oldest_order(self) -> int:
         """The admission order of the oldest sequence; not to be asked of an empty queue."""
@@ -112,14 +125,14 @@ class ModelQueue:
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=by_order)
         insort(self._part(sequence), sequence, key=by_order)
-        self.members += 1
+        self.num_changes += 1
         self.changed()
 
     def prefilled(self, sequence: Sequence) -> None:
         """Every known token of a running sequence is scheduled: from here on it decodes."""
         self.prefilling.remove(sequence)
         insort(self.decoding, sequence, key=by_order)
-        self.members += 1
+        self.num_changes += 1
 
     def stop(self, sequence: Sequence, state: SequenceState) -> None:
         """A running sequence loses its blocks but keeps its slot and its tokens."""
@@ -127,7 +140,7 @@ class ModelQueue:
         self._part(sequence).remove(sequence)
         insort(self.preempted, sequence, key=by_order)
         sequence.state = state
-        self.members += 1
+        self.num_changes += 1
         self.changed()
 
     def remove(self, sequence: Sequence) -> None:
@@ -136,7 +149,7 @@ class ModelQueue:
         for queue in (*running, self.preempted, self.waiting, self.late):
             if sequence in queue:
                 queue.remove(sequence)
-        self.members += 1
+        self.num_changes += 1
         self.changed()
         if sequence.slot is not None:
             self.free_slots.append(sequence.slot)

@@ -1,59 +1,122 @@
-"""Least slack first: prompts by the deadline of their first token, decodes by their pace."""
+"""Least slack first: prompts by when their first token is due, decodes by when their next one is.
 
-from dataclasses import dataclass
-from math import inf
+Three ideas, none of which needs to know how long an answer will be:
 
-from muxrt.core import Batch
-from muxrt.cost.latency import BatchShape, attention_work
+* A prompt is due `ttft_s` after it came; prompts start in that order (Jackson 1955: earliest due
+  date), whatever their model, as many beside each other as there are lanes. Admission lets one
+  start only where no decode misses its pace by it that could keep it (sched/admission.py).
+* Whoever can no longer be in time steps behind those who can, as in Moore's algorithm for the
+  fewest late jobs (1968): under overload first come first served makes everybody late. A model
+  most of whose requests are late gives way to the others.
+* Decodes go by pace: a sequence's next token is due `tpot_s` after its last one was.
+
+Nobody starves. While late requests wait, one prefill in `LATE_TURN` + 1 is for the oldest of
+them, and whoever may not start yet keeps its turn, so a request with n late ones before it is
+next after (n + 1) * (LATE_TURN + 1) prefills at most. A model whose sequences could take a step
+on an idle lane gets it after `PATIENCE` launches of others, plus one for every model that waits
+as long.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from muxrt.config.placement import Slo
+from muxrt.core import Batch, Sequence, SequenceState
+from muxrt.errors import ConfigError
+from muxrt.sched.admission import HOPELESS_TOKENS
 from muxrt.sched.policies.reservation import Reservation
-from muxrt.sched.queues import ModelQueue
-from muxrt.sched.scheduler import Scheduler
+from muxrt.sched.queues import ModelQueue, ServedModel
+from muxrt.sched.scheduler import LATENESS_MARGIN, Scheduler
 
-LATE_TURN = 8  # prefill batches of which one goes to a request whose first token is late anyway
-LATENESS_MARGIN = 2.0
+# Prefills between two of late requests: in lasting overload these take a ninth of the work, and
+# so cost at most a ninth of what could be in time.
+LATE_TURN = 8
+# Twice the ratio of a lax and a tight TPOT target that share a unit (0.3 and 0.035 s): paces
+# decide, this only bounds.
+PATIENCE = 16
 
 
 class LeastSlack:
-    def __init__(self, quota_period_s: float) -> None:
+    """Every model has targets. What a decode did is remembered per model, not per sequence."""
+
+    def __init__(self, quota_period_s: float, models: Mapping[str, ServedModel]) -> None:
+        """Raises ConfigError for a model without targets: nothing of it would ever be due."""
+        self._slos = {name: _targets(model) for name, model in models.items()}
         self._reservation = Reservation(quota_period_s)
-        self._passed = 0  # prefills since one of a late request
-        self._due_s: dict[str, float] = {}
-        self._members = -1
-        self._saw_prefills = True
+        self._recalled: Sequence | None = None  # late, and its turn lasts until it starts
+        self._num_passed = 0  # prefills since the last one of a late request
+        self._due_s: dict[str, float] = {}  # the next token, by model that decodes
+        self._skipped = Counter[str]()  # launches since each of these had one
+        self._num_members = -1  # changes of who runs, when `_due_s` was found
+        self._is_prefilling = True
 
     def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
+        """The prompts that are due first, where that costs nobody his pace; else a decode step."""
         self._reservation.lapse(scheduler, now)
-        self._pace(scheduler, now)
-        batch = self._prefill(scheduler, lane, now)
-        return batch or self._decode(scheduler, lane)
+        self._keep_pace(scheduler, now)
+        starved = [name for name in self._due_s if self._skipped[name] >= PATIENCE]
+        batch = self._decode(scheduler, lane, starved) if starved else None
+        batch = batch or self._prefill(scheduler, lane, now)
+        return batch or self._decode(scheduler, lane, self._due_s)
 
     def is_steady(self) -> bool:
-        return not self._reservation.is_held and not self._saw_prefills
+        """Paces are known, and nothing is reserved."""
+        return not self._is_prefilling and not self._reservation.is_held
 
-    # -- prefills
+    # -- prompts -----------------------------------------------------------------------------
 
     def _prefill(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
-        asking = []
-        late = []
+        """Prompts that can be in time, by when they are due; late ones in their turn."""
+        self._recall(scheduler)
+        due = []
         for name, queue in scheduler.queues.items():
-            if queue.is_waitless:
-                continue
-            self._step_behind(scheduler, queue, now)
-            first = self._first(scheduler, queue, lane)
-            if first is not None:
-                asking.append((first, name))
-            if queue.late:
-                late.append((queue.late[0].order, name))
-        asking.sort()
-        late.sort()
-        if late and (self._passed >= LATE_TURN or not asking):
-            for _, name in late if not asking else late[:1]:
-                batch = self._prefill_late(scheduler, name, lane, now)
-                if batch is not None:
-                    self._passed = 0
-                    return batch
+            if not queue.is_waitless:
+                self._step_behind(scheduler, queue, now)
+                first = _first(scheduler, queue, lane)
+                if first is not None:
+                    due_s = first.request.arrived_s + self._slos[name].ttft_s
+                    due.append((self._gives_way(queue, first), due_s, name))
+        late = [queue for queue in scheduler.queues.values() if queue.late]
+        if not due:
+            return self._prefill_late(scheduler, late, lane, now)
+        batch = self._first_that_may(scheduler, [name for _, _, name in sorted(due)], lane, now)
+        if batch is not None and late:
+            self._num_passed += 1
+        return batch
+
+    def _gives_way(self, queue: ModelQueue, first: Sequence) -> bool:
+        """Its model asks for more than there is: most of its requests are late already.
+
+        So a flood of one model makes the others' requests late only if those, too, are too many.
+        """
+        if first.slot is not None or first is self._recalled:
+            return False
+        return len(queue.late) > len(queue.waiting) + len(queue.running)
+
+    def _prefill_late(
+        self, scheduler: Scheduler, late: list[ModelQueue], lane: int, now: float
+    ) -> Batch | None:
+        """Nobody else waits: late requests, those of the oldest one's model first."""
+        for queue in sorted(late, key=_oldest_late):
+            queue.turn_around()
+            may_start = queue.may_start
+            batch = self._first_that_may(scheduler, [queue.name] * may_start, lane, now)
+            queue.turn_around()
+            if batch is not None:
+                self._num_passed = 0
+                return batch
+        return None
+
+    def _first_that_may(
+        self, scheduler: Scheduler, names: list[str], lane: int, now: float
+    ) -> Batch | None:
+        """A prefill of the first model that may have one.
+
+        Who may not keeps its turn, or those behind it would use up the time that it waits for.
+        Prompts under way go on, or nobody might.
+        """
         is_held = False
-        for _, name in asking:
+        for name in names:
             if is_held and not scheduler.is_prefilling(name, lane):
                 continue
             if not scheduler.may_prefill(name, lane, now):
@@ -61,84 +124,97 @@ class LeastSlack:
                 continue
             batch = scheduler.prefill(name, lane, now)
             if batch is not None:
-                self._passed += bool(late)
                 self._reservation.drop(name)
+                self._skip(None)
                 return batch
             self._reservation.make(scheduler, name, now)
         return None
 
-    def _prefill_late(self, scheduler, name, lane, now):
-        queue = scheduler.queues[name]
-        swapped = not queue.waiting
-        if swapped:
-            queue.waiting, queue.late = queue.late, queue.waiting
-        else:
-            queue.waiting.appendleft(queue.late.popleft())
-        batch = None
-        if scheduler.may_prefill(name, lane, now):
-            batch = scheduler.prefill(name, lane, now)
-            if batch is None:
-                self._reservation.make(scheduler, name, now)
-            else:
-                self._reservation.drop(name)
-        if swapped:
-            queue.waiting, queue.late = queue.late, queue.waiting
-        elif batch is None:
-            queue.late.appendleft(queue.waiting.popleft())
-        return batch
+    def _recall(self, scheduler: Scheduler) -> None:
+        """After enough others the oldest late request is next, until it has started."""
+        held = self._recalled
+        if held is not None and (held.slot is not None or held.state is SequenceState.FINISHED):
+            self._recalled = held = None
+        late = [queue for queue in scheduler.queues.values() if queue.late]
+        if late and held is None and self._num_passed >= LATE_TURN:
+            self._recalled = min(late, key=_oldest_late).recall()
+            self._num_passed = 0
 
-    def _first(self, scheduler, queue: ModelQueue, lane: int) -> float | None:
-        """Deadline of the prompt that is next."""
-        ttft = queue.model.slo.ttft_s
-        arrived = [s.request.arrived_s for s in queue.prefilling[:1] if scheduler.is_prefilling(queue.name, lane)]
-        if queue.preempted:
-            if queue.may_start:
-                arrived.append(queue.preempted[0].request.arrived_s)
-        elif queue.waiting and queue.may_start:
-            arrived.append(queue.waiting[0].request.arrived_s)
-        return min(arrived) + ttft if arrived else None
-
-    def _step_behind(self, scheduler, queue: ModelQueue, now: float) -> None:
-        ttft = queue.model.slo.ttft_s
-        while queue.waiting:
+    def _step_behind(self, scheduler: Scheduler, queue: ModelQueue, now: float) -> None:
+        """Those at the head of a queue whose first token cannot come in time."""
+        ttft_s = self._slos[queue.name].ttft_s
+        while queue.waiting and queue.waiting[0] is not self._recalled:
             request = queue.waiting[0].request
-            tokens = request.prompt_tokens
-            shape = BatchShape(tokens, attention_work(0, tokens))
-            seconds = scheduler.latency.predict(queue.name, shape) or 0.0
-            if now + LATENESS_MARGIN * seconds <= request.arrived_s + ttft:
+            if now + LATENESS_MARGIN * scheduler.prompt_s(request) <= request.arrived_s + ttft_s:
                 return
-            queue.late.append(queue.waiting.popleft())
+            queue.step_behind()
 
-    # -- decodes
+    # -- decode steps ------------------------------------------------------------------------
 
-    def _pace(self, scheduler: Scheduler, now: float) -> None:
-        members = sum([queue.members for queue in scheduler.queues.values()])
-        is_prefilling = scheduler.prefills_in_flight() > 0
-        if members == self._members and not is_prefilling and not self._saw_prefills:
-            return
-        self._members, self._saw_prefills = members, is_prefilling
-        self._due_s = {
-            name: _due_s(queue, now) for name, queue in scheduler.queues.items() if queue.decoding
-        }
-
-    def _decode(self, scheduler: Scheduler, lane: int) -> Batch | None:
-        for name in sorted(self._due_s, key=self._due_s.__getitem__):
+    def _decode(self, scheduler: Scheduler, lane: int, names: Iterable[str]) -> Batch | None:
+        for name in sorted(names, key=self._due_s.__getitem__):
             batch = scheduler.decode(name, lane)
             if batch is not None:
-                self._due_s[name] += scheduler.queues[name].model.slo.tpot_s
+                self._due_s[name] += self._slos[name].tpot_s
+                self._skip(name)
                 return batch
         return None
 
+    def _skip(self, served: str | None) -> None:
+        """A batch was launched: a decode step of `served`, or a prefill."""
+        for name in self._due_s:
+            self._skipped[name] = 0 if name == served else self._skipped[name] + 1
 
-def _due_s(queue: ModelQueue, now: float) -> float:
-    pace_s = queue.model.slo.tpot_s
-    hopeless_s = now - 10 * pace_s
+    def _keep_pace(self, scheduler: Scheduler, now: float) -> None:
+        """Look at the sequences when others run than before; in between steps are counted.
+
+        So that runs of steps in which nobody comes or goes can be folded (sim/folding.py).
+        """
+        num_members = sum([queue.num_changes for queue in scheduler.queues.values()])
+        was_prefilling, is_prefilling = self._is_prefilling, scheduler.prefills_in_flight() > 0
+        if num_members == self._num_members and not is_prefilling and not was_prefilling:
+            return
+        self._num_members, self._is_prefilling = num_members, is_prefilling
+        self._due_s = {
+            name: _next_token_s(queue, self._slos[name].tpot_s, now)
+            for name, queue in scheduler.queues.items()
+            if queue.decoding
+        }
+        self._skipped = Counter({name: self._skipped[name] for name in self._due_s})
+
+
+def _targets(model: ServedModel) -> Slo:
+    if model.slo is None:
+        raise ConfigError(
+            f"the policy slo needs targets: found none for {model.name}, expected"
+            " slo: {ttft_s: ..., tpot_s: ...}"
+        )
+    return model.slo
+
+
+def _oldest_late(queue: ModelQueue) -> int:
+    return queue.late[0].order
+
+
+def _first(scheduler: Scheduler, queue: ModelQueue, lane: int) -> Sequence | None:
+    """Whose prompt a prefill of this model would begin with; None if none may."""
+    if scheduler.is_prefilling(queue.name, lane):
+        return queue.prefilling[0]
+    return queue.head() if queue.may_start else None
+
+
+def _next_token_s(queue: ModelQueue, tpot_s: float, now: float) -> float:
+    """When the first of a model's sequences needs its next token to keep its pace.
+
+    Who is hopelessly behind waits for nobody, but nobody waits for it.
+    """
+    hopeless_s = now - HOPELESS_TOKENS * tpot_s
     return min(
         (
-            due
-            for s in queue.decoding
-            if s.first_token_s is not None
-            and (due := s.first_token_s + pace_s * s.outputs_scheduled) > hopeless_s
+            due_s
+            for sequence in queue.decoding
+            if sequence.first_token_s is not None
+            and (due_s := sequence.first_token_s + tpot_s * sequence.outputs_scheduled) > hopeless_s
         ),
-        default=now + pace_s,
+        default=now + tpot_s,
     )
