@@ -3,6 +3,8 @@
     python scripts/compare_policies.py --out docs/benchmarks/policies.json
     python scripts/compare_policies.py --cases calm,skewed --seeds 1 --policies adbs,slo
     python scripts/compare_policies.py --find 0.9 --out docs/benchmarks/policies_rates.json
+    python scripts/compare_policies.py --cases paper-30b-13b-7b --speeds 0.2,0.4,0.6,0.8,1 \
+        --seeds 12 --out docs/benchmarks/policies_cache.json
 
 All policies get the same requests. No GPU is needed; docs/policies.md has what was assumed.
 """
@@ -19,7 +21,7 @@ from time import process_time
 from typing import Annotated, Any
 
 import typer
-from bench_record import Record
+from bench_record import Record, draw
 from policy_cases import CASES, SEEDS, TUNED_SEEDS, Case
 from rich.console import Console
 from rich.progress import track
@@ -31,7 +33,8 @@ from muxrt.sim.search import attains, find_speed
 from muxrt.workload.arrivals import Arrival
 
 POLICIES = ("adbs", "fcfs", "round-robin", "slo")
-BASE, OURS = "adbs", "slo"
+BASE = "adbs"
+PICTURES = ("policies", "policies_cache")  # scripts/bench_plots.py draws these
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Score:
     case: str
     policy: str
     seed: int
+    speed: float  # of the case's rates
     offered_rps: float
     goodput_rps: float
     attainment: float
@@ -49,7 +53,8 @@ class Score:
     tpot_p99_s: float | None
     attainments: dict[str, float]  # by model
     cache: dict[str, float]  # mean share of the unit's KV blocks while requests come, by model
-    fairness: float  # of that: Jain's index of use / need, 1 = in proportion to what is asked
+    needed: dict[str, float]  # likewise, if the same were dealt by what requests fill
+    fairness: float  # of the two: Jain's index of use / need, 1 = in proportion to what is asked
     preemptions: int
     cpu_s: float
 
@@ -69,10 +74,10 @@ class Watched(Simulation):
                     self.used[name].append(account.used / pool.num_blocks)
 
 
-def score(case: Case, policy: str, seed: int) -> Score:
-    """Simulate one run."""
+def score(case: Case, policy: str, seed: int, speed: float = 1.0) -> Score:
+    """Simulate one run at `speed` times the case's rates."""
     begun_s = process_time()
-    config, asked = case.config(policy), case.requests(seed)
+    config, asked = case.config(policy), case.requests(seed, speed)
     (group,) = groups(config.units, config.models)
     simulation = Watched(group, case.setting())
     simulation.until_s, simulation.used = case.traffic.duration_s, {n: [] for n in case.models}
@@ -80,10 +85,13 @@ def score(case: Case, policy: str, seed: int) -> Score:
     report = make_report(result.served, result.units, case.slos, case.traffic.duration_s)
     total = report.total
     cache = {name: mean(shares) if shares else 0.0 for name, shares in simulation.used.items()}
+    fills = needs(case, simulation, asked)
+    scale = sum(cache.values()) / sum(fills.values())
     return Score(
         case.name,
         policy,
         seed,
+        speed,
         len(asked) / case.traffic.duration_s,
         total.goodput_rps or 0.0,
         total.attainment or 0.0,
@@ -92,7 +100,8 @@ def score(case: Case, policy: str, seed: int) -> Score:
         total.tpot_s.p99,
         {row.model: row.attainment for row in report.rows if row.attainment is not None},
         cache,
-        fairness(cache, needs(case, simulation, asked)),
+        {name: scale * blocks for name, blocks in fills.items()},
+        fairness(cache, fills),
         total.preemptions,
         process_time() - begun_s,
     )
@@ -115,9 +124,9 @@ def fairness(cache: Mapping[str, float], needed: Mapping[str, float]) -> float:
     return sum(ratios) ** 2 / (len(ratios) * squares) if squares else 1.0
 
 
-def _score(job: tuple[str, str, int]) -> Score:
-    name, policy, seed = job
-    return score(CASES[name], policy, seed)
+def _score(job: tuple[str, str, int, float]) -> dict[str, Any]:
+    name, policy, seed, speed = job
+    return asdict(score(CASES[name], policy, seed, speed))
 
 
 def largest_rate(case: Case, policy: str, seed: int, target: float) -> float:
@@ -192,10 +201,32 @@ def show(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
+def page_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of docs/policies.md: means over seeds, and ours over the base."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["case"], row["policy"]].append(row)
+    good, tokens = (ratios(rows, m, "slo") for m in ("goodput_rps", "output_tokens_per_s"))
+    lines = [
+        "| case | requests/s | " + " | ".join(POLICIES) + " | slo / adbs | tokens/s |",
+        "|---" * (len(POLICIES) + 4) + "|",
+    ]
+    for name in dict.fromkeys(row["case"] for row in rows):
+        offered = mean(row["offered_rps"] for row in found[name, BASE])
+        shares = [f"{mean(r['attainment'] for r in found[name, p]):.1%}" for p in POLICIES]
+        mark = " *" if CASES[name].is_tuned else ""
+        lines.append(
+            f"| {name}{mark} | {offered:.1f} | {' | '.join(shares)} | {good[name]:.2f} |"
+            f" {tokens[name]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(
     cases: Annotated[str, typer.Option(help="Names, or tuned, or all.")] = "all",
     policies: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(POLICIES),
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(map(str, SEEDS)),
+    speeds: Annotated[str, typer.Option(help="Of the cases' rates, separated by commas.")] = "1",
     find: Annotated[
         float | None, typer.Option(help="The largest rate with this attainment instead: 0.9.")
     ] = None,
@@ -206,24 +237,25 @@ def main(
     names = {"all": list(CASES), "tuned": [n for n in CASES if CASES[n].is_tuned]}.get(
         cases, cases.split(",")
     )
-    jobs = list(product(names, policies.split(","), map(int, seeds.split(","))))
+    last = [find] if find else list(map(float, speeds.split(",")))
+    jobs = list(product(names, policies.split(","), map(int, seeds.split(",")), last))
     record = None
     if out is not None:
         about = {name: {"what": CASES[name].what, "tuned": CASES[name].is_tuned} for name in names}
         record = Record(out, {"cases": about, "tuned_seeds": TUNED_SEEDS})
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(processes) as pool:
-        if find is None:
-            found = (asdict(one) for one in pool.map(_score, jobs))
-        else:
-            found = pool.map(_rate, [(*job, find) for job in jobs])  # type: ignore[assignment]
-        for row in track(found, "simulating", len(jobs)):
+        for row in track(pool.map(_rate if find else _score, jobs), "simulating", len(jobs)):
             rows.append(row)
             if record is not None:
                 record.add("rates" if find else "runs", row)
+    if out is not None and out.stem in PICTURES:
+        draw(out.stem, out.parent)
     console = Console(width=150)
     if find is None:
         show(console, rows)
+        if out is not None and set(POLICIES) <= set(policies.split(",")) and "," not in speeds:
+            print(page_table(rows))
     else:
         show_rates(console, rows, find)
 

@@ -14,5 +14,5 @@ POLICIES: dict[str, Callable[[float, Mapping[str, ServedModel]], Policy]] = {
     "fcfs": lambda quota_period_s, models: Fcfs(),
     "round-robin": lambda quota_period_s, models: RoundRobin(),
     "adbs": lambda quota_period_s, models: Adbs(quota_period_s),
-    "slo": LeastSlack,
+    "slo": lambda quota_period_s, models: LeastSlack(models),
 }

@@ -6,7 +6,6 @@ do not eat its blocks for ever.
 """
 
 from muxrt.core import Batch
-from muxrt.sched.policies.reservation import Reservation
 from muxrt.sched.policies.turns import TimedTurns, Turns
 from muxrt.sched.scheduler import Scheduler
 
@@ -19,14 +18,15 @@ class Adbs:
     """
 
     def __init__(self, quota_period_s: float) -> None:
-        self._reservation = Reservation(quota_period_s)
+        self._period_s = quota_period_s
         self._prefills = TimedTurns()
         self._decodes = Turns()
         self._round: set[str] = set()  # one lane: models that decode before the next prefill
+        self._reserved_until: dict[str, float] = {}
 
     def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
         """A prefill if none runs and one fits, else a decode step of the next model."""
-        self._reservation.lapse(scheduler, now)
+        self._lapse(scheduler, now)
         if self._may_prefill(scheduler, lane):
             batch = self._prefill(scheduler, lane, now)
             if batch is not None:
@@ -35,7 +35,7 @@ class Adbs:
 
     def is_steady(self) -> bool:
         """No round is under way and nothing is reserved."""
-        return not self._round and not self._reservation.is_held
+        return not self._round and not self._reserved_until
 
     def _may_prefill(self, scheduler: Scheduler, lane: int) -> bool:
         if scheduler.prefills_in_flight():
@@ -58,11 +58,11 @@ class Adbs:
             batch = scheduler.prefill(model, lane, now)
             if batch is not None:
                 self._prefills.served(model, scheduler.predicted_s(batch))
-                self._reservation.drop(model)
+                self._reserved_until.pop(model, None)
                 if scheduler.limits.num_lanes == 1:
                     self._round = set(scheduler.queues)
                 return batch
-            self._reservation.make(scheduler, model, now)
+            self._reserve(scheduler, model, now)
         return None
 
     def _decode(self, scheduler: Scheduler, lane: int) -> Batch | None:
@@ -73,3 +73,22 @@ class Adbs:
                 self._decodes.served(model)
                 return batch
         return None
+
+    def _reserve(self, scheduler: Scheduler, model: str, now: float) -> None:
+        """Keep free blocks for a prefill that does not fit yet: one at a time, for a while."""
+        head = scheduler.queues[model].head()
+        if head is None or head.in_flight or self._reserved_until:
+            return
+        self._reserved_until[model] = now + self._period_s
+        scheduler.memory.claims.setdefault(model, scheduler.memory.need(head))
+
+    def _lapse(self, scheduler: Scheduler, now: float) -> None:
+        """End reservations whose time is over, or that would leave every lane idle.
+
+        For another period no new one is made, so that the decodes it held up can go on.
+        """
+        for model, until in list(self._reserved_until.items()):
+            if now >= until or not scheduler.num_in_flight:
+                scheduler.memory.claims.pop(model, None)
+            if now >= until + self._period_s or scheduler.queues[model].head() is None:
+                del self._reserved_until[model]

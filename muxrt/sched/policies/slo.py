@@ -24,7 +24,6 @@ from muxrt.config.placement import Slo
 from muxrt.core import Batch, Sequence, SequenceState
 from muxrt.errors import ConfigError
 from muxrt.sched.admission import HOPELESS_TOKENS
-from muxrt.sched.policies.reservation import Reservation
 from muxrt.sched.queues import ModelQueue, ServedModel
 from muxrt.sched.scheduler import LATENESS_MARGIN, Scheduler
 
@@ -39,10 +38,9 @@ PATIENCE = 16
 class LeastSlack:
     """Every model has targets. What a decode did is remembered per model, not per sequence."""
 
-    def __init__(self, quota_period_s: float, models: Mapping[str, ServedModel]) -> None:
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
         """Raises ConfigError for a model without targets: nothing of it would ever be due."""
         self._slos = {name: _targets(model) for name, model in models.items()}
-        self._reservation = Reservation(quota_period_s)
         self._recalled: Sequence | None = None  # late, and its turn lasts until it starts
         self._num_passed = 0  # prefills since the last one of a late request
         self._due_s: dict[str, float] = {}  # the next token, by model that decodes
@@ -52,7 +50,6 @@ class LeastSlack:
 
     def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
         """The prompts that are due first, where that costs nobody his pace; else a decode step."""
-        self._reservation.lapse(scheduler, now)
         self._keep_pace(scheduler, now)
         starved = [name for name in self._due_s if self._skipped[name] >= PATIENCE]
         batch = self._decode(scheduler, lane, starved) if starved else None
@@ -60,8 +57,8 @@ class LeastSlack:
         return batch or self._decode(scheduler, lane, self._due_s)
 
     def is_steady(self) -> bool:
-        """Paces are known, and nothing is reserved."""
-        return not self._is_prefilling and not self._reservation.is_held
+        """Paces are known."""
+        return not self._is_prefilling
 
     # -- prompts -----------------------------------------------------------------------------
 
@@ -124,10 +121,8 @@ class LeastSlack:
                 continue
             batch = scheduler.prefill(name, lane, now)
             if batch is not None:
-                self._reservation.drop(name)
                 self._skip(None)
                 return batch
-            self._reservation.make(scheduler, name, now)
         return None
 
     def _recall(self, scheduler: Scheduler) -> None:
