@@ -201,7 +201,7 @@ DEMO_RATES = {"pydoc-s": 3.0, "pydoc-m": 1.7, "pydoc-l": 1.2}
 def _demo(name: str, what: str, times: float, slo: Slo, cv: float = 1.0) -> Case:
     rates = {model: times * rate for model, rate in DEMO_RATES.items()}
     return Case(
-        name, what, DEMO, _traffic(rates, _chat(100, 0.8, 400), _chat(60, 0.8, 200), cv, 60.0),
+        name, what, DEMO, _traffic(rates, _chat(100, 0.8, 400), _chat(60, 0.8, 200), cv, 20.0),
         dict.fromkeys(DEMO, slo), gpus=0, lanes=DEMO_LANES, prefill_tokens=512, kv_bytes=64 * MIB,
     )  # fmt: skip
 
