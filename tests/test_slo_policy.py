@@ -10,17 +10,16 @@ from sim_world import burst, config, setting, unit
 from test_overload import TARGET, timing_of
 from worlds import World
 
-from muxrt.config.placement import Scheduling, Slo, UnitModel
+from muxrt.config.placement import Lanes, Scheduling, Slo
 from muxrt.core import Phase
 from muxrt.errors import ConfigError
 from muxrt.metrics import is_met
 from muxrt.sched.policies import POLICIES
 from muxrt.sched.policies.slo import LATE_TURN, PATIENCE
-from muxrt.sim.executor import ConstantCost
+from muxrt.sim.executor import ConstantCost, Job, MeshExecutor
 from muxrt.sim.simulate import simulate
 
 COST = ConstantCost(batch_s=0.01, token_s=0.001)
-LAX = Slo(ttft_s=100.0, tpot_s=1.0)
 
 
 def world(models: str = "ab", slo: Slo = TARGET, **knobs: object) -> World:
@@ -29,7 +28,7 @@ def world(models: str = "ab", slo: Slo = TARGET, **knobs: object) -> World:
     made = World(models, policy="slo", slo=slo, **knobs)  # type: ignore[arg-type]
     for model in models:
         for _ in range(4):
-            made.submit(model, prompt=20, output=5)
+            made.submit(model, prompt=20, output=12)
     made.run()
     return made
 
@@ -119,28 +118,78 @@ def test_a_late_request_starts_after_a_bounded_number_of_prefills(depth: int) ->
         assert place <= len(late) - len(waited) + (number + 1) * (LATE_TURN + 2)
 
 
-def test_the_oldest_late_request_is_first_whatever_its_model() -> None:
-    run = world("ab", slo=Slo(0.2, 0.5), prefill_tokens=64, max_sequences=4)
-    first = len(run.answers)
-    for model in "ababab" * 3:
+@pytest.mark.parametrize("others", [0, 150])
+def test_the_oldest_late_request_is_first_whatever_its_model(others: int) -> None:
+    """When nobody else waits, and between prompts of others that can be in time."""
+    run = world("abc", slo=Slo(0.6, 0.5), prefill_tokens=64, max_sequences=4)
+    first, begun_s = len(run.answers), run.loop.now_s
+    for model in "ababbaaabb" * 4:
         run.submit(model, prompt=60, output=1)
+    for number in range(others):
+        run.at(begun_s + 0.06 * number, lambda: run.submit("c", prompt=60, output=1))
     run.run()
-    late = [r for r in starts(run, first) if run.answers[r].first_token_s > 5]  # type: ignore[operator]
+    tokens_s = {rid: run.answers[rid].first_token_s for rid in range(first, first + 40)}
+    late = [rid for rid in starts(run, first) if tokens_s.get(rid, 0) > begun_s + 0.7]  # type: ignore[operator]
+    assert len(late) > 8
     assert late == sorted(late)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_long_prompt_that_has_begun_goes_on_though_its_model_is_flooded(depth: int) -> None:
+    run = world("ab", slo=Slo(0.4, 0.5), prefill_tokens=16, max_sequences=3, depth=depth)
+    since, begun_s = len(run.batches()), run.loop.now_s
+    for _ in range(30):
+        run.submit("a", prompt=96, output=1)
+    for number in range(300):
+        run.at(begun_s + 0.03 * number, lambda: run.submit("b", prompt=15, output=1))
+    run.run()
+    works = run.batches()[since:]
+    chunks = [(n, entry) for n, b in enumerate(works) for entry in b.entries if b.model == "a"]
+    gaps = [n - m for (m, _), (n, entry) in pairwise(chunks) if entry.start]
+    assert max(gaps) <= 3
+
+
+def test_who_may_not_start_yet_keeps_its_turn() -> None:
+    """A stream leaves time for many small prompts or one large one; the large one is due first."""
+    run = world("abc", slo=Slo(30.0, 0.03), prefill_tokens=64, max_sequences=64)
+    stream = run.submit("a", prompt=10, output=110)
+    while run.answers[stream].first_token_s is None:
+        run.step()
+    large = run.submit("b", prompt=64, output=1)
+    small = [run.submit("c", prompt=12, output=1) for _ in range(20)]
+    run.run()
+    tokens_s = [run.answers[rid].first_token_s for rid in (large, *small)]
+    assert tokens_s[0] == min(tokens_s)  # type: ignore[type-var]
 
 
 def test_a_model_that_is_hopelessly_slow_still_gets_its_steps() -> None:
     """Its pace cannot be kept, so it binds nobody; prompts of the other would go on for ever."""
     run = world("ab", slo=Slo(50.0, 0.012), prefill_tokens=64, max_sequences=200)
+    since = len(run.batches())
     rid = run.submit("a", prompt=10, output=100)
     for _ in range(400):
         run.submit("b", prompt=60, output=2)
-    since = len(run.batches())
     while run.answers[rid].finish is None:
         assert run.step()
-    works = run.batches()[since:]
-    steps = [n for n, b in enumerate(works) if b.model == "a" and b.phase is Phase.DECODE]
-    assert all(after - before <= PATIENCE + 3 for before, after in pairwise(steps))
+    places = [place for place, b in enumerate(run.batches()[since:]) if b.model == "a"]
+    assert len(places) == 100
+    assert all(after - before <= PATIENCE + 3 for before, after in pairwise(places))
+    run.run()
+
+
+def test_nobody_waits_for_a_stream_that_is_hopelessly_behind() -> None:
+    run = world("ab", slo=Slo(5.0, 0.05))
+    run.submit("a", prompt=10, output=100)
+    for _ in range(10):
+        run.step()
+    (behind,) = run.unit.scheduler.queues["a"].running
+    behind.first_token_s -= 1.0  # as if everything had stood still for a second
+    run.submit("b", prompt=10, output=20)
+    since = len(run.batches())
+    for _ in range(12):
+        run.step()
+    steps = [b.model for b in run.batches()[since:] if b.phase is Phase.DECODE]
+    assert 4 <= steps.count("b") <= 8
     run.run()
 
 
@@ -212,9 +261,19 @@ def test_late_requests_count_as_waiting() -> None:
     run.run()
 
 
-def test_a_run_of_decodes_is_folded() -> None:
-    scheduling = Scheduling(policy="slo", prefill_tokens=2048)
-    placed = config(unit(parts=[UnitModel(name="a"), UnitModel(name="b")], scheduling=scheduling))
+def test_runs_of_decodes_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, land = [], MeshExecutor.land
+
+    def counted(self: MeshExecutor, job: Job, elapsed_s: float) -> None:
+        seen.append(job)
+        land(self, job, elapsed_s)
+
+    monkeypatch.setattr(MeshExecutor, "land", counted)
+    placed = unit(
+        "a", "b", scheduling=Scheduling(policy="slo", prefill_tokens=2048),
+        lanes=Lanes(kind="green", sm_pct=(40, 60)),
+    )  # fmt: skip
     asked = burst("a", 4, output=800) + burst("b", 4, output=800)
-    run = simulate(placed, setting("a", "b"), asked)
+    run = simulate(config(placed), setting("a", "b"), asked)
     assert run.units[0].num_batches > 1500
+    assert len(seen) < 100
