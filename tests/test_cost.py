@@ -13,7 +13,7 @@ from muxrt.config.cluster import KINDS
 from muxrt.config.presets import PRESETS
 from muxrt.core import Phase
 from muxrt.cost.calibrate import calibrate
-from muxrt.cost.fitted import Fitted, fit, fit_lanes
+from muxrt.cost.fitted import Fitted, find_granularity, fit, fit_lanes
 from muxrt.cost.held_out import errors, held_out, read_suspects
 from muxrt.cost.memory import MUXSERVE_MEMORY, MemoryRules, allowed_tps, kv_token_bytes, model_bytes
 from muxrt.cost.model import CostModel
@@ -309,3 +309,39 @@ def test_a_share_with_too_few_cells_is_as_its_neighbours_say() -> None:
     assert set(lanes.measured) == {100}
     assert lanes.at(0.5).decode_s(1, 16) > lanes.at(1.0).decode_s(1, 16)
     assert lanes.at(0.25).decode_s(1, 16) == lanes.between.at(0.25).decode_s(1, 16)
+
+
+PROMPTS = (16, 24, 32, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 176, 208, 240, 256, 400, 512)
+
+
+def tiled(tile: int, noise: float = 0.0) -> list[Cell]:
+    """A CPU's lane whose prefills compute whole tiles, and decodes that cost what they like."""
+    rng = Random(tile)
+    prefills = [
+        Cell(
+            "m", 1, 50, 1, n, (5e-3 + 3e-4 * -(-n // tile) * tile) * rng.uniform(1, 1 + noise), None
+        )
+        for n in PROMPTS
+    ]
+    decodes = [Cell("m", 1, 50, b, n, None, 1e-2 + 1e-3 * b) for b in (1, 8) for n in (64, 256)]
+    return [*prefills, *decodes]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+@pytest.mark.parametrize("tile", [1, 16, 32, 64])
+def test_the_tiles_of_prefills_are_found(tile: int, noise: float) -> None:
+    assert find_granularity(tiled(tile, noise), PRESETS["llama-7b"]) == tile
+
+
+def test_too_few_prefills_show_no_tiles() -> None:
+    assert find_granularity(tiled(32)[:9], PRESETS["llama-7b"]) == 1
+    assert find_granularity([], PRESETS["llama-7b"]) == 1
+
+
+def test_a_prefill_takes_as_long_as_the_next_whole_tile() -> None:
+    steps = fit(tiled(32), PRESETS["llama-7b"], "test", 32).at(0.5)
+    for tokens in (1, 31, 32, 33, 100, 127, 300):
+        expected_s = 5e-3 + 3e-4 * -(-tokens // 32) * 32
+        assert steps.prefill_s(tokens, 0) == pytest.approx(expected_s, rel=0.03)
+    exact = [steps.prefill_s(tokens, 0) for tokens in range(65, 193)]
+    assert steps.mean_prefill_s(128.5, 0) == pytest.approx(sum(exact) / len(exact), rel=0.01)

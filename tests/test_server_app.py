@@ -24,8 +24,8 @@ from scripted_unit import (
 from tiny_folder import byte_level
 
 from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig
-from muxrt.core import FinishReason, Output, Refusal, TokenLogprobs
-from muxrt.engine.messages import ModelStats, Stats, Step
+from muxrt.core import FinishReason, Output, Phase, Refusal, TokenLogprobs
+from muxrt.engine.messages import BatchStats, ModelStats, Stats, Step
 from muxrt.server.event_stream import EventStream
 from muxrt.server.served_model import ServedModel
 
@@ -555,7 +555,8 @@ async def test_metrics_tell_what_happens(folder: Path) -> None:
         assert "muxrt_blocks_used{" not in text
         await played.unit.step(request, tokens_of("a"))
         stats = ModelStats("tiny", 0, 1, 0, 5, 2, 8, 1, 3, 4, 6, 7, 9, 0)
-        await played.unit.say(Stats("main", 16, 9, (stats,)))
+        batches = (BatchStats("tiny", Phase.PREFILL, 3, 120, 0.5),)
+        await played.unit.say(Stats("main", 16, 9, (stats,), batches))
         await played.unit.step(request, tokens_of("b"), LENGTH)
         await asked
         text = await read_metrics(client)
@@ -568,6 +569,9 @@ async def test_metrics_tell_what_happens(folder: Path) -> None:
         'muxrt_preemptions_total{kind="swap",model="tiny",unit="main"} 3.0',
         'muxrt_preemptions_total{kind="recompute",model="tiny",unit="main"} 4.0',
         'muxrt_prefix_hit_tokens_total{model="tiny",unit="main"} 6.0',
+        'muxrt_batches_total{model="tiny",phase="prefill",unit="main"} 3.0',
+        'muxrt_batch_tokens_total{model="tiny",phase="prefill",unit="main"} 120.0',
+        'muxrt_batch_seconds_total{model="tiny",phase="prefill",unit="main"} 0.5',
         'muxrt_unit_blocks_free{unit="main"} 9.0',
         'muxrt_unit_restarts_total{unit="main"} 0.0',
         'muxrt_ttft_seconds_count{model="tiny"} 1.0',

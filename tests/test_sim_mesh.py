@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import pytest
-from sim_world import setting, steps, unit
+from sim_world import GB, burst, config, setting, steps, unit
 
+from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import Lanes, Mesh, UnitModel, UnitSpec
 from muxrt.config.plan import EngineFacts
 from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Phase, Result, Work
@@ -14,6 +16,8 @@ from muxrt.errors import ConfigError
 from muxrt.sim.executor import MeshExecutor
 from muxrt.sim.loop import EventLoop
 from muxrt.sim.mesh import HOST_LINK_BYTES_PER_S, MeshCost, Runner
+from muxrt.sim.setting import Setting
+from muxrt.sim.simulate import simulate
 
 PREFILL, DECODE = Runner("a", Phase.PREFILL), Runner("a", Phase.DECODE)
 OTHER = Runner("b", Phase.DECODE)
@@ -83,6 +87,97 @@ def test_what_runs_beside_others_pays_for_it_and_control_is_never_shared() -> No
     cost = MeshCost(unit("a", "b"), own, 1 << 20)
     assert cost.batch_s("a", work, 0.5, is_alone=True) == pytest.approx(step_s + 0.008)
     assert cost.batch_s("b", work, 0.5, is_alone=True) == pytest.approx(step_s)
+
+
+CPU = GpuKind(
+    name="cpu-2c",
+    device="cpu",
+    memory_bytes=16 * GB,
+    bandwidth_bytes_per_s=30 * GB,
+    flops=300 * GB,
+    sms=2,
+    link_bytes_per_s=GB,
+)
+
+
+def cpu_cost(split: tuple[int, ...], world: Setting) -> MeshCost:
+    spec = UnitSpec(
+        name="u",
+        models=unit(*world.shapes).models,
+        memory=unit("a").memory,
+        mesh=Mesh(kind="cpu-2c", gpus=(0,)),
+        lanes=Lanes(split=split),
+    )
+    return MeshCost(spec, world, 1 << 20)
+
+
+def test_a_lane_of_a_cpu_has_its_own_cores_whatever_runs_beside_it() -> None:
+    eight = replace(setting("a", "b"), gpus={"cpu-2c": msgspec.structs.replace(CPU, sms=8)})
+    spec = UnitSpec(
+        name="u",
+        models=unit("a", "b").models,
+        memory=unit("a").memory,
+        mesh=Mesh(kind="cpu-2c", gpus=(0,)),
+        lanes=Lanes(split=(6, 2)),
+    )
+    cost = MeshCost(spec, eight, 1 << 20)
+    batches = [
+        Batch(0, lane, model, Phase.DECODE, (BatchEntry(0, 0, 1, True),))
+        for lane, model in ((1, "a"), (0, "b"))
+    ]
+    assert cost.shares([cost.runner(batch) for batch in batches]) == [0.25, 0.75]
+    assert cost.shares([cost.runner(batches[0])]) == [0.25]
+    # Folding knows no lanes: such units are simulated step by step.
+    asked = [*burst("a", 3, output=50), *burst("b", 2, at_s=1.0, output=50)]
+    folded, plain = (
+        simulate(config(spec), replace(eight, fold=fold), asked).served for fold in (True, False)
+    )
+    assert folded == plain
+
+
+@pytest.mark.parametrize(
+    ("split", "sequences", "charged"),
+    [
+        ((2,), (4,), [0.014]),  # the only lane has every core
+        ((1,), (4,), [0.0]),  # a core is free
+        ((1, 1), (4,), [0.0]),  # the other lane's
+        ((1, 1), (4, 4), [0.014, 0.014]),  # each takes half of its own and half of the other's
+    ],
+)
+def test_a_free_core_hides_the_control_path_of_a_cpu(
+    split: tuple[int, ...], sequences: tuple[int, ...], charged: list[float]
+) -> None:
+    facts = EngineFacts(control_s=0.001, control_step_s=0.01, interference=0.0)
+    cost, plain = (
+        cpu_cost(split, replace(setting("a", facts=some), gpus={"cpu-2c": CPU}))
+        for some in (facts, EngineFacts(interference=0.0))
+    )
+    runners = [DECODE] * len(sequences)
+    works = [BatchWork(decodes=n, context=100 * n) for n in sequences]
+    taken = [
+        seconds - bare
+        for seconds, bare in zip(
+            cost.together_s(runners, works), plain.together_s(runners, works), strict=True
+        )
+    ]
+    assert taken == pytest.approx(charged)
+    assert plain.can_fold and cost.can_fold == (sum(split) < 2)
+
+
+def test_the_control_path_of_a_cpu_slows_all_lanes_whoever_caused_it() -> None:
+    facts = EngineFacts(control_step_s=0.01, interference=0.0)
+    world = replace(setting("a", "b", facts=facts), gpus={"cpu-2c": CPU})
+    cost = cpu_cost((1, 1), world)
+    works = [BatchWork(1000, 1000**2), BatchWork(decodes=2, context=200)]
+    prefill_s, step_s = (
+        cost.batch_s("a", works[0], 0.5, False),
+        cost.batch_s("b", works[1], 0.5, False),
+    )
+    slower = 1 + (0.01 / prefill_s + 0.01 / step_s) / 2
+    assert prefill_s > 5 * step_s
+    assert cost.together_s([PREFILL, OTHER], works) == pytest.approx(
+        [slower * prefill_s, slower * step_s]
+    )
 
 
 @pytest.mark.parametrize(

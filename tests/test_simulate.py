@@ -41,6 +41,30 @@ def test_a_request_alone_takes_its_prefill_and_its_steps() -> None:
     assert (one.output_tokens, one.finish, one.unit) == (10, FinishReason.STOP, "u")
 
 
+def test_the_endpoint_adds_to_the_first_token_only() -> None:
+    facts = EngineFacts(request_s=0.004)
+    asked = burst("a", 2, at_s=3.0)
+    plain, late = (
+        simulate(config(unit("a")), setting("a", facts=some), asked).served
+        for some in (EngineFacts(), facts)
+    )
+    for one, other in zip(plain, late, strict=True):
+        assert one.first_s is not None and one.last_s is not None
+        assert (one.at_s, other.at_s) == (3.0, 3.0)
+        assert other.first_s == pytest.approx(one.first_s + 0.004)
+        assert other.last_s == pytest.approx(one.last_s + 0.004)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_step_past_the_end_is_launched_only_by_who_cannot_know_the_end(knows: bool) -> None:
+    world = replace(setting("a"), asks_exactly=knows)
+    spec = unit("a", lanes=Lanes(kind="stream", depth=2))
+    asked = [*burst("a", 1, output=10), *burst("a", 1, at_s=99.0, output=1)]
+    run = simulate(config(spec), world, asked)
+    assert [one.output_tokens for one in run.served] == [10, 1]
+    assert run.units[0].num_batches == (11 if knows else 12)
+
+
 def test_tensor_parallel_ranks_share_the_work() -> None:
     run = simulate(config(unit("a", gpus=range(4))), setting("a"), burst("a", 1))
     assert run.served[0].first_s == pytest.approx(steps(tp=4).prefill_s(100, 100**2))

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 import zmq
 
 from muxrt.config.placement import Lanes, Memory, ModelSpec, UnitModel, UnitSpec
-from muxrt.core import FinishReason, Output, Prompt, Request, SamplingParams
+from muxrt.core import FinishReason, Output, Phase, Prompt, Request, SamplingParams
 from muxrt.engine.messages import (
     Abort,
     Drain,
@@ -162,6 +162,10 @@ def test_it_loads_serves_preempts_drains_and_exits(start: Start, home: Path) -> 
     stats = api.wait_for(Stats, lambda stats: stats.blocks_free == stats.blocks_total)
     preempted = [m.preemptions_swap + m.preemptions_recompute for m in stats.models]
     assert sum(preempted) > 0, "the arena was to be too small"
+    counted = {(b.model, b.phase): b for b in stats.batches}
+    assert set(counted) == {(m, p) for m in SHAPES for p in (Phase.PREFILL, Phase.DECODE)}
+    assert sum(b.tokens for b in stats.batches) >= sum(len(p) + 39 for _, p in prompts.values())
+    assert all(b.seconds > 0 and 0 < b.batches <= b.tokens for b in stats.batches)
     api.send(Drain(10.0))
     api.wait_for(Stopped)
     assert api.exit_status() == 0
@@ -169,6 +173,18 @@ def test_it_loads_serves_preempts_drains_and_exits(start: Start, home: Path) -> 
     for rid, (model, prompt) in prompts.items():
         assert len(api.tokens(rid)) == 40
         reference.check_greedy(model, prompt, api.tokens(rid))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.parametrize("leaves_some", [True, False])
+def test_the_loop_keeps_off_the_cores_of_lanes_where_it_can(
+    start: Start, leaves_some: bool
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    api = start(lanes=Lanes(split=(1,) if leaves_some else (1, len(cores) - 1)))
+    assert os.sched_getaffinity(api.pid) == set(cores[1:] if leaves_some else cores)
+    api.submit(1, "wide", [5] * 10, 5)
+    api.wait_finished(1)
 
 
 def test_aborts_and_refusals(start: Start) -> None:

@@ -197,7 +197,7 @@ def with_measured(
     """What is `stated` goes before what a profile measured, and that before the defaults."""
     measured = [profile.file.engine for profile in profiles if profile.file is not None]
     found = {}
-    for name in ("control_s", "interference"):
+    for name in ("control_s", "control_step_s", "request_s", "interference"):
         known = [v for v in (getattr(engine, name) for engine in measured) if v is not None]
         if known and name not in stated:
             found[name] = known[0]

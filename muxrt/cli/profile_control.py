@@ -1,95 +1,211 @@
-"""What the brain takes of a decode step: schedule, commit and the message to the API."""
+"""What the endpoint takes beside the kernels: scheduler, messages, HTTP.
 
+Measured on a real `muxrt serve` of the first model under a few streams and under many. Whatever its
+processes compute outside their lanes is control; the client is not.
+"""
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from time import perf_counter
+from pathlib import Path
+from urllib.request import urlopen
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
+from muxrt.bench.client import replay, session
+from muxrt.bench.job import Job, Outcome, Progress, Status, Target
+from muxrt.cli.endpoint import OwnEndpoint, start_endpoint
 from muxrt.cli.profile_source import Subject
+from muxrt.config.load import dump
 from muxrt.config.placement import Lanes, Memory, Scheduling, UnitModel, UnitSpec
-from muxrt.core import Batch, Output, Prompt, Request, Result, SamplingParams, Work
-from muxrt.engine.build import build_unit, plan_unit
-from muxrt.engine.executor import Done
-from muxrt.engine.messages import Step
-from muxrt.metrics import percentile
+from muxrt.config.serve import Endpoint, ServeConfig
+from muxrt.core import Phase
+from muxrt.cost.memory import kv_token_bytes
+from muxrt.engine.build import DTYPE_BYTES, kv_dtype
+from muxrt.engine.messages import BatchStats
+from muxrt.errors import MuxrtError
 
-FEW, MANY = 1, 64  # sequences
-PROMPT_TOKENS = 16
-MOST_STEPS = 300
-AMPLE_BYTES = 1 << 50  # to lay an arena out before its size is known
+FEW, MANY = 1, 8  # streams
+PROMPT, PROMPT_TOKENS = "Once upon a time", 16  # no tokenizer needs more for it
+OUTPUT_TOKENS = 96  # of each stream
+ROUNDS = 2
+SINGLES = 15  # requests of one token, one after the other
+REPORT_S = 5.0  # in which a unit that went idle has said what it computed
+POLL_S = 0.1
+PROC = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Host seconds of a step: `step_s` + `sequence_s` x sequences."""
+    """Seconds beside the kernels, of a core: `step_s` + `sequence_s` x sequences for each step.
+
+    And `request_s` from a request's arrival to its unit and from its first token to the client.
+    """
 
     sequence_s: float
     step_s: float
+    request_s: float
 
 
-class _Held:
-    """An executor that keeps the one work in flight."""
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """What happened under one load."""
 
-    def __init__(self) -> None:
-        self.flight: tuple[Work, Done] | None = None
-
-    def launch(self, work: Work, done: Done) -> None:
-        self.flight = work, done
+    batches: int
+    tokens: int
+    control_s: float
 
 
 def measure_control(subject: Subject) -> Control:
-    """Time decode steps of the first model that nobody computes, of few and of many sequences."""
-    few_s, many_s = (_step_s(subject, number) for number in (FEW, MANY))
-    sequence_s = max(0.0, (many_s - few_s) / (MANY - FEW))
-    return Control(sequence_s, max(0.0, few_s - FEW * sequence_s))
+    """Serve the first model for some seconds. Raises MuxrtError where it cannot be served."""
+    name = subject.specs[0].name
+    with tempfile.TemporaryDirectory(prefix="muxrt-profile-") as folder:
+        config = _config(subject)
+        file = Path(folder) / "serve.yaml"
+        file.write_text(dump(config), encoding="utf-8")
+        endpoint = start_endpoint(file, config, Path(folder) / "serve.log")
+        try:
+            endpoint.wait_ready(lambda _: None)
+            length = min(OUTPUT_TOKENS, config.models[0].max_model_len or OUTPUT_TOKENS)
+            for streams in (FEW, MANY):  # code and buffers that only a first request meets
+                _ask(endpoint, name, streams, length - PROMPT_TOKENS)
+            few, many = (
+                [_count(endpoint, name, streams, length) for _ in range(ROUNDS)]
+                for streams in (FEW, MANY)
+            )
+            request_s = _request_s(endpoint, name)
+        finally:
+            endpoint.stop()
+    return Control(*_prices(_sum(few), _sum(many)), request_s)
 
 
-def _step_s(subject: Subject, num_sequences: int) -> float:
-    """The lower quartile of the steps of that many sequences."""
-    spec, shape = subject.specs[0], subject.shapes[subject.specs[0].name]
-    length = min(PROMPT_TOKENS + MOST_STEPS, spec.max_model_len or shape.max_positions)
-    short = msgspec.structs.replace(spec, max_model_len=length)
-    unit_spec = UnitSpec(
+def _prices(few: _Count, many: _Count) -> tuple[float, float]:
+    """Per sequence and per step: what explains both loads; neither is below 0."""
+    per_step = [count.control_s / count.batches for count in (few, many)]
+    width = [count.tokens / count.batches for count in (few, many)]
+    sequence_s = max(0.0, (per_step[1] - per_step[0]) / (width[1] - width[0]))
+    return sequence_s, max(0.0, per_step[0] - width[0] * sequence_s)
+
+
+def _request_s(endpoint: OwnEndpoint, model: str) -> float:
+    """What the first token takes, less its prefill: the median of single requests."""
+    before = _batches(endpoint)
+    waited = [_ask(endpoint, model, 1, 1)[0].ttft_s or 0.0 for _ in range(SINGLES)]
+    after = _wait(endpoint, Phase.PREFILL, before[Phase.PREFILL].batches + SINGLES)
+    lane_s = after[Phase.PREFILL].seconds - before[Phase.PREFILL].seconds
+    return max(0.0, statistics.median(waited) - lane_s / SINGLES)
+
+
+def _sum(counts: list[_Count]) -> _Count:
+    return _Count(
+        sum(one.batches for one in counts),
+        sum(one.tokens for one in counts),
+        sum(one.control_s for one in counts),
+    )
+
+
+def _config(subject: Subject) -> ServeConfig:
+    """One lane on one core: the rest is for what is measured."""
+    spec = subject.specs[0]
+    shape = subject.shapes[spec.name]
+    longest = min(spec.max_model_len or shape.max_positions, PROMPT_TOKENS + OUTPUT_TOKENS)
+    token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+    unit = UnitSpec(
         name="control",
         models=(UnitModel(name=spec.name),),
-        memory=Memory(kv_bytes=AMPLE_BYTES),
-        lanes=Lanes(split=(1,), depth=1),
-        scheduling=Scheduling(
-            quota_period_s=0.0,
-            prefill_tokens=PROMPT_TOKENS * num_sequences,
-            max_sequences=num_sequences,
-        ),
+        # Twice what the streams hold: nobody is to be preempted.
+        memory=Memory(kv_bytes=2 * MANY * (longest + PROMPT_TOKENS) * token_bytes),
+        lanes=Lanes(split=(1,)),
+        scheduling=Scheduling(prefix_reuse=False, max_sequences=MANY),
     )
-    ample = plan_unit(unit_spec, {spec.name: short}, {spec.name: shape})
-    blocks = (num_sequences + 1) * ample.models[spec.name].floor_blocks
-    memory = Memory(kv_bytes=blocks * ample.arena.block_bytes)
-    sized = msgspec.structs.replace(unit_spec, memory=memory)
-    plan = plan_unit(sized, {spec.name: short}, {spec.name: shape})
-    held, encoder = _Held(), msgspec.msgpack.Encoder()
-
-    def emit(outputs: tuple[Output, ...]) -> None:
-        encoder.encode(Step(outputs))
-
-    unit = build_unit(plan, held, perf_counter, emit)
-    prompt = Prompt(bytes(4 * PROMPT_TOKENS), SamplingParams(ignore_eos=True))
-    payload = msgspec.msgpack.encode(prompt)
-    for number in range(num_sequences):
-        output = length - PROMPT_TOKENS
-        unit.scheduler.add(Request(number, spec.name, PROMPT_TOKENS, output, payload))
-    unit.pump()
-    steps = [_turn(held) for _ in range(length - PROMPT_TOKENS - 1)]
-    value = percentile(steps[1:], 25)  # the first is the prefill
-    assert value is not None, "a model has more positions than that"
-    return value
+    model = msgspec.structs.replace(spec, max_model_len=longest, slo=None, queue_timeout_s=None)
+    return ServeConfig(models=(model,), units=(unit,), endpoint=Endpoint(port=0, drain_s=1.0))
 
 
-def _turn(held: _Held) -> float:
-    """End the work in flight; seconds until the next one is launched."""
-    assert held.flight is not None, "every sequence still decodes"
-    work, done = held.flight
-    assert isinstance(work, Batch)
-    tokens = tuple(7 if entry.samples else None for entry in work.entries)
-    result = Result(tokens, (False,) * len(tokens), elapsed_s=1e-4 * work.num_tokens)
-    begun_s = perf_counter()
-    done(work, result)
-    return perf_counter() - begun_s
+def _ask(endpoint: OwnEndpoint, model: str, streams: int, output: int) -> list[Outcome]:
+    """Answers of so many tokens, all at once. Raises MuxrtError where one fails."""
+    target = Target(endpoint.url)
+    jobs = [Job(0.0, model, PROMPT, output) for _ in range(streams)]
+
+    async def ask() -> list[Outcome]:
+        async with session(target) as http:
+            return await replay(http, {model: target}, jobs, Progress(streams))
+
+    done = asyncio.run(ask())
+    for outcome in done:
+        if outcome.status is not Status.OK:
+            raise MuxrtError(f"{model} does not answer: {outcome.error}")
+    return done
+
+
+def _count(endpoint: OwnEndpoint, model: str, streams: int, length: int) -> _Count:
+    output = length - PROMPT_TOKENS
+    before, begun_s = _batches(endpoint), _control_s(endpoint.process.pid)
+    _ask(endpoint, model, streams, output)
+    control_s = _control_s(endpoint.process.pid) - begun_s
+    tokens = before[Phase.DECODE].tokens + streams * (output - 1)
+    after = _wait(endpoint, Phase.DECODE, tokens=tokens)
+    return _Count(
+        sum(after[phase].batches - before[phase].batches for phase in after),
+        after[Phase.DECODE].tokens - before[Phase.DECODE].tokens,
+        control_s,
+    )
+
+
+def _wait(
+    endpoint: OwnEndpoint, phase: Phase, batches: int = 0, tokens: int = 0
+) -> dict[Phase, BatchStats]:
+    """What the unit reports once it has computed so much. Raises MuxrtError if it does not."""
+    until_s = time.monotonic() + REPORT_S
+    while time.monotonic() < until_s:
+        found = _batches(endpoint)
+        if found[phase].batches >= batches and found[phase].tokens >= tokens:
+            return found
+        time.sleep(POLL_S)
+    raise MuxrtError("/metrics of the endpoint does not count its batches")
+
+
+def _batches(endpoint: OwnEndpoint) -> dict[Phase, BatchStats]:
+    """What the one model of the unit has computed."""
+    with urlopen(f"{endpoint.url}/metrics", timeout=REPORT_S) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        values = {
+            (sample.name, sample.labels["phase"]): sample.value
+            for family in families
+            for sample in family.samples
+            if "phase" in sample.labels
+        }
+    names = ("muxrt_batches_total", "muxrt_batch_tokens_total", "muxrt_batch_seconds_total")
+    found = {}
+    for phase in (Phase.PREFILL, Phase.DECODE):
+        batches, tokens, seconds = (values.get((name, phase.value), 0.0) for name in names)
+        found[phase] = BatchStats("", phase, int(batches), int(tokens), seconds)
+    return found
+
+
+def _control_s(api: int) -> float:
+    """Seconds that the API process and its units' loops have computed, lanes left out."""
+    total = sum(_thread_s(thread) for thread in (PROC / str(api) / "task").iterdir())
+    for unit in _children(api):
+        for thread in (PROC / str(unit) / "task").iterdir():
+            is_lane = int(thread.name) != unit and not _name(thread).startswith("ZMQbg")
+            total += 0.0 if is_lane else _thread_s(thread)
+    return total
+
+
+def _children(parent: int) -> Iterator[int]:
+    for thread in (PROC / str(parent) / "task").iterdir():
+        yield from (int(pid) for pid in (thread / "children").read_text().split())
+
+
+def _thread_s(thread: Path) -> float:
+    """What a thread has run, to the nanosecond."""
+    return int((thread / "schedstat").read_text().split()[0]) / 1e9
+
+
+def _name(thread: Path) -> str:
+    return (thread / "comm").read_text().strip()

@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import muxrt
-from muxrt.cli.profile_run import ESTIMATE_PCT, Found
+from muxrt.cli.profile_run import Found
 from muxrt.cli.profile_source import Subject
 from muxrt.config.cluster import GpuKind
 from muxrt.config.model import ModelShape
@@ -26,9 +27,9 @@ from muxrt.config.profile import (
     sizes_of,
 )
 from muxrt.core import Phase
-from muxrt.cost.fitted import linear_params
+from muxrt.cost.fitted import find_granularity, linear_params
 from muxrt.cost.memory import kv_token_bytes
-from muxrt.cost.profile import Profile, load_profile, table_of
+from muxrt.cost.profile import Cell, Profile, load_profile, table_of
 from muxrt.engine.build import DTYPE_BYTES, kv_dtype, linear_dtype, weight_bytes, weight_dtype
 from muxrt.metrics import percentile
 
@@ -55,7 +56,7 @@ def _half_of_memory() -> int:
 
 
 def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> ProfileFile:
-    device, cores = cpu_name(), found.num_cores
+    device, cores, cells = cpu_name(), found.num_cores, found.cells()
     kind = f"cpu-{cores}c"
     return ProfileFile(
         title=f"{', '.join(spec.name for spec in subject.specs)} on {cores} cores of {device}",
@@ -63,7 +64,7 @@ def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> Prof
         licence="measured here: yours",
         gpu=kind,
         table=table,
-        models=tuple(_model(spec, subject.shapes[spec.name]) for spec in subject.specs),
+        models=tuple(_model(spec, subject.shapes[spec.name], cells) for spec in subject.specs),
         kind=GpuKind(
             name=kind,
             device="cpu",
@@ -83,13 +84,14 @@ def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> Prof
     )
 
 
-def _model(spec: ModelSpec, shape: ModelShape) -> ProfiledModel:
+def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell]) -> ProfiledModel:
     return ProfiledModel(
         name=spec.name,
         sizes=sizes_of(shape),
         weights=cast(Dtype, linear_dtype(spec, shape)),
         dtype=cast(Dtype, weight_dtype(spec, shape)),
         kv_dtype=cast(Dtype, kv_dtype(spec, shape)),
+        prefill_granularity=find_granularity([c for c in cells if c.model == spec.name], shape),
     )
 
 
@@ -100,6 +102,7 @@ def _engine(found: Found) -> ProfiledEngine:
         interference=round(max(0.0, statistics.median(slower) - 1), 4) if slower else None,
         control_s=float(f"{control.sequence_s:.3g}") if control else None,
         control_step_s=float(f"{control.step_s:.3g}") if control else None,
+        request_s=float(f"{control.request_s:.3g}") if control else None,
     )
 
 
@@ -119,7 +122,7 @@ def _measured(device: str, found: Found) -> Measured:
         seconds=round(max(found.elapsed_s, 0.1), 1),
         bursts=round(statistics.median(len(bursts) for bursts in found.bursts.values())),
         statistic=(
-            f"percentile {ESTIMATE_PCT} over bursts of the median of up to 8 steps in a row;"
+            "median over bursts of the median of up to 8 steps in a row;"
             " tokens drawn at temperature 1"
         ),
         spread=round(percentile(spreads, 50) or 0.0, 4),

@@ -83,9 +83,9 @@ def print_found(
         )
     if engine.control_s is not None and engine.control_step_s is not None:
         console.print(
-            f"the brain takes {engine.control_step_s * 1e6:.0f} us of a step and"
-            f" {engine.control_s * 1e6:.2f} us per sequence (hidden behind the step where a core is"
-            " free)",
+            f"beside the kernels the endpoint takes {engine.control_step_s * 1e6:.0f} us of a step"
+            f" and {engine.control_s * 1e6:.0f} us per sequence (hidden where a core is free), and"
+            f" {1e3 * (engine.request_s or 0.0):.1f} ms per request",
             highlight=False,
         )
     console.print(

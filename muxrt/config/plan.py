@@ -26,6 +26,8 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     prefill_tokens: Count = 2048  # of one prefill batch
     max_sequences: Count = 256  # per model
     control_s: NotNegative = 0.0  # of the scheduler, per sequence and decode step
+    control_step_s: NotNegative = 0.0  # and per step, whatever its size
+    request_s: NotNegative = 0.0  # of the endpoint, per request: adds to its TTFT
     interference: NotNegative = 0.1  # how much slower a step is beside another one; assumed
     source: Name | None = None  # who measured it
 

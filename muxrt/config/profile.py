@@ -29,6 +29,7 @@ class ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     weights: Dtype | None = None  # of the linear layers; None = not stated
     dtype: Dtype | None = None  # of the other weights
     kv_dtype: Dtype | None = None
+    prefill_granularity: Count = 1  # kernels compute tiles: a multiple of so many tokens
 
 
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,8 +68,9 @@ class ProfiledEngine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """What the engine costs beside its steps, in the words of a plan's `engine:`."""
 
     interference: NotNegative | None = None  # median slow-down of `side_by_side`, less one
-    control_s: NotNegative | None = None  # of the brain, per sequence and decode step
+    control_s: NotNegative | None = None  # of the endpoint, per sequence and decode step
     control_step_s: NotNegative | None = None  # and per step, whatever its size
+    request_s: NotNegative | None = None  # from arrival to unit, and first token to client
 
 
 class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

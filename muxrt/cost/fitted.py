@@ -6,14 +6,20 @@ prefill = f(tokens, sum of squared lengths, share), decode = f(batch, sum of con
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
 from muxrt.config.model import ModelShape
 from muxrt.core import Phase
-from muxrt.cost.monotone import Curve, Floats, Surface, Term, fit_surface
+from muxrt.cost.monotone import CAUCHY, Curve, Floats, Surface, Term, fit_surface
 from muxrt.cost.profile import Cell
 from muxrt.errors import ConfigError
+
+GRANULARITIES = (1, 8, 16, 32, 64, 128)  # tokens; the tiles that kernels have
+CLEARLY = 0.8  # of the error without tiles
+FOLDS = 5
+MIN_CELLS = 2 * FOLDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +30,16 @@ class FittedSteps:
     batch: Curve
     context: Curve
     squares_per_token: float
+    granularity: int  # a prefill computes a multiple of so many tokens
 
     def prefill_s(self, tokens: float, squares: float) -> float:
-        return self.prefill(tokens + self.squares_per_token * squares)
+        computed = ceil(tokens / self.granularity) * self.granularity
+        return self.prefill(computed + self.squares_per_token * squares)
+
+    def mean_prefill_s(self, tokens: float, squares: float) -> float:
+        # Lengths that fall anywhere within a multiple are half of it short of its end.
+        computed = tokens + (self.granularity - 1) / 2
+        return self.prefill(computed + self.squares_per_token * squares)
 
     def decode_s(self, batch: float, context: float) -> float:
         return self.batch(batch) + self.context(context)
@@ -38,6 +51,7 @@ class Fitted:
 
     source: str
     squares_per_token: float
+    granularity: int
     prefill: Surface
     decode: Surface
     _at: dict[float, FittedSteps]
@@ -47,7 +61,9 @@ class Fitted:
         if share not in self._at:
             (prefill,) = self.prefill.at(share)
             batch, context = self.decode.at(share)
-            self._at[share] = FittedSteps(prefill, batch, context, self.squares_per_token)
+            self._at[share] = FittedSteps(
+                prefill, batch, context, self.squares_per_token, self.granularity
+            )
         return self._at[share]
 
 
@@ -86,9 +102,10 @@ def linear_params(shape: ModelShape) -> int:
     return shape.num_layers * shape.hidden_size * widths
 
 
-def fit(cells: Sequence[Cell], shape: ModelShape, source: str) -> Fitted:
+def fit(cells: Sequence[Cell], shape: ModelShape, source: str, granularity: int = 1) -> Fitted:
     """Fit the cells of one model on one number of GPUs.
 
+    A prefill of any number of tokens takes as long as one of the next multiple of `granularity`.
     Raises ConfigError where a phase has too little to fit: two shares or one, and two sizes.
     """
     per_token = squares_per_token(shape)
@@ -97,20 +114,57 @@ def fit(cells: Sequence[Cell], shape: ModelShape, source: str) -> Fitted:
     return Fitted(
         source,
         per_token,
-        _fit_phase(Phase.PREFILL, prefill, [_prefill_term(prefill, per_token)]),
+        granularity,
+        _fit_phase(Phase.PREFILL, prefill, [_prefill_term(prefill, per_token, granularity)]),
         _fit_phase(Phase.DECODE, decode, [_batch_term(decode), _context_term(decode)]),
         {},
     )
 
 
-def fit_lanes(cells: Sequence[Cell], shape: ModelShape, source: str) -> FittedLanes:
+def fit_lanes(
+    cells: Sequence[Cell], shape: ModelShape, source: str, granularity: int = 1
+) -> FittedLanes:
     """`fit`, and each share with enough cells by itself. Raises ConfigError as `fit` does."""
     measured = {}
     for pct in sorted({cell.sm_pct for cell in cells}):
         own = [cell for cell in cells if cell.sm_pct == pct]
         with suppress(ConfigError):  # too few of this share alone
-            measured[pct] = fit(own, shape, source)
-    return FittedLanes(source, measured, fit(cells, shape, source))
+            measured[pct] = fit(own, shape, source, granularity)
+    return FittedLanes(source, measured, fit(cells, shape, source, granularity))
+
+
+def find_granularity(cells: Sequence[Cell], shape: ModelShape) -> int:
+    """The multiple of tokens that kernels seem to compute: what predicts unseen prefills best.
+
+    1 unless a coarser one is clearly better. Cells at lengths between the multiples are needed to
+    tell; each share is fitted by itself.
+    """
+    shares = {cell.sm_pct for cell in cells}
+    prefills = [[c for c in cells if c.sm_pct == s and c.prefill_s is not None] for s in shares]
+    enough = [several for several in prefills if len(several) >= MIN_CELLS]
+    if not enough:
+        return 1
+    error = {
+        tile: sum(_unseen_error(several, squares_per_token(shape), tile) for several in enough)
+        for tile in GRANULARITIES
+    }
+    best = min(GRANULARITIES, key=error.__getitem__)
+    return best if error[best] < CLEARLY * error[1] else 1
+
+
+def _unseen_error(cells: Sequence[Cell], per_token: float, granularity: int) -> float:
+    """Relative error of prefills that are not in the fit, each in turn: its mean, robustly."""
+    found = []
+    ordered = sorted(cells, key=lambda cell: (cell.tokens, cell.batch))
+    for fold in range(FOLDS):
+        kept = [cell for index, cell in enumerate(ordered) if index % FOLDS != fold]
+        surface = _fit_phase(Phase.PREFILL, kept, [_prefill_term(kept, per_token, granularity)])
+        unseen = ordered[fold::FOLDS]
+        work = _prefill_term(unseen, per_token, granularity).work
+        (curve,) = surface.at(cells[0].sm_pct / 100)
+        for cell, at in zip(unseen, work, strict=True):
+            found.append(min(CAUCHY, abs(curve(float(at)) / (cell.prefill_s or 1.0) - 1)))
+    return float(np.mean(found))
 
 
 def _fit_phase(phase: Phase, cells: Sequence[Cell], terms: Sequence[Term]) -> Surface:
@@ -124,10 +178,11 @@ def _fit_phase(phase: Phase, cells: Sequence[Cell], terms: Sequence[Term]) -> Su
     return fit_surface(terms, shares, np.array([cell.time_s(phase) for cell in cells], float))
 
 
-def _prefill_term(cells: Sequence[Cell], per_token: float) -> Term:
+def _prefill_term(cells: Sequence[Cell], per_token: float, granularity: int) -> Term:
     tokens = np.array([cell.tokens for cell in cells], float)
     lengths = np.array([cell.seq_len for cell in cells], float)
-    return Term(tokens + per_token * tokens * lengths, _unique(tokens))
+    computed = np.ceil(tokens / granularity) * granularity
+    return Term(computed + per_token * tokens * lengths, _unique(computed))
 
 
 def _batch_term(cells: Sequence[Cell]) -> Term:

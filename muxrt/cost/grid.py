@@ -13,6 +13,8 @@ BATCHES = (1, 8, 32, 4, 16, 2, 64)  # of decodes; the first three are level 0
 NUM_CORNERS = 3
 PREFILL_TOKENS = 512  # of a prefill batch: the scheduler's default, longer prompts go in chunks
 PROMPTS = (1.0, 0.125, 0.5, 0.03125, 0.25, 0.0625)  # of the longest one
+# Kernels compute tiles of tokens: lengths off the powers of two show how large these are.
+BETWEEN = (24, 40, 48, 56, 72, 80, 96, 112, 120, 144, 160, 176, 208, 240, 320, 400)
 SEVERAL = ((4, 64), (8, 32), (2, 256), (4, 128), (16, 16))  # prompts of so many tokens each
 CONTEXTS = (0.25, 0.03125, 0.0625, 1.0, 0.125, 0.5)  # of the longest one
 LONGEST_CONTEXT = 4096
@@ -68,5 +70,6 @@ def _level(level: int, max_tokens: int) -> Iterator[Pass]:
         yield from (Pass(Phase.PREFILL, 1, tokens) for tokens in prompts)
     else:
         yield from (Pass(Phase.PREFILL, *several) for several in SEVERAL)
+        yield from (Pass(Phase.PREFILL, 1, n) for n in BETWEEN if n < longest_prompt)
         for context in contexts:
             yield from (Pass(Phase.DECODE, batch, context) for batch in BATCHES)

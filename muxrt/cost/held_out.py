@@ -55,7 +55,8 @@ def held_out(
         for fold in range(folds):
             kept = [cell for index, cell in enumerate(cells) if index % folds != fold]
             made = fit_lanes if profile.is_cpu else fit
-            fitted = made(kept, profile.shapes[model], profile.title)
+            granularity = profile.granularity(model)
+            fitted = made(kept, profile.shapes[model], profile.title, granularity)
             judged += _judge(fitted, cells[fold::folds])
     return [residual for residual in judged if _key(residual) not in suspects]
 

@@ -52,7 +52,7 @@ class CostModel:
                 cells = profile.of(name, tp) if same else ()
                 if cells:
                     made = fit_lanes if profile.is_cpu else fit
-                    return made(cells, shape, profile.title)
+                    return made(cells, shape, profile.title, profile.granularity(name))
         return Roofline(shape, tp, gpu, self.efficiency)
 
 

@@ -63,6 +63,11 @@ class Profile:
         """The cells of one model on `tp` GPUs; none where that was not measured."""
         return tuple(cell for cell in self.cells if (cell.model, cell.tp) == (model, tp))
 
+    def granularity(self, model: str) -> int:
+        """A prefill computes a multiple of so many tokens; 1 where the file does not say."""
+        models = self.file.models if self.file is not None else ()
+        return next((m.prefill_granularity for m in models if m.name == model), 1)
+
     @property
     def is_cpu(self) -> bool:
         """Whether its shares are lanes of cores."""

@@ -84,6 +84,9 @@ class RooflineSteps:
         moved_s = self.link_token_s * tokens
         return self.fixed_s + self.token_flops_s * arithmetic + moved_s
 
+    def mean_prefill_s(self, tokens: float, squares: float) -> float:
+        return self.prefill_s(tokens, squares)
+
     def decode_s(self, batch: float, context: float) -> float:
         per_token_s = self.token_flops_s + self.link_token_s
         return self.fixed_s + per_token_s * batch + self.kv_token_s * context

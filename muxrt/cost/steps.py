@@ -12,6 +12,12 @@ class Steps(Protocol):
         From position 0 on, a prompt's tokens attend to half of its length squared.
         """
 
+    def mean_prefill_s(self, tokens: float, squares: float) -> float:
+        """The same for prompts of different lengths, with these means.
+
+        It differs from `prefill_s` where kernels compute whole tiles of tokens.
+        """
+
     def decode_s(self, batch: float, context: float) -> float:
         """Seconds for a token each of `batch` sequences that hold `context` tokens in all."""
 

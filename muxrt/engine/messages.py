@@ -3,7 +3,7 @@
 import msgspec
 
 from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.core import Output, Request
+from muxrt.core import Output, Phase, Request
 
 
 class UnitBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +97,16 @@ class ModelStats(msgspec.Struct, frozen=True):
     refused: int  # at their deadline
 
 
+class BatchStats(msgspec.Struct, frozen=True):
+    """Batches of one model and phase that a unit computed since it lives."""
+
+    model: str
+    phase: Phase
+    batches: int = 0
+    tokens: int = 0  # that went in
+    seconds: float = 0.0  # on the lanes: two that ran side by side for a second took two
+
+
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """unit -> API, about once a second while anything changes, and once when it goes idle."""
 
@@ -104,6 +114,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     blocks_total: int
     blocks_free: int
     models: tuple[ModelStats, ...]
+    batches: tuple[BatchStats, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -44,7 +44,7 @@ def _too_fast(problem: Problem, model: str, meshes: list[tuple[int, int]]) -> st
     alone = []
     for pool, tp in meshes:
         steps = problem.steps(model, pool, tp, 1.0)
-        ttft_s = steps.prefill_s(prompt.mean, prompt.mean_square)
+        ttft_s = steps.mean_prefill_s(prompt.mean, prompt.mean_square)
         tpot_s = steps.decode_s(1, demand.context) + problem.engine.control_s
         alone.append((ttft_s, tpot_s))
     # Twice what a lone request takes leaves room for its neighbours.

@@ -76,9 +76,9 @@ class Tables:
         found: list[tuple[float, ...]] = []
         for size in sizes:
             tokens, squares = size * prompt.mean, size * prompt.mean_square
-            alone_s, beside_s = (s.prefill_s(tokens, squares) for s in (alone, beside))
+            alone_s, beside_s = (s.mean_prefill_s(tokens, squares) for s in (alone, beside))
             alone_token_s, beside_token_s = (
-                (s.prefill_s(1.25 * tokens, 1.25 * squares) - base_s) / (0.25 * tokens)
+                (s.mean_prefill_s(1.25 * tokens, 1.25 * squares) - base_s) / (0.25 * tokens)
                 for s, base_s in ((alone, alone_s), (beside, beside_s))
             )
             found.append((size, alone_s, slower * beside_s, alone_token_s, slower * beside_token_s))

@@ -57,7 +57,7 @@ def throughput_rps(problem: Problem, pool: int, tp: int, guests: Sequence[Guest]
 def _prefill_s(problem: Problem, pool: int, tp: int, guest: Guest, batch: int) -> float:
     prompt = problem.demands[guest.model].prompt.mean
     steps = problem.steps(guest.model, pool, tp, 1.0)
-    return steps.prefill_s(batch * prompt, batch * prompt * prompt)
+    return steps.mean_prefill_s(batch * prompt, batch * prompt * prompt)
 
 
 def _decodes_s(problem: Problem, pool: int, tp: int, guest: Guest, batch: int) -> float:

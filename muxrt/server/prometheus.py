@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from muxrt.config.placement import ModelSpec
-from muxrt.engine.messages import ModelStats, Stats
+from muxrt.engine.messages import BatchStats, ModelStats, Stats
 from muxrt.engine.requests import Ledger
 from muxrt.metrics import Timing, is_met
 from muxrt.server.unit_process import UnitProcess
@@ -36,6 +36,11 @@ COUNTERS: Mapping[str, tuple[str, ModelValue]] = {
     "muxrt_output_tokens": ("Tokens generated.", lambda m: m.output_tokens),
     "muxrt_deadline_refusals": ("Sequences refused at their deadline.", lambda m: m.refused),
 }
+BATCHES: Mapping[str, tuple[str, Callable[[BatchStats], float]]] = {
+    "muxrt_batches": ("Batches computed.", lambda b: b.batches),
+    "muxrt_batch_tokens": ("Tokens that went into batches.", lambda b: b.tokens),
+    "muxrt_batch_seconds": ("Seconds of lanes that batches took.", lambda b: b.seconds),
+}
 PREEMPTIONS: Mapping[str, ModelValue] = {
     "swap": lambda m: m.preemptions_swap,
     "recompute": lambda m: m.preemptions_recompute,
@@ -61,6 +66,10 @@ class UnitCollector(Collector):
         for name, (text, value) in COUNTERS.items():
             yield _filled(CounterMetricFamily(name, text, labels=MODEL_UNIT), stats, value)
         yield _preemptions(stats)
+        for name, (text, count) in BATCHES.items():
+            yield _by_phase(
+                CounterMetricFamily(name, text, labels=(*MODEL_UNIT, "phase")), stats, count
+            )
 
     def _requests(self) -> Iterator[Metric]:
         queued = GaugeMetricFamily(
@@ -94,6 +103,15 @@ def _filled(
     for unit in stats:
         for model in unit.models:
             family.add_metric([model.model, unit.unit], value(model))
+    return family
+
+
+def _by_phase(
+    family: CounterMetricFamily, stats: list[Stats], count: Callable[[BatchStats], float]
+) -> Metric:
+    for unit in stats:
+        for done in unit.batches:
+            family.add_metric([done.model, unit.unit, done.phase.value], count(done))
     return family
 
 

@@ -139,10 +139,9 @@ class MeshLanes:
         jobs = list(self._running.values())
         if not jobs:
             return
-        now, is_alone = self.loop.now_s, len(jobs) == 1
-        shares = self.cost.shares([job.runner for job in jobs])
-        for job, share in zip(jobs, shares, strict=True):
-            whole_s = self.cost.batch_s(job.runner.model, job.work, share, is_alone)
+        now = self.loop.now_s
+        seconds = self.cost.together_s([job.runner for job in jobs], [job.work for job in jobs])
+        for job, whole_s in zip(jobs, seconds, strict=True):
             if job.end is not None:
                 if whole_s == job.whole_s:
                     continue
@@ -201,7 +200,7 @@ class MeshExecutor:
         if isinstance(work, Copy):
             self._copy(work, done)
             return
-        runner = Runner(work.model, work.phase)
+        runner = self._cost.runner(work)
         self.lanes.launch(
             BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
         )

@@ -123,7 +123,7 @@ class SimUnit:
         block_bytes = self.plan.arena.block_bytes
         cost = MeshCost(spec, setting, block_bytes)
         folding = None
-        if setting.fold:
+        if setting.fold and cost.can_fold:
             folding = FoldingExecutor(self._loop, cost, group.advance, self._horizon)
         self.executor = folding or MeshExecutor(self._loop, cost)
         self._group = group
@@ -248,6 +248,8 @@ class Simulation:
             for name, replicas in self._replicas.items()
         }
         self._coming = _Arrivals([])
+        self._asks_exactly = setting.asks_exactly
+        self._request_s = setting.engine.request_s  # all of it before the unit: the same TTFT
         self._next_sample_s = SAMPLE_S
 
     def run(self, arrivals: Sequence[tuple[int, Arrival]]) -> GroupResult:
@@ -274,7 +276,7 @@ class Simulation:
         """When units are looked at or given something next."""
         coming = self._coming
         if coming.next < len(coming.items):
-            return min(self._next_sample_s, coming.items[coming.next][1].at_s)
+            return min(self._next_sample_s, coming.items[coming.next][1].at_s + self._request_s)
         return self._next_sample_s
 
     # -- requests ----------------------------------------------------------------------------
@@ -283,7 +285,8 @@ class Simulation:
         """The next arrival is an event; those after it wait for theirs."""
         coming = self._coming
         if coming.next < len(coming.items):
-            self.loop.at(coming.items[coming.next][1].at_s, self._arrive, ARRIVE)
+            at_s = coming.items[coming.next][1].at_s + self._request_s
+            self.loop.at(at_s, self._arrive, ARRIVE)
 
     def _arrive(self) -> None:
         index, arrival = self._coming.items[self._coming.next]
@@ -315,8 +318,8 @@ class Simulation:
             id=self.ledger.next_id(),
             model=arrival.model,
             prompt_tokens=arrival.prompt_tokens,
-            # As a client that sets no limit; the sequence ends by itself.
-            max_tokens=room,
+            # A client that sets no limit; the sequence ends by itself.
+            max_tokens=min(room, arrival.output_tokens) if self._asks_exactly else room,
             payload=msgspec.msgpack.encode(SimPrompt(arrival.output_tokens)),
             arrived_s=arrival.at_s,
             deadline_s=arrival.at_s + timeout_s if timeout_s else None,

@@ -12,7 +12,9 @@ Assumptions, each of which a measurement on GPUs may replace:
 * `cores` and `processes` (CPU): a lane has its cores and no others, alone or not.
 * Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
   and caches are not partitioned.
-* The engine's `control_s` per sequence and decode step is time of the lane that no share shortens.
+* The engine's `control_s` per sequence and decode step and its `control_step_s` per step are time
+  of the lane that no share shortens. On a CPU a free core hides them behind the work in flight;
+  while every core is a busy lane's, they are spread over the lanes, whoever caused them.
 * Copies between the arena and host memory run at the links' speed and slow nobody down.
 """
 
@@ -21,7 +23,7 @@ from typing import NamedTuple
 
 from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import UnitSpec
-from muxrt.core import ID_BYTES, Copy, Phase
+from muxrt.core import ID_BYTES, Batch, Copy, Phase
 from muxrt.cost.batch import BatchWork, batch_s
 from muxrt.cost.steps import SharedSteps, Steps
 from muxrt.errors import ConfigError
@@ -39,6 +41,7 @@ class Runner(NamedTuple):
 
     model: str
     phase: Phase
+    lane: int = 0  # where lanes differ
 
 
 class MeshCost:
@@ -63,7 +66,8 @@ class MeshCost:
             raise ConfigError(
                 f"{spec.name}: found lanes of kind {spec.lanes.kind}, expected {_either(allowed)}"
             )
-        self._lane_share = _lane_share(spec, gpus[kind]) if spec.mesh.device == "cpu" else None
+        self._split = _split(spec, gpus[kind]) if spec.mesh.device == "cpu" else None
+        self._cores = gpus[kind].sms
         self._kind = spec.lanes.kind
         self._own = {model.name: model.sm_pct for model in spec.models}
         self._lanes = spec.lanes.sm_pct or (100,)
@@ -79,8 +83,45 @@ class MeshCost:
             model.name: setting.control_s.get(model.name, setting.engine.control_s)
             for model in spec.models
         }
+        self._control_step_s = setting.engine.control_step_s
         self._copy_bytes_per_s = HOST_LINK_BYTES_PER_S * tp
         self._block_bytes = block_bytes
+
+    @property
+    def can_fold(self) -> bool:
+        """A batch takes as long on any lane, whatever batch of the same model runs beside it."""
+        if self._split is None:
+            return True
+        has_control = any((self._control_step_s, *self._control_s.values()))
+        return self._has_equal_lanes and not (has_control and self._is_covered(len(self._split)))
+
+    @property
+    def _has_equal_lanes(self) -> bool:
+        return self._split is None or len(set(self._split)) == 1
+
+    def _is_covered(self, num_busy: int) -> bool:
+        """Busy lanes leave no core of a CPU for anything else."""
+        split = self._split or ()
+        return num_busy == len(split) and sum(split) == self._cores
+
+    def runner(self, batch: Batch) -> Runner:
+        """The batch, as far as shares depend on it."""
+        return Runner(batch.model, batch.phase, 0 if self._has_equal_lanes else batch.lane)
+
+    def together_s(self, runners: Sequence[Runner], works: Sequence[BatchWork]) -> list[float]:
+        """Seconds of each of the batches that run now, if they all ran on like this."""
+        is_alone = len(runners) == 1
+        found = [
+            self.batch_s(runner.model, work, share, is_alone)
+            for runner, work, share in zip(runners, works, self.shares(runners), strict=True)
+        ]
+        if self._split is None or not self._is_covered(len(runners)):
+            return found
+        control = sum(
+            self._batch_control_s(runner.model, work) / seconds
+            for runner, work, seconds in zip(runners, works, found, strict=True)
+        )
+        return [seconds * (1 + control / len(found)) for seconds in found]
 
     def shares(self, runners: Sequence[Runner]) -> list[float]:
         """What each of the batches that run now has of the SMs, in (0, 1]."""
@@ -90,8 +131,8 @@ class MeshCost:
         return self._shares[key]
 
     def _deal(self, runners: Sequence[Runner]) -> list[float]:
-        if self._lane_share is not None:
-            return [self._lane_share] * len(runners)
+        if self._split is not None:
+            return [self._split[runner.lane] / self._cores for runner in runners]
         if self._kind == "mps":
             return _within_one([self._limit(runner) for runner in runners])
         if len(runners) == 1:
@@ -112,14 +153,20 @@ class MeshCost:
         return (pcts[-1] if runner.phase is Phase.DECODE else pcts[0]) / 100
 
     def batch_s(self, model: str, work: BatchWork, share: float, is_alone: bool) -> float:
-        """Seconds from start to end of a batch that has `share` all the time."""
+        """Seconds from start to end of a batch that has `share` all the time.
+
+        Without what control takes of a CPU's lanes: that depends on who runs beside it.
+        """
         steps = self._at.get((model, share))
         if steps is None:
             steps = self._at[model, share] = self._steps[model].at(share)
         seconds = batch_s(steps, work)
         if not is_alone:
             seconds *= self._slower
-        return seconds + self._control_s[model] * work.decodes
+        return seconds if self._split else seconds + self._batch_control_s(model, work)
+
+    def _batch_control_s(self, model: str, work: BatchWork) -> float:
+        return self._control_step_s + self._control_s[model] * work.decodes
 
     def copy_s(self, copy: Copy) -> float:
         """Seconds to move the blocks between the arena and host memory."""
@@ -131,15 +178,15 @@ def _either(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def _lane_share(spec: UnitSpec, kind: GpuKind) -> float:
-    """The part of the cores that each lane of a CPU has. Raises ConfigError for unequal ones."""
+def _split(spec: UnitSpec, kind: GpuKind) -> tuple[int, ...]:
+    """The cores of each lane of a CPU. Raises ConfigError for more than it has."""
     split = spec.lanes.split or ()
-    if len(set(split)) != 1 or sum(split) > kind.sms:
+    if not split or sum(split) > kind.sms:
         raise ConfigError(
-            f"{spec.name}: found lanes.split {list(split)}, expected lanes of as many cores each,"
+            f"{spec.name}: found lanes.split {list(split)}, expected cores of one lane or more,"
             f" {kind.sms} together at most"
         )
-    return split[0] / kind.sms
+    return split
 
 
 def _within_one(shares: list[float]) -> list[float]:

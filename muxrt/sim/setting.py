@@ -18,4 +18,7 @@ class Setting:
     engine: EngineFacts = field(default_factory=EngineFacts)
     gpus: Mapping[str, GpuKind] = field(default_factory=lambda: dict(KINDS))
     control_s: Mapping[str, float] = field(default_factory=dict)  # by model, before the engine's
+    # Clients say how many tokens they want and get them all, as `muxrt bench` does; otherwise an
+    # answer ends by itself, and the brain cannot know when.
+    asks_exactly: bool = False
     fold: bool = True  # runs of decode steps, for speed; results are the same either way

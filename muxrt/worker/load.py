@@ -1,6 +1,7 @@
 """From a `UnitBoot` to lanes that have each run every model once."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import cast
 
@@ -27,6 +28,7 @@ from muxrt.models.llama import DType, LinearDType, Llama
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
 from muxrt.worker.executor import LaneExecutor
+from muxrt.worker.lanes import split_cores
 from muxrt.worker.service import Opened, Tell
 
 PROGRESS_PERIOD_S = 0.1
@@ -50,7 +52,15 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     except BaseException:
         executor.close()
         raise
+    _leave_lanes(plan, cores)
     return Opened(plan, executor)
+
+
+def _leave_lanes(plan: UnitPlan, cores: Sequence[int]) -> None:
+    """Keep this thread, the unit's loop, off the cores of lanes where others are left for it."""
+    shares = split_cores(cores, plan.spec.lanes.split)
+    if free := set(cores).difference(*shares):
+        os.sched_setaffinity(0, free)
 
 
 def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:

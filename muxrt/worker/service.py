@@ -38,6 +38,7 @@ from muxrt.engine.messages import (
     ToUnit,
     UnitBoot,
 )
+from muxrt.engine.metered import Metered
 from muxrt.engine.unit import Unit
 from muxrt.errors import MuxrtError
 from muxrt.worker.logs import log_to_stderr
@@ -111,9 +112,11 @@ class Link:
 class Service:
     """The loop of a unit that is ready."""
 
-    def __init__(self, unit: Unit, executor: UnitExecutor, link: Link) -> None:
+    def __init__(self, unit: Unit, executor: UnitExecutor, meter: Metered, link: Link) -> None:
+        """`meter` is what the unit launches its work with, on `executor` in the end."""
         self._unit = unit
         self._executor = executor
+        self._meter = meter
         self._link = link
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._num_terms = 0
@@ -187,7 +190,7 @@ class Service:
 
     def _report(self, now: float) -> None:
         self._next_stats_s = now + STATS_PERIOD_S
-        stats = self._unit.stats()
+        stats = msgspec.structs.replace(self._unit.stats(), batches=self._meter.stats())
         if stats != self._last_stats:
             self._last_stats = stats
             self._link.send(stats)
@@ -219,13 +222,14 @@ def serve(boot: UnitBoot, link: Link, open_unit: Open) -> bool:
 
     opened = open_unit(boot, link.send)
     plan, executor = opened.plan, opened.executor
-    unit = build_unit(plan, executor, monotonic, emit)
+    meter = Metered(executor)
+    unit = build_unit(plan, meter, monotonic, emit)
     # What is there now stays: the collector need not look at it again in the middle of a batch.
     gc.collect()
     gc.freeze()
     link.send(ready_message(opened))
     log.info("event=ready models=%s blocks=%d", ",".join(plan.models), plan.num_blocks)
-    is_drained = Service(unit, executor, link).run()
+    is_drained = Service(unit, executor, meter, link).run()
     if is_drained:
         executor.close()
         link.send(Stopped(boot.unit.name))
