@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -190,12 +191,69 @@ def draw_planner_scale(data: dict[str, Any], out: Path) -> None:
         _close(figure, data, "one placement by `auto`, one core", out)
 
 
+POLICY_COLOURS = {
+    "adbs": "#8fa3b8",
+    "fcfs": "#d9b44a",
+    "round-robin": "#7fb2f5",
+    "slo": "#1f6feb",
+}
+
+
+def draw_policies(data: dict[str, Any], out: Path) -> None:
+    """Requests in time, of all, case by case."""
+    rows, cases = data["runs"], data["settings"]["cases"]
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["policy"]), []).append(100 * row["attainment"])
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 8.5), layout="constrained")
+        for number, (policy, colour) in enumerate(POLICY_COLOURS.items()):
+            places = [place + 0.2 * (number - 1.5) for place in range(len(cases))]
+            means = [fmean(found.get((case, policy), [0.0])) for case in cases]
+            axes.barh(places, means, 0.18, label=policy, color=colour)
+        axes.set_yticks(
+            range(len(cases)), [f"{n} *" if about["tuned"] else n for n, about in cases.items()]
+        )
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.set(title="Requests within their SLO", xlabel="% of all", xlim=(0, 100))
+        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.03))
+        _close(figure, data, "simulated; * looked at while constants were chosen", out)
+
+
+def draw_cache(data: dict[str, Any], out: Path) -> None:
+    """KV blocks that each model holds against the rate; thin: dealt by what requests fill."""
+    rows = data["runs"]
+    models, policies = list(rows[0]["cache"]), list(dict.fromkeys(row["policy"] for row in rows))
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, len(policies), figsize=(10.5, 3.4), sharey=True,
+                                    layout="constrained")  # fmt: skip
+        for axes, policy in zip(grid, policies, strict=True):
+            mine = sorted((r for r in rows if r["policy"] == policy), key=_offered)
+            rates = [row["offered_rps"] for row in mine]
+            for model, colour in zip(models, BAR_COLOURS, strict=False):
+                used = [100 * row["cache"][model] for row in mine]
+                axes.plot(rates, used, "o-", color=colour, label=model, markersize=4)
+                needed = [100 * row["needed"][model] for row in mine]
+                axes.plot(rates, needed, color=colour, linewidth=1, linestyle=(0, (2, 2)))
+            axes.set(title=policy, xlabel="requests/s", ylim=(0, None))
+        grid[0].set_ylabel("KV blocks, % of the unit's")
+        grid[-1].legend()
+        _close(figure, data, "dashed: the same, dealt by what each model's requests fill", out)
+
+
+def _offered(row: dict[str, Any]) -> float:
+    return float(row["offered_rps"])
+
+
 DRAW: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "trio_vs_vllm": draw_trio,
     "offline_vs_vllm": draw_offline,
     "sharing": draw_sharing,
     "planner_cases": draw_planner_cases,
     "planner_scale": draw_planner_scale,
+    "policies": draw_policies,
+    "policies_cache": draw_cache,
 }
 
 

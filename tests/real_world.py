@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from muxrt.config.model import load_shape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, UnitModel, UnitSpec
 from muxrt.core import Copy, Output, Prompt, Request, SamplingParams, TokenLogprobs, Work
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
@@ -47,12 +47,19 @@ def demo_plan(
     kv_dtype: str = "float32",
     lanes: int = 1,
     depth: int = 1,
+    slo: Slo | None = None,
     **scheduling: object,
 ) -> UnitPlan:
     """One unit with demo models; `num_groups` sequences of maximum length per model fit."""
     shapes = {model: load_shape(DEMO / model) for model in models}
     specs = {
-        m: ModelSpec(name=m, path=str(DEMO / m), dtype="float32", kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        m: ModelSpec(
+            name=m,
+            path=str(DEMO / m),
+            dtype="float32",
+            kv_dtype=kv_dtype,  # type: ignore[arg-type]
+            slo=slo,
+        )
         for m in models
     }
 
@@ -134,6 +141,7 @@ class RealWorld:
         weights: LinearDType = "float32",
         lanes: int = 1,
         depth: int = 1,
+        slo: Slo | None = None,
         **scheduling: object,
     ) -> None:
         """`num_groups`: sequences of maximum length per model that the arena holds.
@@ -141,7 +149,15 @@ class RealWorld:
         `simulate`: output tokens by request id; the executor is then the simulator's.
         """
         self.plan = demo_plan(
-            models, num_groups, swap_groups, planes_per_block, kv_dtype, lanes, depth, **scheduling
+            models,
+            num_groups,
+            swap_groups,
+            planes_per_block,
+            kv_dtype,
+            lanes,
+            depth,
+            slo,
+            **scheduling,
         )
         self.loop = EventLoop()
         self.simulate = simulate

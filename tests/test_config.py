@@ -115,7 +115,13 @@ BROKEN = {
         "memory:",
         "scheduling: {policy: round_robin}\n    memory:",
         ":10: units[0].scheduling.policy: found 'round_robin', expected one of adbs, fcfs,"
-        " round-robin; did you mean round-robin?",
+        " round-robin, slo; did you mean round-robin?",
+    ),
+    "a policy that goes by targets, and a model without": (
+        "memory:",
+        "scheduling: {policy: slo}\n    memory:",
+        ":10: units[0].scheduling.policy: slo goes by targets, and b has none: give it"
+        " slo: {ttft_s: 1.0, tpot_s: 0.1}, or use adbs",
     ),
     "a mapping where a list is due": (
         "      - {name: a, quota: 0.7}\n      - {name: b, quota: 0.3}",

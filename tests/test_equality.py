@@ -9,6 +9,9 @@ import pytest
 import torch
 from real_world import DEMO, MODELS, RealWorld, prompts
 
+from muxrt.config.placement import Slo
+from muxrt.core import Batch
+
 NUM_PROMPTS = 50
 OUTPUT = 24
 TIE = 1e-4  # logits closer than this may swap places between two ways to add the same numbers
@@ -73,6 +76,23 @@ def test_16_at_once_of_three_models_in_one_arena(lanes: int, depth: int) -> None
     crowd(world)
     world.run()
     assert_greedy(world)
+
+
+@pytest.mark.parametrize(("lanes", "depth"), [(1, 1), (2, 2)])
+def test_the_policy_changes_when_a_token_comes_not_which(lanes: int, depth: int) -> None:
+    """With targets that a third of the requests miss: `slo` starts them in another order."""
+    worlds = {}
+    for policy in ("adbs", "slo"):
+        world = worlds[policy] = RealWorld(
+            lanes=lanes, depth=depth, max_sequences=8, policy=policy, slo=Slo(0.3, 0.05)
+        )
+        crowd(world, count=20)
+        world.run()
+    adbs, slo = worlds["adbs"], worlds["slo"]
+    assert [s.tokens for s in slo.served.values()] == [s.tokens for s in adbs.served.values()]
+    asked = [[w.opened for w in x.executor.works if isinstance(w, Batch)] for x in (adbs, slo)]
+    assert asked[0] != asked[1]
+    assert_greedy(slo)
 
 
 @pytest.mark.parametrize("prefill_tokens", [16, 50])

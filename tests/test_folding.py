@@ -33,7 +33,7 @@ LANES = {
     )
 }
 ONE_LANE, TWO_LANES = LANES["stream 1 lanes, depth 2"], LANES["green 2 lanes, depth 2"]
-POLICIES = ["adbs", "fcfs", "round-robin"]
+POLICIES = ["adbs", "fcfs", "round-robin", "slo"]
 
 
 def traffic(models: str, rate_rps: float, num: int, seed: int) -> list[Arrival]:
@@ -93,9 +93,10 @@ def test_folding_changes_nothing_anywhere(
     lanes: str, policy: str, rate_rps: float, kv_gb: int, seed: int, timeout_s: float | None
 ) -> None:
     placed = units(LANES[lanes], policy, kv_gb * GB, max_sequences=6)
+    slos = (SLO, SLO if policy == "slo" else None)
     models = [
         ModelSpec(name=name, preset="llama-7b", queue_timeout_s=timeout_s, slo=slo)
-        for name, slo in zip("ab", (config(*placed).models[0].slo, None), strict=True)
+        for name, slo in zip("ab", slos, strict=True)
     ]
     unfolded, folded = both(config(*placed, models=models), traffic("ab", rate_rps, 15, seed))
     assert folded == unfolded

@@ -6,7 +6,10 @@ import msgspec
 import pytest
 from real_world import MODELS, RealWorld, prompts
 
+from muxrt.config.placement import Slo
 from muxrt.core import Batch, Work
+
+SLO = Slo(ttft_s=0.3, tpot_s=0.03)  # some prompts of the requests below come too late
 
 
 def arrivals(world: RealWorld) -> None:
@@ -28,12 +31,13 @@ def decision(work: Work) -> Work:
     return msgspec.structs.replace(work, opened=opened)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "round-robin", "adbs"])
+@pytest.mark.parametrize("policy", ["fcfs", "round-robin", "adbs", "slo"])
 @pytest.mark.parametrize(("lanes", "depth"), [(1, 1), (2, 1), (2, 2)])
 def test_every_scheduling_decision_is_the_same(policy: str, lanes: int, depth: int) -> None:
     settings = {
         "lanes": lanes, "depth": depth, "policy": policy, "num_groups": 1.1, "swap_groups": 0.5,
         "prefill_tokens": 128, "quota_period_s": 0.1, "max_sequences": 16,
+        "slo": SLO if policy == "slo" else None,
     }  # fmt: skip
     real = RealWorld(**settings)  # type: ignore[arg-type]
     arrivals(real)

@@ -13,7 +13,7 @@ from muxrt.config.placement import Slo
 from muxrt.core import Batch, Phase
 from muxrt.sim.executor import ConstantCost
 
-POLICIES = ["fcfs", "round-robin", "adbs"]
+POLICIES = ["fcfs", "round-robin", "adbs", "slo"]
 EXAMPLES = int(os.environ.get("MUXRT_EXAMPLES", "200"))
 
 
@@ -167,9 +167,9 @@ WORLDS = st.fixed_dictionaries(
         "max_sequences": st.sampled_from([1, 3, 8]),
         "quota_period_s": st.sampled_from([0.0, 0.1, 2.0]),
         "borrow": st.booleans(),
-        "slo": st.sampled_from([None, Slo(1.0, 0.03), Slo(1.0, 0.1)]),
+        "slo": st.sampled_from([None, Slo(1.0, 0.03), Slo(1.0, 0.1), Slo(0.05, 0.1)]),
     }
-)
+).filter(lambda knobs: knobs["policy"] != "slo" or knobs["slo"] is not None)
 
 
 def smallest_arena(models: str, planes_per_block: int) -> int:

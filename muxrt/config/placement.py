@@ -128,7 +128,7 @@ class UnitModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Scheduling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Knobs of the unit's scheduler."""
 
-    policy: Literal["fcfs", "round-robin", "adbs"] = "adbs"
+    policy: Literal["fcfs", "round-robin", "adbs", "slo"] = "adbs"
     prefill_tokens: Count = 512  # token budget of one prefill batch; longer prompts go in chunks
     max_sequences: Count = 256  # per model: sequences with a slot (running or preempted)
     quota_period_s: NotNegative = 2.0  # 0 = quotas never move

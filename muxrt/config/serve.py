@@ -80,6 +80,7 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
         yield from source_problems(("models", index), model)
     for index, unit in enumerate(config.units):
         yield from _unit_problems(index, unit, known)
+        yield from _policy_problems(index, unit, config.models)
     placed = {model.name for unit in config.units for model in unit.models}
     for index, name in enumerate(known):
         if name not in placed:
@@ -149,6 +150,22 @@ def _unit_problems(index: int, unit: UnitSpec, known: list[str]) -> Iterator[Key
             ("units", index, "scheduling", "preempt"),
             f"swap needs room: set units[{index}].memory.swap_bytes, such as 64MiB",
         )
+
+
+def _policy_problems(
+    index: int, unit: UnitSpec, models: tuple[ModelSpec, ...]
+) -> Iterator[KeyedError]:
+    """A policy that goes by targets, and a model that has none."""
+    if unit.scheduling.policy != "slo":
+        return
+    aimless = {model.name for model in models if model.slo is None}
+    for part in unit.models:
+        if part.name in aimless:
+            yield KeyedError(
+                ("units", index, "scheduling", "policy"),
+                f"slo goes by targets, and {part.name} has none: give it"
+                " slo: {ttft_s: 1.0, tpot_s: 0.1}, or use adbs",
+            )
 
 
 def _core_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:

@@ -128,7 +128,10 @@ def build_unit(
     emit: Emit,
     latency: Latency | None = None,
 ) -> Unit:
-    """The brain of a unit, ready for requests."""
+    """The brain of a unit, ready for requests.
+
+    Raises ConfigError where its policy needs targets that a model does not have.
+    """
     knobs = plan.spec.scheduling
     latency = latency or OnlineLatency()
     queues = {name: ModelQueue(model) for name, model in plan.models.items()}
@@ -138,7 +141,7 @@ def build_unit(
         pool.accounts[name].quota = blocks
     choose = PreemptChooser(plan, latency).choose
     memory = Memory(pool, queues, HostBlocks(plan.num_host_blocks), choose, knobs.borrow)
-    policy = POLICIES[knobs.policy](knobs.quota_period_s)
+    policy = POLICIES[knobs.policy](knobs.quota_period_s, plan.models)
     scheduler = Scheduler(queues, memory, policy, latency, _limits(plan.spec))
     adapt_period_s = knobs.quota_period_s if knobs.borrow else 0.0
     return Unit(plan.spec.name, scheduler, executor, now, emit, adapt_period_s)

@@ -123,7 +123,9 @@ class Unit:
 
     def _usage(self, model: str) -> Usage:
         queue, memory = self.scheduler.queues[model], self.scheduler.memory
-        wanted = sum(memory.need(sequence) for sequence in (*queue.preempted, *queue.waiting))
+        wanted = sum(
+            memory.need(sequence) for sequence in (*queue.preempted, *queue.waiting, *queue.late)
+        )
         quota = memory.pool.accounts[model].quota
         return Usage(quota, queue.model.floor_blocks, self._peak_blocks[model], wanted)
 
@@ -151,7 +153,7 @@ class Unit:
         account = memory.pool.accounts[name]
         return ModelStats(
             model=name,
-            waiting=len(queue.waiting),
+            waiting=queue.num_waiting,
             running=len(queue.running),
             preempted=len(queue.preempted),
             blocks_used=account.used,

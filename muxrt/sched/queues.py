@@ -45,17 +45,20 @@ class Ready:
 class ModelQueue:
     """A model's sequences. Lists are in admission order, oldest first.
 
-    A sequence is in exactly one of `waiting`, `preempted` and `running` until it is finished.
+    A sequence is in exactly one of `waiting`, `late`, `preempted` and `running` until it is
+    finished.
     """
 
     model: ServedModel
     waiting: deque[Sequence] = field(default_factory=deque)  # never started
+    late: deque[Sequence] = field(default_factory=deque)  # likewise, and stepped behind the others
     preempted: list[Sequence] = field(default_factory=list)  # started, hold no blocks
     running: list[Sequence] = field(default_factory=list)  # hold blocks
     prefilling: list[Sequence] = field(default_factory=list)  # running, with prompt to schedule
     decoding: list[Sequence] = field(default_factory=list)  # running, one token per step
     free_slots: list[int] = field(default_factory=list)
     decodes: dict[int, int] = field(default_factory=dict)  # decode batches in flight, by lane
+    num_changes: int = 0  # of who is running, and in which phase
     version: int = 0  # counts changes of running sequences: what was computed before is stale
     _ready: dict[int, Ready] = field(default_factory=dict)  # by lane, until something changes
 
@@ -68,7 +71,17 @@ class ModelQueue:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.waiting or self.preempted or self.running)
+        return not (self.waiting or self.late or self.preempted or self.running)
+
+    @property
+    def is_waitless(self) -> bool:
+        """Nobody waits for a prefill, or has one before it."""
+        return not (self.waiting or self.late or self.preempted or self.prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that never started."""
+        return len(self.waiting) + len(self.late)
 
     def head(self) -> Sequence | None:
         """Who starts or resumes next: the preempted before the new, each oldest first."""
@@ -83,10 +96,24 @@ class ModelQueue:
             return self.preempted[0].state in (SequenceState.WAITING, SequenceState.SWAPPED)
         return bool(self.waiting and self.free_slots)
 
+    def step_behind(self) -> None:
+        """The first that waits lets those behind it pass, until it is recalled."""
+        self.late.append(self.waiting.popleft())
+
+    def recall(self) -> Sequence:
+        """The oldest that stepped behind is first again; not to be asked if there is none."""
+        self.waiting.appendleft(self.late.popleft())
+        return self.waiting[0]
+
+    def turn_around(self) -> None:
+        """Those that stepped behind for those that did not; twice is as before."""
+        self.waiting, self.late = self.late, self.waiting
+
     @property
     def oldest_order(self) -> int:
         """The admission order of the oldest sequence; not to be asked of an empty queue."""
-        return min(part[0].order for part in (self.running, self.preempted, self.waiting) if part)
+        parts = (self.running, self.preempted, self.waiting, self.late)
+        return min(part[0].order for part in parts if part)
 
     def start(self, sequence: Sequence) -> None:
         """The head begins to run (its blocks are taken)."""
@@ -98,12 +125,14 @@ class ModelQueue:
         sequence.state = SequenceState.RUNNING
         insort(self.running, sequence, key=by_order)
         insort(self._part(sequence), sequence, key=by_order)
+        self.num_changes += 1
         self.changed()
 
     def prefilled(self, sequence: Sequence) -> None:
         """Every known token of a running sequence is scheduled: from here on it decodes."""
         self.prefilling.remove(sequence)
         insort(self.decoding, sequence, key=by_order)
+        self.num_changes += 1
 
     def stop(self, sequence: Sequence, state: SequenceState) -> None:
         """A running sequence loses its blocks but keeps its slot and its tokens."""
@@ -111,13 +140,16 @@ class ModelQueue:
         self._part(sequence).remove(sequence)
         insort(self.preempted, sequence, key=by_order)
         sequence.state = state
+        self.num_changes += 1
         self.changed()
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is, and free its slot."""
-        for queue in (self.running, self.prefilling, self.decoding, self.preempted, self.waiting):
+        running = (self.running, self.prefilling, self.decoding)
+        for queue in (*running, self.preempted, self.waiting, self.late):
             if sequence in queue:
                 queue.remove(sequence)
+        self.num_changes += 1
         self.changed()
         if sequence.slot is not None:
             self.free_slots.append(sequence.slot)
@@ -174,15 +206,16 @@ class ModelQueue:
         yield from self.running
         yield from self.preempted
         yield from self.waiting
+        yield from self.late
 
     def check(self) -> bool:
         """Order, states and slots agree."""
-        for queue in (self.running, self.preempted, list(self.waiting)):
+        for queue in (self.running, self.preempted, list(self.waiting), list(self.late)):
             orders = [s.order for s in queue]
             assert orders == sorted(orders), f"{self.name}: a queue is out of order"
         slots = [s.slot for s in self if s.slot is not None] + self.free_slots
         assert sorted(slots) == list(range(self.model.max_sequences)), f"{self.name}: slots leak"
-        assert all(s.slot is None and not s.groups for s in self.waiting)
+        assert all(s.slot is None and not s.groups for s in (*self.waiting, *self.late))
         assert self.decoding == [s for s in self.running if s.is_prefilled]
         assert self.prefilling == [s for s in self.running if not s.is_prefilled]
         assert all(self._find_ready(lane) == ready for lane, ready in self._ready.items())

@@ -44,7 +44,7 @@ def horizon(scheduler: Scheduler) -> int:
         return 0
     steps = []
     for queue in scheduler.queues.values():
-        if queue.waiting or queue.preempted or queue.prefilling:
+        if not queue.is_waitless:
             return 0
         for sequence in queue.decoding:
             request = sequence.request

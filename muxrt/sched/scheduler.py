@@ -21,13 +21,12 @@ from muxrt.core import (
     Result,
     Sequence,
     SequenceState,
-    SlotOpen,
     Work,
-    pack_ids,
 )
 from muxrt.cost.latency import BatchShape, Latency, attention_work
 from muxrt.errors import Overloaded
 from muxrt.sched.admission import Admission, Allowance, Need
+from muxrt.sched.entries import add_chunk, add_step, open_slot
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
 from muxrt.sched.rotation import Rotation
@@ -154,10 +153,13 @@ class Scheduler:
         request = sequence.request
         if request.deadline_s is None or not any(q.running for q in self.queues.values()):
             return False
+        return now + LATENESS_MARGIN * self.prompt_s(request) > request.deadline_s
+
+    def prompt_s(self, request: Request) -> float:
+        """How long its prompt alone should take, nothing cached; 0 while nothing is known."""
         tokens = request.prompt_tokens
         shape = BatchShape(tokens, attention_work(0, tokens))
-        seconds = self.latency.predict(request.model, shape) or 0.0
-        return now + LATENESS_MARGIN * seconds > request.deadline_s
+        return self.latency.predict(request.model, shape) or 0.0
 
     def _refuse(self, sequence: Sequence, now: float) -> Output:
         self._finish(sequence)
@@ -210,8 +212,8 @@ class Scheduler:
         chunks = self._cut(queue, lane, allowed) if allowed.tokens else []
         if not chunks:
             return None
-        opened = tuple(_open(s) for s, _ in chunks if not s.opened)
-        entries = tuple(_chunk(sequence, tokens, lane) for sequence, tokens in chunks)
+        opened = tuple(open_slot(s) for s, _ in chunks if not s.opened)
+        entries = tuple(add_chunk(sequence, tokens, lane) for sequence, tokens in chunks)
         sequences = [sequence for sequence, _ in chunks]
         for sequence in sequences:
             if sequence.is_prefilled:
@@ -263,7 +265,7 @@ class Scheduler:
             sequences = sorted(stayed + grown, key=by_order)
         if not sequences:
             return None
-        entries = tuple([_step(sequence, lane) for sequence in sequences])
+        entries = tuple([add_step(sequence, lane) for sequence in sequences])
         batch = Batch(next(self.work_ids), lane, model, Phase.DECODE, entries)
         return self._fly(batch, sequences)
 
@@ -460,41 +462,3 @@ def _can_run(sequence: Sequence, lane: int) -> bool:
 
 def _is_prompt_done(sequence: Sequence) -> bool:
     return sequence.num_committed >= sequence.request.prompt_tokens
-
-
-def _open(sequence: Sequence) -> SlotOpen:
-    assert sequence.slot is not None
-    sequence.opened = True
-    return SlotOpen(sequence.slot, sequence.request.payload)
-
-
-def _step(sequence: Sequence, lane: int) -> BatchEntry:
-    """Put a decode step of a sequence into a batch on `lane`: `_chunk` of one, for hundreds."""
-    assert sequence.slot is not None
-    start, groups = sequence.num_scheduled, sequence.groups
-    sequence.num_scheduled = start + 1
-    sequence.outputs_scheduled += 1
-    sequence.in_flight += 1
-    sequence.lane = lane
-    first_group = sequence.num_groups_sent
-    if first_group == len(groups):
-        return BatchEntry(sequence.slot, start, 1, True, first_group)
-    sequence.num_groups_sent = len(groups)
-    return BatchEntry(sequence.slot, start, 1, True, first_group, pack_ids(groups[first_group:]))
-
-
-def _chunk(sequence: Sequence, num_tokens: int, lane: int) -> BatchEntry:
-    """Put `num_tokens` of a prompt into a batch on `lane`."""
-    assert sequence.slot is not None
-    start, first_group = sequence.num_scheduled, sequence.num_groups_sent
-    samples = (
-        num_tokens == sequence.num_pending
-        and sequence.outputs_scheduled < sequence.request.max_tokens
-    )
-    sequence.num_scheduled += num_tokens
-    sequence.outputs_scheduled += samples
-    sequence.num_groups_sent = len(sequence.groups)
-    sequence.in_flight += 1
-    sequence.lane = lane
-    blocks = pack_ids(sequence.groups[first_group:])
-    return BatchEntry(sequence.slot, start, num_tokens, samples, first_group, blocks)
