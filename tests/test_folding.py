@@ -229,7 +229,12 @@ def test_the_brain_is_left_as_it_would_be(
     scheduling = Scheduling(policy=policy, max_sequences=8, quota_period_s=period_s)  # type: ignore[arg-type]
     spec = unit(*names, lanes=LANES[lanes], kv_bytes=kv_gb * GB, scheduling=scheduling)
     models = [
-        ModelSpec(name=name, preset="llama-7b", queue_timeout_s=timeout_s, slo=slo)
+        ModelSpec(
+            name=name,
+            preset="llama-7b",
+            queue_timeout_s=timeout_s,
+            slo=SLO if policy == "slo" else slo,
+        )
         for name, slo in zip(names, (SLO, None, SLO, None), strict=False)
     ]
     placement = config(spec, models=models)

@@ -261,7 +261,7 @@ def test_late_requests_count_as_waiting() -> None:
     run.run()
 
 
-def test_runs_of_decodes_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_decodes_of_one_model_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, land = [], MeshExecutor.land
 
     def counted(self: MeshExecutor, job: Job, elapsed_s: float) -> None:
@@ -273,7 +273,7 @@ def test_runs_of_decodes_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
         "a", "b", scheduling=Scheduling(policy="slo", prefill_tokens=2048),
         lanes=Lanes(kind="green", sm_pct=(40, 60)),
     )  # fmt: skip
-    asked = burst("a", 4, output=800) + burst("b", 4, output=800)
+    asked = burst("a", 4, output=800) + burst("b", 4, at_s=60.0, output=800)
     run = simulate(config(placed), setting("a", "b"), asked)
     assert run.units[0].num_batches > 1500
     assert len(seen) < 100

@@ -58,7 +58,7 @@ class LeastSlack:
         return batch or self._decode(scheduler, lane, self._due_s)
 
     def rotation(self, scheduler: Scheduler) -> Rotation | None:
-        """One model that decodes is alone; several go by pace, which is no rotation."""
+        """One model that decodes is alone; several go by pace, which no rotation is."""
         decoding = tuple(name for name, queue in scheduler.queues.items() if queue.decoding)
         is_known = not self._is_prefilling and tuple(self._due_s) == decoding
         return Rotation(decoding) if is_known and len(decoding) == 1 else None
