@@ -236,7 +236,8 @@ def draw_cache(data: dict[str, Any], out: Path) -> None:
                 axes.plot(rates, used, "o-", color=colour, label=model, markersize=4)
                 needed = [100 * row["needed"][model] for row in mine]
                 axes.plot(rates, needed, color=colour, linewidth=1, linestyle=(0, (2, 2)))
-            axes.set(title=policy, xlabel="requests/s", ylim=(0, None))
+            axes.set(title=policy, xlabel="requests/s")
+        grid[0].set_ylim(bottom=0)
         grid[0].set_ylabel("KV blocks, % of the unit's")
         grid[-1].legend()
         _close(figure, data, "dashed: the same, dealt by what each model's requests fill", out)

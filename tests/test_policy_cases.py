@@ -11,12 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
 
+from bench_record import read  # noqa: E402
 from compare_policies import (  # noqa: E402
     POLICIES,
     Score,
     fairness,
     geometric_mean,
     largest_rate,
+    page_table,
     ratios,
     score,
 )
@@ -92,3 +94,9 @@ def test_ratios_are_of_means_over_seeds() -> None:
 def test_the_largest_rate_is_higher_with_slo() -> None:
     case = short("tight-ttft")
     assert largest_rate(case, "slo", 3, 0.9) > largest_rate(case, "adbs", 3, 0.9) > 0
+
+
+def test_the_page_has_the_figures_that_were_simulated() -> None:
+    page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    rows = read(ROOT / "docs" / "benchmarks" / "policies.json")["runs"]
+    assert page_table(rows) in page
