@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -188,13 +188,3 @@ def _mean_ms(runs: Sequence[Run], model: str, phase: str) -> float:
 
 def _known(times: Iterable[float | None]) -> list[float]:
     return [time for time in times if time is not None]
-
-
-def worst(lines: Iterable[Line]) -> Line:
-    """The line that is furthest off."""
-    return max(lines, key=lambda line: abs(line.error))
-
-
-def typical(lines: Iterable[Line]) -> float:
-    """The median error, without its sign."""
-    return median(abs(line.error) for line in lines)

@@ -66,3 +66,23 @@ def test_figures_compare_the_mean_of_runs_with_the_simulator() -> None:
     assert lines["throughput"].measured == (1.0, 1.0)
     assert lines["throughput"].error == pytest.approx(-0.2)
     assert lines["TPOT p50"].error == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "tpot", "ttft"), [("1", 0.05, 0.06, 0.12), ("1+1", 0.12, 0.15, 0.17)]
+)
+def test_the_published_runs_are_predicted_as_well_as_the_page_says(
+    name: str, steps: float, tpot: float, ttft: float
+) -> None:
+    """Requests and times of the real server, simulated by the brain and the simulator as they are."""
+    published = ROOT / "docs" / "benchmarks" / "validation_server.json"
+    record = msgspec.json.decode(published.read_bytes(), type=server_runs.Record)
+    (setup,) = (one for one in record.setups if one.name == name)
+    world = server_runs.world(setup, published.parent)
+    runs = [(load, server_runs.replay(world, load.asked)) for load in setup.loads]
+    assert len(runs) == 5 and all(len(load.runs) == 5 for load, _ in runs)
+    for load, run in runs:
+        error = {line.what: abs(line.error) for line in server_runs.figures(load, run)}
+        assert error["throughput"] < 0.03
+        assert error["TPOT mean"] < tpot and error["TTFT mean"] < ttft, (load.load, error)
+    assert max(abs(line.error) for line in server_runs.steps(runs)) < steps
