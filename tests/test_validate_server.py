@@ -74,7 +74,7 @@ def test_figures_compare_the_mean_of_runs_with_the_simulator() -> None:
 def test_the_published_runs_are_predicted_as_well_as_the_page_says(
     name: str, steps: float, tpot: float, ttft: float
 ) -> None:
-    """Requests and times of the real server, simulated by the brain and the simulator as they are."""
+    """Requests and times of the real server; the brain and the simulator as they are now."""
     published = ROOT / "docs" / "benchmarks" / "validation_server.json"
     record = msgspec.json.decode(published.read_bytes(), type=server_runs.Record)
     (setup,) = (one for one in record.setups if one.name == name)
