@@ -137,6 +137,7 @@ def test_ctrl_c_keeps_what_was_measured(
     steady: list[Pass],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)
     counted = Probe.burst
     load_model = profile_run.load_model
 
@@ -161,7 +162,7 @@ def test_ctrl_c_keeps_what_was_measured(
     assert len(steady) == presses_at and len(load_profile(out).cells) <= presses_at
     data = json.loads(answer.out)
     assert not data["is_whole"] and data["engine"]["control_s"] is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_the_budget_ends_it_with_the_most_telling_cells(

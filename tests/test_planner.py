@@ -90,6 +90,9 @@ class Fixed:
     def prefill_s(self, tokens: float, squares: float) -> float:
         return self.prefill_token_s * tokens
 
+    def mean_prefill_s(self, tokens: float, squares: float) -> float:
+        return self.prefill_s(tokens, squares)
+
     def decode_s(self, batch: float, context: float) -> float:
         return self.decode_fixed_s + self.decode_batch_s * batch
 

@@ -1,9 +1,11 @@
-"""Arithmetic that is asked millions of times, compiled by numba."""
+"""Arithmetic that is asked millions of times, compiled by numba.
+
+numba is loaded when something is compiled, not before: who only serves does without.
+"""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-from numba import njit
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -14,6 +16,8 @@ def compiled(function: F) -> F:
     Sums are rounded as Python rounds them: nothing is reordered, no multiplication is fused with
     an addition.
     """
+    from numba import njit
+
     made: F = njit(cache=True, error_model="numpy")(function)
     return made
 
@@ -21,13 +25,26 @@ def compiled(function: F) -> F:
 def compiled_bare(function: F) -> F:
     """The same without reference counts, for functions that make no arrays: nobody would free them.
 
-    Counting took nine tenths of the time of small loops over arrays in a tuple.
+    Counting took nine tenths of the time of small loops over arrays in a tuple. Python may call it,
+    compiled functions may not.
     """
-    made: F = njit(cache=True, error_model="numpy", _nrt=False)(function)
-    return made
+
+    @cache
+    def made() -> F:
+        from numba import njit
+
+        return cast(F, njit(cache=True, error_model="numpy", _nrt=False)(function))
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return made()(*args)
+
+    return cast(F, call)
 
 
 def inlined(function: F) -> F:
     """A part of compiled functions: copied to where it is called, as arguments cost time."""
+    from numba import njit
+
     made: F = njit(inline="always", error_model="numpy")(function)
     return made
