@@ -277,3 +277,35 @@ def test_runs_of_decodes_of_one_model_are_folded(monkeypatch: pytest.MonkeyPatch
     run = simulate(config(placed), setting("a", "b"), asked)
     assert run.units[0].num_batches > 1500
     assert len(seen) < 100
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_blocks_that_are_kept_for_who_stepped_behind_stop_nobody(seed: int) -> None:
+    """A claim of a model whose requests had become late kept the others' from going on, for ever.
+
+    The worlds are tight: two models, hardly more blocks than one long sequence of each.
+    """
+    random = Random(seed)
+    floor = sum(m.floor_blocks for m in World("ab", planes_per_block=8).plan.models.values())
+    world = World(
+        "ab",
+        policy="slo",
+        slo=Slo(ttft_s=random.choice([0.05, 1.0]), tpot_s=0.03),
+        planes_per_block=8,
+        num_blocks=floor + random.randint(0, floor // 3),
+        depth=2,
+        lanes=random.choice([1, 2]),
+        swap_blocks=random.choice([0, 500]),
+        prefill_tokens=16,
+        preempt="swap",
+    )
+    tokens = 0
+    for _ in range(random.randint(5, 25)):
+        prompt = random.randint(1, 100)
+        output = random.randint(1, 128 - prompt)
+        tokens += prompt + output
+        world.submit(random.choice("ab"), prompt, output)
+        for _ in range(random.randint(0, 15)):
+            world.step()
+        assert world.check()
+    world.run(max_steps=world.num_steps + 200 + 40 * tokens)

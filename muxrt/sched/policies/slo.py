@@ -55,7 +55,10 @@ class LeastSlack:
         starved = [name for name in self._due_s if self._skipped[name] >= PATIENCE]
         batch = self._decode(scheduler, lane, starved) if starved else None
         batch = batch or self._prefill(scheduler, lane, now)
-        return batch or self._decode(scheduler, lane, self._due_s)
+        batch = batch or self._decode(scheduler, lane, self._due_s)
+        if batch is None and not scheduler.num_in_flight:
+            return self._whoever_can(scheduler, lane, now)
+        return batch
 
     def rotation(self, scheduler: Scheduler) -> Rotation | None:
         """One model that decodes is alone; several go by pace, which no rotation is."""
@@ -111,6 +114,18 @@ class LeastSlack:
                 return batch
         return None
 
+    def _whoever_can(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
+        """Nothing runs and what should come next cannot: it may wait for blocks of the others."""
+        for queue in scheduler.queues.values():
+            if batch := scheduler.prefill(queue.name, lane, now):
+                return batch
+            queue.turn_around()
+            batch = scheduler.prefill(queue.name, lane, now)
+            queue.turn_around()
+            if batch is not None:
+                return batch
+        return None
+
     def _first_that_may(
         self, scheduler: Scheduler, names: list[str], lane: int, now: float
     ) -> Batch | None:
@@ -143,13 +158,17 @@ class LeastSlack:
             self._num_passed = 0
 
     def _step_behind(self, scheduler: Scheduler, queue: ModelQueue, now: float) -> None:
-        """Those at the head of a queue whose first token cannot come in time."""
+        """Those at the head of a queue whose first token cannot come in time.
+
+        Blocks that are kept for it are not kept any longer: it would not come for them.
+        """
         ttft_s = self._slos[queue.name].ttft_s
         while queue.waiting and queue.waiting[0] is not self._recalled:
             request = queue.waiting[0].request
             if now + LATENESS_MARGIN * scheduler.prompt_s(request) <= request.arrived_s + ttft_s:
                 return
             queue.step_behind()
+            scheduler.memory.claims.pop(queue.name, None)
 
     # -- decode steps ------------------------------------------------------------------------
 
