@@ -16,24 +16,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import msgspec
 from bench_models import preset_folders
 from bench_record import provenance, stop_on_sigterm
 from bench_serving import Serving, muxrt_serving, one_unit, shares_of
-from prometheus_client.parser import text_string_to_metric_families
 from server_runs import Asked, Load, Record, Run, Setup, capacity_rps, replay, world
 
 from muxrt.bench.client import replay as send_all
 from muxrt.bench.client import session
 from muxrt.bench.job import Job, Progress, Status, Target
 from muxrt.bench.run import make_jobs
+from muxrt.cli.batch_counts import batches_since, read_batches
 from muxrt.config.load import dump
 from muxrt.config.placement import Lanes, Memory, Mesh, Scheduling
 from muxrt.config.serve import ServeConfig
-from muxrt.core import Phase
-from muxrt.engine.messages import BatchStats
 from muxrt.workload.arrivals import arrivals
 from muxrt.workload.spec import Lengths, Traffic, Workload
 
@@ -43,7 +40,6 @@ OUTPUT = Lengths(mean_tokens=60, cv=0.5, max_tokens=150)
 LOADS = (0.4, 0.6, 0.8, 1.0, 1.2)
 MAX_MODEL_LEN, SEED, SAMPLE_REQUESTS = 512, 7, 200
 REPORT_S = 1.5  # in which a unit that went idle has said what it computed
-NAMES = ("muxrt_batches_total", "muxrt_batch_tokens_total", "muxrt_batch_seconds_total")
 
 
 def config_of(folders: Sequence[Path], split: tuple[int, ...]) -> ServeConfig:
@@ -110,7 +106,7 @@ class Client:
                 self._jobs[load] = await make_jobs(http, routes, plan, traffic.seed)
             jobs = self._jobs[load]
             await asyncio.sleep(REPORT_S)
-            before, begun_s = self._batches(), time.process_time()
+            before, begun_s = read_batches(self._url), time.process_time()
             done = await send_all(http, routes, jobs, Progress(len(jobs)))
             client_s = time.process_time() - begun_s
             await asyncio.sleep(REPORT_S)
@@ -123,40 +119,9 @@ class Client:
             tuple(one.ttft_s or 0.0 for one in done),
             tuple(timing.tpot_s for timing in timings),
             max(one.due_s + (one.last_s or 0.0) for one in done),
-            tuple(_less(after, before) for after in self._batches().values()),
+            tuple(batches_since(before, read_batches(self._url)).values()),
             client_s,
         )
-
-    def _batches(self) -> dict[tuple[str, str], BatchStats]:
-        with urlopen(f"{self._url}/metrics") as response:
-            families = text_string_to_metric_families(response.read().decode())
-        values: dict[tuple[str, str], dict[str, float]] = {}
-        for family in families:
-            for sample in family.samples:
-                if sample.name in NAMES:
-                    key = (sample.labels["model"], sample.labels["phase"])
-                    values.setdefault(key, {})[sample.name] = sample.value
-        return {
-            key: BatchStats(
-                key[0],
-                Phase(key[1]),
-                int(found[NAMES[0]]),
-                int(found[NAMES[1]]),
-                found[NAMES[2]],
-            )
-            for key, found in sorted(values.items())
-        }
-
-
-def _less(after: BatchStats, before: dict[tuple[str, str], BatchStats]) -> BatchStats:
-    old = before.get((after.model, after.phase.value), BatchStats(after.model, after.phase))
-    return BatchStats(
-        after.model,
-        after.phase,
-        after.batches - old.batches,
-        after.tokens - old.tokens,
-        after.seconds - old.seconds,
-    )
 
 
 def split_of(name: str) -> tuple[int, ...]:

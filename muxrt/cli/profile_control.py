@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.request import urlopen
 
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from muxrt.bench.client import replay, session
 from muxrt.bench.job import Job, Outcome, Progress, Status, Target
+from muxrt.cli.batch_counts import Batches, batches_since, read_batches
 from muxrt.cli.endpoint import OwnEndpoint, start_endpoint
 from muxrt.cli.profile_source import Subject
 from muxrt.config.load import dump
@@ -26,7 +25,6 @@ from muxrt.config.serve import Endpoint, ServeConfig
 from muxrt.core import Phase
 from muxrt.cost.memory import kv_token_bytes
 from muxrt.engine.build import DTYPE_BYTES, kv_dtype
-from muxrt.engine.messages import BatchStats
 from muxrt.errors import MuxrtError
 
 FEW, MANY = 1, 8  # streams
@@ -93,11 +91,10 @@ def _prices(few: _Count, many: _Count) -> tuple[float, float]:
 
 def _request_s(endpoint: OwnEndpoint, model: str) -> float:
     """What the first token takes, less its prefill: the median of single requests."""
-    before = _batches(endpoint)
+    before, key = read_batches(endpoint.url), (model, Phase.PREFILL)
     waited = [_ask(endpoint, model, 1, 1)[0].ttft_s or 0.0 for _ in range(SINGLES)]
-    after = _wait(endpoint, Phase.PREFILL, before[Phase.PREFILL].batches + SINGLES)
-    lane_s = after[Phase.PREFILL].seconds - before[Phase.PREFILL].seconds
-    return max(0.0, statistics.median(waited) - lane_s / SINGLES)
+    prefills = _wait(endpoint, before, key, batches=SINGLES)[key]
+    return max(0.0, statistics.median(waited) - prefills.seconds / SINGLES)
 
 
 def _sum(counts: list[_Count]) -> _Count:
@@ -143,48 +140,30 @@ def _ask(endpoint: OwnEndpoint, model: str, streams: int, output: int) -> list[O
 
 
 def _count(endpoint: OwnEndpoint, model: str, streams: int, length: int) -> _Count:
-    output = length - PROMPT_TOKENS
-    before, begun_s = _batches(endpoint), _control_s(endpoint.process.pid)
+    output, key = length - PROMPT_TOKENS, (model, Phase.DECODE)
+    before, begun_s = read_batches(endpoint.url), _control_s(endpoint.process.pid)
     _ask(endpoint, model, streams, output)
     control_s = _control_s(endpoint.process.pid) - begun_s
-    tokens = before[Phase.DECODE].tokens + streams * (output - 1)
-    after = _wait(endpoint, Phase.DECODE, tokens=tokens)
-    return _Count(
-        sum(after[phase].batches - before[phase].batches for phase in after),
-        after[Phase.DECODE].tokens - before[Phase.DECODE].tokens,
-        control_s,
-    )
+    found = _wait(endpoint, before, key, tokens=streams * (output - 1))
+    batches = sum(one.batches for one in found.values())
+    return _Count(batches, found[key].tokens, control_s)
 
 
 def _wait(
-    endpoint: OwnEndpoint, phase: Phase, batches: int = 0, tokens: int = 0
-) -> dict[Phase, BatchStats]:
-    """What the unit reports once it has computed so much. Raises MuxrtError if it does not."""
+    endpoint: OwnEndpoint,
+    before: Batches,
+    key: tuple[str, Phase],
+    batches: int = 0,
+    tokens: int = 0,
+) -> Batches:
+    """What was computed since `before`, once that is so much. Raises MuxrtError if it is not."""
     until_s = time.monotonic() + REPORT_S
     while time.monotonic() < until_s:
-        found = _batches(endpoint)
-        if found[phase].batches >= batches and found[phase].tokens >= tokens:
+        found = batches_since(before, read_batches(endpoint.url))
+        if key in found and found[key].batches >= batches and found[key].tokens >= tokens:
             return found
         time.sleep(POLL_S)
     raise MuxrtError("/metrics of the endpoint does not count its batches")
-
-
-def _batches(endpoint: OwnEndpoint) -> dict[Phase, BatchStats]:
-    """What the one model of the unit has computed."""
-    with urlopen(f"{endpoint.url}/metrics", timeout=REPORT_S) as response:
-        families = text_string_to_metric_families(response.read().decode())
-        values = {
-            (sample.name, sample.labels["phase"]): sample.value
-            for family in families
-            for sample in family.samples
-            if "phase" in sample.labels
-        }
-    names = ("muxrt_batches_total", "muxrt_batch_tokens_total", "muxrt_batch_seconds_total")
-    found = {}
-    for phase in (Phase.PREFILL, Phase.DECODE):
-        batches, tokens, seconds = (values.get((name, phase.value), 0.0) for name in names)
-        found[phase] = BatchStats("", phase, int(batches), int(tokens), seconds)
-    return found
 
 
 def _control_s(api: int) -> float:
