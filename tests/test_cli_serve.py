@@ -93,6 +93,12 @@ BROKEN = {
         ":6: units[0].lanes.split: the lanes need 9999 cores and this machine has {num_cores}:"
         " expected a sum of at most {num_cores}",
     ),
+    "pipeline stages": (
+        "memory:",
+        "mesh: {gpus: [0, 1], pp: 2}\n    memory:",
+        ":6: units[0].mesh.pp: found 2, expected 1: `muxrt serve` has no pipeline stages, such a"
+        " placement is a plan only",
+    ),
     "no key file": (
         "models:\n",
         "endpoint: {api_keys: {file: keys.txt}}\nmodels:\n",

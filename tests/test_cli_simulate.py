@@ -111,6 +111,11 @@ def test_the_plan_tells_gpus_and_engine(
             "gpus: [0, 1, 2]",
             "both: found hot on a mesh of 3 GPUs, which do not divide",
         ),
+        (
+            "gpus: [0]",
+            "gpus: [0, 1], pp: 2",
+            "units[0].mesh.pp: found 2, expected 1: `muxrt simulate` has no pipeline stages",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(

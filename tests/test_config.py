@@ -1,6 +1,7 @@
 """The serve configuration: what is read, and the one error that a wrong file gets."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,13 @@ from muxrt.config.placement import (
     UnitSpec,
 )
 from muxrt.config.schema import parse_bytes
-from muxrt.config.serve import ApiKeys, Endpoint, ServeConfig, check_references
+from muxrt.config.serve import (
+    ApiKeys,
+    Endpoint,
+    ServeConfig,
+    check_references,
+    split_phase_problems,
+)
 from muxrt.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -127,13 +134,13 @@ BROKEN = {
         "      - {name: a, quota: 0.7}\n      - {name: b, quota: 0.3}",
         "      a: 0.7",
         ":11: units[0].models: found a mapping, expected a list,"
-        " each item a mapping with name, quota, traffic, sm_pct, expected",
+        " each item a mapping with name, role, quota, traffic, sm_pct, expected",
     ),
     "a name where a mapping is due": (
         "{name: b, quota: 0.3}",
         "b",
-        ":13: units[0].models[1]: found 'b', expected a mapping with name, quota, traffic,"
-        " sm_pct, expected",
+        ":13: units[0].models[1]: found 'b', expected a mapping with name, role, quota,"
+        " traffic, sm_pct, expected",
     ),
     "unknown model in a unit": (
         "{name: b, quota: 0.3}",
@@ -176,6 +183,26 @@ BROKEN = {
         "memory:",
         "mesh: {cores: [0, 0]}\n    memory:",
         ":10: units[0].mesh.cores: core 0 is already in units[0].mesh.cores",
+    ),
+    "prefills that nobody goes on with": (
+        "{name: a, quota: 0.7}",
+        "{name: a, role: prefill}",
+        ":12: units[0].models[0].role: a has a prefill unit and no decode unit",
+    ),
+    "stages that do not come out": (
+        "memory:",
+        "mesh: {gpus: [0, 1, 2], pp: 2}\n    memory:",
+        ":10: units[0].mesh.pp: found 2, expected a divisor of its 3 gpus",
+    ),
+    "stages of nothing": (
+        "memory:",
+        "mesh: {pp: 2}\n    memory:",
+        ":10: units[0].mesh.pp: found 2 stages and no gpus, expected them listed",
+    ),
+    "a machine too few": (
+        "memory:",
+        "mesh: {gpus: [0, 1], pp: 2, nodes: [0]}\n    memory:",
+        ":10: units[0].mesh.nodes: found 1, expected one for each stage, and no node",
     ),
     "swap without room": (
         "memory:",
@@ -269,6 +296,25 @@ def test_a_good_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configurations_load(path: Path) -> None:
     assert {model.name for model in load(path).models} <= {"pydoc-s", "pydoc-m", "pydoc-l"}
+
+
+def test_roles_and_stages_cannot_be_run_yet() -> None:
+    memory = Memory(kv_bytes=1)
+    roles: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+    units = tuple(
+        UnitSpec(name=role, models=(UnitModel(name="a", role=role),), memory=memory)
+        for role in roles
+    )
+    staged = UnitSpec(
+        name="c", models=(UnitModel(name="a"),), memory=memory, mesh=Mesh(gpus=(0, 1), pp=2)
+    )
+    check_references(ServeConfig(models=(ModelSpec(name="a", path="a"),), units=(*units, staged)))
+    found = [problem.text for problem in split_phase_problems((*units, staged), "it")]
+    assert found == [
+        "found prefill, expected mixed: it hands no sequence over between units",
+        "found decode, expected mixed: it hands no sequence over between units",
+        "found 2, expected 1: it has no pipeline stages, such a placement is a plan only",
+    ]
 
 
 def test_the_short_form_is_one_unit_with_every_model(tmp_path: Path) -> None:

@@ -13,7 +13,12 @@ from muxrt.config.document import Key, KeyedError
 from muxrt.config.load import load_file
 from muxrt.config.model import ModelShape, load_shape
 from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.config.serve import ApiKeys, ServeConfig, split_problems
+from muxrt.config.serve import (
+    ApiKeys,
+    ServeConfig,
+    split_phase_problems,
+    split_problems,
+)
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
 from muxrt.errors import ConfigError
@@ -49,6 +54,8 @@ def check(config: ServeConfig, cores: set[int], environ: Mapping[str, str]) -> C
     """`check_file` for a configuration in memory; raises `KeyedError`."""
     _check_keys(config.endpoint.api_keys, environ)
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
+    for problem in split_phase_problems(config.units, "`muxrt serve`"):
+        raise problem
     for index, unit in enumerate(config.units):
         _check_device(index, unit)
         _check_cores(index, unit, cores)

@@ -78,13 +78,19 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The devices of one unit; on a CPU a set of cores. Tensor parallel over all `gpus`."""
+    """The devices of one unit; on a CPU a set of cores. Tensor parallel over all `gpus`.
+
+    With `pp` > 1 they are so many pipeline stages of equal length, tensor parallel inside each:
+    the first `len(gpus) / pp` GPUs are the first stage. That can be planned and simulated only.
+    """
 
     device: Literal["cpu", "gpu"] = "cpu"
     cores: tuple[Index, ...] | None = None  # as taskset numbers them; None = every core allowed
     kind: Name | None = None  # of its GPUs
     node: Index | None = None  # the machine they are in
     gpus: tuple[Index, ...] | None = None  # as that machine numbers them
+    pp: Count = 1  # pipeline stages
+    nodes: tuple[Index, ...] | None = None  # the machine of each stage, instead of `node`
 
 
 class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -119,8 +125,9 @@ class UnitModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """A model in a unit."""
 
     name: Name
+    role: Literal["mixed", "prefill", "decode"] = "mixed"  # what the unit does for it
     quota: Share | None = None  # share of the unit's blocks; None = by rate x KV need
-    traffic: Positive = 1.0  # weight among the model's replicas
+    traffic: Positive = 1.0  # weight among the model's replicas of that role
     sm_pct: tuple[Percent, ...] | None = None  # its own prefill and decode share (MuxServe)
     expected: Expected | None = None
 

@@ -81,6 +81,9 @@ class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     licence: Name
     gpu: Name  # a kind: a known one, `kind` below, or one that a plan's cluster describes
     table: Name  # CSV; relative to this file
+    # What the table holds: cells that were measured, or what other people's planners go by
+    # (cost/coefficients.py, cost/knots.py).
+    form: Literal["cells", "distserve", "splitwise"] = "cells"
     models: tuple[ProfiledModel, ...]
     kind: GpuKind | None = None
     sm_percent: Name | None = None  # what a share means where there are no SMs, for people

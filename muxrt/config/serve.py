@@ -90,6 +90,7 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
                 " or remove it here",
             )
     yield from _core_problems(config.units)
+    yield from _role_problems(config.units)
 
 
 def source_problems(at: Key, model: ModelSpec) -> Iterator[KeyedError]:
@@ -150,6 +151,52 @@ def _unit_problems(index: int, unit: UnitSpec, known: list[str]) -> Iterator[Key
             ("units", index, "scheduling", "preempt"),
             f"swap needs room: set units[{index}].memory.swap_bytes, such as 64MiB",
         )
+
+
+def _role_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:
+    """Prefills that nobody goes on with, or the other way round; stages that do not come out."""
+    roles = {(part.name, part.role) for unit in units for part in unit.models}
+    other = {"prefill": "decode", "decode": "prefill"}
+    for index, unit in enumerate(units):
+        for position, part in enumerate(unit.models):
+            if part.role in other and (part.name, other[part.role]) not in roles:
+                yield KeyedError(
+                    ("units", index, "models", position, "role"),
+                    f"{part.name} has a {part.role} unit and no {other[part.role]} unit",
+                )
+        yield from _stage_problems(index, unit)
+
+
+def _stage_problems(index: int, unit: UnitSpec) -> Iterator[KeyedError]:
+    mesh, at = unit.mesh, ("units", index, "mesh")
+    if mesh.pp > 1 and len(mesh.gpus or ()) % mesh.pp:
+        yield KeyedError(
+            (*at, "pp"), f"found {mesh.pp}, expected a divisor of its {len(mesh.gpus or ())} gpus"
+        )
+    elif mesh.pp > 1 and not mesh.gpus:
+        yield KeyedError((*at, "pp"), f"found {mesh.pp} stages and no gpus, expected them listed")
+    if mesh.nodes is not None and (len(mesh.nodes) != mesh.pp or mesh.node is not None):
+        yield KeyedError(
+            (*at, "nodes"), f"found {len(mesh.nodes)}, expected one for each stage, and no node"
+        )
+
+
+def split_phase_problems(units: tuple[UnitSpec, ...], verb: str) -> Iterator[KeyedError]:
+    """Pipeline stages and roles, which `verb` cannot run."""
+    for index, unit in enumerate(units):
+        if unit.mesh.pp > 1:
+            yield KeyedError(
+                ("units", index, "mesh", "pp"),
+                f"found {unit.mesh.pp}, expected 1: {verb} has no pipeline stages, such a placement"
+                " is a plan only",
+            )
+        for position, part in enumerate(unit.models):
+            if part.role != "mixed":
+                yield KeyedError(
+                    ("units", index, "models", position, "role"),
+                    f"found {part.role}, expected mixed: {verb} hands no sequence over between"
+                    " units",
+                )
 
 
 def _policy_problems(

@@ -32,7 +32,7 @@ class CostModel:
     def efficiency(self) -> Efficiency:
         """What the roofline assumes of the engine."""
         if self._efficiency is None:
-            known = [profile for profile in self._profiles if profile.gpu in self._gpus]
+            known = [p for p in self._profiles if p.gpu in self._gpus and p.cells]
             self._efficiency = (
                 calibrate(known[0], self._gpus[known[0].gpu]) if known else Efficiency()
             )
@@ -49,6 +49,8 @@ class CostModel:
         for profile in self._profiles:
             for name, profiled in profile.shapes.items():
                 same = profile.gpu == gpu.name and arithmetic(profiled) == arithmetic(shape)
+                if same and (name, tp) in profile.given:
+                    return profile.given[name, tp]
                 cells = profile.of(name, tp) if same else ()
                 if cells:
                     made = fit_lanes if profile.is_cpu else fit

@@ -4,8 +4,8 @@ MuxServe's own profile (`examples/placement/llama.json`) is read as well.
 """
 
 import csv
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from muxrt.config.muxserve import read_json
 from muxrt.config.presets import preset
 from muxrt.config.profile import ProfileFile, read_profile
 from muxrt.core import Phase
+from muxrt.cost.coefficients import read_coefficients
+from muxrt.cost.knots import read_knots
+from muxrt.cost.steps import SharedSteps
 from muxrt.errors import ConfigError
 
 COLUMNS = ("model", "tp", "sm_percent", "batch", "seq_len", "prefill_ms", "decode_ms")
@@ -58,6 +61,8 @@ class Profile:
     shapes: dict[str, ModelShape]
     cells: tuple[Cell, ...]
     file: ProfileFile | None = None  # None: MuxServe's JSON, which says nothing more
+    # By model and tp: step times that need no fit, instead of cells.
+    given: Mapping[tuple[str, int], SharedSteps] = field(default_factory=dict)
 
     def of(self, model: str, tp: int) -> tuple[Cell, ...]:
         """The cells of one model on `tp` GPUs; none where that was not measured."""
@@ -78,7 +83,7 @@ class Profile:
     @property
     def keys(self) -> tuple[tuple[str, int], ...]:
         """What was measured, as (model, tp), in order."""
-        return tuple(sorted({(cell.model, cell.tp) for cell in self.cells}))
+        return tuple(sorted({(cell.model, cell.tp) for cell in self.cells} | set(self.given)))
 
 
 def load_profile(path: Path) -> Profile:
@@ -95,12 +100,22 @@ def load_profile(path: Path) -> Profile:
         )
     read = read_profile(path)
     file = read.file
-    cells = read_cells(read.table)
-    for cell in cells:
-        if cell.model not in read.shapes:
-            problem = f"{cell.model!r} is in {read.table.name} but has no shape here"
+    cells = read_cells(read.table) if file.form == "cells" else ()
+    given = _given(file, read.table)
+    for model in (*(cell.model for cell in cells), *(model for model, _ in given)):
+        if model not in read.shapes:
+            problem = f"{model!r} is in {read.table.name} but has no shape here"
             raise read.document.locate(KeyedError(("models",), problem))
-    return Profile(file.title, file.source, file.licence, file.gpu, read.shapes, cells, file)
+    return Profile(file.title, file.source, file.licence, file.gpu, read.shapes, cells, file, given)
+
+
+def _given(file: ProfileFile, table: Path) -> Mapping[tuple[str, int], SharedSteps]:
+    """Step times that the table gives without a fit."""
+    if file.form == "distserve":
+        return read_coefficients(table, file.title)
+    if file.form == "splitwise":
+        return {key: knots.repaired() for key, knots in read_knots(table, file.title).items()}
+    return {}
 
 
 def table_of(cells: Iterable[Cell]) -> str:
