@@ -58,10 +58,27 @@ class Prompt(msgspec.Struct, frozen=True):
 
     tokens: bytes  # int32, little endian
     sampling: SamplingParams
+    num_outputs: int = 0  # of them, the last ones: generated before, in another unit
 
     def token_ids(self) -> BlockIds:
-        """The prompt. Shape [prompt_tokens], int32."""
+        """The prompt, and what was generated before. Shape [tokens], int32."""
         return np.frombuffer(self.tokens, dtype="<i4").astype(np.int32, copy=False)
+
+
+class Held(msgspec.Struct, frozen=True):
+    """The K and V of a sequence that a unit keeps for another one to fetch."""
+
+    blocks: bytes  # ids in that unit's arena, int32 little endian, whole groups
+    num_tokens: int  # whose K and V they hold
+    checksum: int  # of their bytes, group after group
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Where K and V of a sequence are to be fetched from."""
+
+    unit: str  # name and generation: a unit that was started again holds nothing of before
+    address: bytes  # how its memory is reached (worker/transfer.py); opaque to the brain
+    held: Held
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -75,6 +92,9 @@ class Request(msgspec.Struct, frozen=True):
     keys: tuple[bytes, ...] = ()  # chained hash keys of the prompt's full block groups
     arrived_s: float = 0.0  # monotonic clock of the machine
     deadline_s: float | None = None  # first token by then, or refuse (same clock)
+    num_outputs: int = 0  # tokens that were generated before, in another unit; of `max_tokens`
+    hold_s: float = 0.0  # after its last token its blocks are kept so long, to be fetched
+    source: Source | None = None  # K and V of its tokens but the last; None = compute them
 
 
 class BlockGroup(msgspec.Struct, eq=False, gc=False):
@@ -101,6 +121,8 @@ class SequenceState(Enum):
     SWAPPING_OUT = "swapping_out"
     SWAPPED = "swapped"
     SWAPPING_IN = "swapping_in"
+    FETCHING = "fetching"  # its K and V are on the way from another unit
+    HELD = "held"  # it has all its tokens; its blocks wait to be fetched
     FINISHED = "finished"
 
 
@@ -205,7 +227,28 @@ class Copy(msgspec.Struct, frozen=True, tag="copy"):
     host_blocks: bytes  # host block ids, as many
 
 
-Work = Batch | Copy
+class TransferKind(Enum):
+    """What a `Transfer` does, seen from the unit that launches it."""
+
+    SEAL = "seal"  # make the checksum of blocks that another unit is going to fetch
+    FETCH = "fetch"  # another unit's blocks -> ours; the slot is opened
+
+
+class Transfer(msgspec.Struct, frozen=True, tag="transfer"):
+    """One unit's part in moving a sequence's K and V from unit to unit."""
+
+    id: int
+    lane: int
+    model: str
+    kind: TransferKind
+    slot: int
+    blocks: bytes  # ids in our arena, int32 little endian, whole groups
+    num_tokens: int  # whose K and V are moved
+    source: Source | None = None  # FETCH
+    opened: tuple[SlotOpen, ...] = ()  # FETCH
+
+
+Work = Batch | Copy | Transfer
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -226,6 +269,7 @@ class Result(msgspec.Struct, frozen=True):
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     elapsed_s: float = 0.0  # on the lane, without waiting
     error: str | None = None
+    checksum: int = 0  # of a SEAL
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -247,6 +291,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # prompt chunk by prompt chunk
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     refusal: Refusal | None = None
+    held: Held | None = None  # it can be fetched from now on
+    is_fetched: bool = False  # it was: the unit that held it may let go
 
 
 def pack_ids(groups: list[BlockGroup]) -> bytes:

@@ -60,6 +60,13 @@ class Overloaded(MuxrtError):
     code = "overloaded"
 
 
+class TransferFailed(MuxrtError):
+    """K and V did not come from another unit as they were there: they are computed again."""
+
+    status = 503
+    kind = "transfer_failed"
+
+
 class Unavailable(MuxrtError):
     """The model's unit is starting, draining or being restarted."""
 

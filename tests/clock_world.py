@@ -19,8 +19,8 @@ from real_world import demo_llama
 from muxrt.core import Output, Prompt, Request, Result, SamplingParams, Work
 from muxrt.engine.build import UnitPlan, build_unit
 from muxrt.engine.executor import Done
-from muxrt.sim.executor import SimPrompt, Tokens
 from muxrt.sim.loop import EventLoop
+from muxrt.sim.tokens import SimPrompt, Tokens
 from muxrt.worker.build import open_executor
 from muxrt.worker.executor import LaneExecutor
 

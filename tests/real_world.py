@@ -20,8 +20,9 @@ from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
 from muxrt.kernels import Team
 from muxrt.models.llama import LinearDType, Llama
-from muxrt.sim.executor import ConstantCost, SimExecutor, SimPrompt
+from muxrt.sim.executor import ConstantCost, SimExecutor
 from muxrt.sim.loop import FINISH, EventLoop
+from muxrt.sim.tokens import SimPrompt
 from muxrt.worker.kv_storage import Storage
 from muxrt.worker.runner import Copier, Resident, Runner
 

@@ -25,7 +25,7 @@ from muxrt.config.serve import (
     Endpoint,
     ServeConfig,
     check_references,
-    split_phase_problems,
+    stage_problems,
 )
 from muxrt.errors import ConfigError
 
@@ -309,7 +309,7 @@ def test_roles_and_stages_cannot_be_run_yet() -> None:
         name="c", models=(UnitModel(name="a"),), memory=memory, mesh=Mesh(gpus=(0, 1), pp=2)
     )
     check_references(ServeConfig(models=(ModelSpec(name="a", path="a"),), units=(*units, staged)))
-    found = [problem.text for problem in split_phase_problems((*units, staged), "it")]
+    found = [problem.text for problem in stage_problems((*units, staged), "it")]
     assert found == [
         "found prefill, expected mixed: it hands no sequence over between units",
         "found decode, expected mixed: it hands no sequence over between units",

@@ -21,11 +21,11 @@ from muxrt.engine.messages import ModelReady, Ready, Step, Submit, ToUnit
 from muxrt.errors import BadRequest, MuxrtError
 from muxrt.server.dispatch import Dispatcher, Draft
 from muxrt.server.unit_process import UnitProcess
-from muxrt.sim.executor import SimPrompt
 from muxrt.sim.links import Links
 from muxrt.sim.loop import ARRIVE, FINISH, EventLoop
 from muxrt.sim.setting import Failure, Setting
 from muxrt.sim.simulate import simulate
+from muxrt.sim.tokens import SimPrompt
 from muxrt.sim.unit import SimUnit
 from muxrt.workload.arrivals import Arrival
 

@@ -11,8 +11,9 @@ from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, Un
 from muxrt.core import Batch, Copy, CopyKind, Output, Request, Result, Work, unpack_ids
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
-from muxrt.sim.executor import ConstantCost, Cost, SimExecutor, SimPrompt
+from muxrt.sim.executor import ConstantCost, Cost, SimExecutor
 from muxrt.sim.loop import ARRIVE, EventLoop
+from muxrt.sim.tokens import SimPrompt
 
 SMALL = ModelShape(
     family="llama",

@@ -16,8 +16,8 @@ from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.config.serve import (
     ApiKeys,
     ServeConfig,
-    split_phase_problems,
     split_problems,
+    stage_problems,
 )
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
@@ -54,7 +54,7 @@ def check(config: ServeConfig, cores: set[int], environ: Mapping[str, str]) -> C
     """`check_file` for a configuration in memory; raises `KeyedError`."""
     _check_keys(config.endpoint.api_keys, environ)
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
-    for problem in split_phase_problems(config.units, "`muxrt serve`"):
+    for problem in stage_problems(config.units, "`muxrt serve`"):
         raise problem
     for index, unit in enumerate(config.units):
         _check_device(index, unit)

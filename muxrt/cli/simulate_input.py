@@ -14,7 +14,7 @@ from muxrt.config.model import ModelShape
 from muxrt.config.placement import Slo
 from muxrt.config.plan import EngineFacts, load_plan
 from muxrt.config.presets import model_shape
-from muxrt.config.serve import ServeConfig, split_phase_problems
+from muxrt.config.serve import ServeConfig, stage_problems
 from muxrt.cost.memory import allowed_tps
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import Profile, load_profile
@@ -108,7 +108,7 @@ def load_variant(path: Path) -> Variant:
     """The placement of a file, under its name. Raises ConfigError."""
     file = load_file(path)
     try:
-        for problem in split_phase_problems(file.config.units, "`muxrt simulate`"):
+        for problem in stage_problems(file.config.units, "`muxrt simulate`"):
             raise problem
         shapes = {
             model.name: model_shape(model, ("models", index))

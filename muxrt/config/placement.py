@@ -18,6 +18,7 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
 Percent = Annotated[int, Meta(ge=1, le=100)]
+Role = Literal["mixed", "prefill", "decode"]
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,7 +126,9 @@ class UnitModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """A model in a unit."""
 
     name: Name
-    role: Literal["mixed", "prefill", "decode"] = "mixed"  # what the unit does for it
+    # What the unit does for it: where others do "decode", one that does "prefill" hands every
+    # sequence over after its first token.
+    role: Role = "mixed"
     quota: Share | None = None  # share of the unit's blocks; None = by rate x KV need
     traffic: Positive = 1.0  # weight among the model's replicas of that role
     sm_pct: tuple[Percent, ...] | None = None  # its own prefill and decode share (MuxServe)
@@ -153,6 +156,14 @@ class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     mesh: Mesh = Mesh()
     lanes: Lanes = Lanes()
     scheduling: Scheduling = Scheduling()
+    # How units with roles read each other's K and V; auto = NIXL where it is installed, else memory
+    # that the processes of one machine share.
+    transfer: Literal["auto", "nixl", "shared"] = "auto"
+
+    @property
+    def has_roles(self) -> bool:
+        """Other units fetch sequences from it, or it from them."""
+        return any(model.role != "mixed" for model in self.models)
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

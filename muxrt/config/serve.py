@@ -181,8 +181,8 @@ def _stage_problems(index: int, unit: UnitSpec) -> Iterator[KeyedError]:
         )
 
 
-def split_phase_problems(units: tuple[UnitSpec, ...], verb: str) -> Iterator[KeyedError]:
-    """Pipeline stages and roles, which `verb` cannot run."""
+def stage_problems(units: tuple[UnitSpec, ...], verb: str) -> Iterator[KeyedError]:
+    """Pipeline stages, which `verb` cannot run."""
     for index, unit in enumerate(units):
         if unit.mesh.pp > 1:
             yield KeyedError(
@@ -190,13 +190,6 @@ def split_phase_problems(units: tuple[UnitSpec, ...], verb: str) -> Iterator[Key
                 f"found {unit.mesh.pp}, expected 1: {verb} has no pipeline stages, such a placement"
                 " is a plan only",
             )
-        for position, part in enumerate(unit.models):
-            if part.role != "mixed":
-                yield KeyedError(
-                    ("units", index, "models", position, "role"),
-                    f"found {part.role}, expected mixed: {verb} hands no sequence over between"
-                    " units",
-                )
 
 
 def _policy_problems(

@@ -50,6 +50,7 @@ class ModelReady(msgspec.Struct, frozen=True):
     blocks_per_group: int
     prefix_reuse: bool = True
     is_made_up: bool = False  # its tokens come from a null executor, not from the model
+    address: bytes = b""  # how other units reach its K and V (worker/transfer.py)
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

@@ -83,6 +83,13 @@ class Ledger:
             live[request_id].output_tokens += num_tokens
         self._loads[model, unit].tokens += num_tokens * len(request_ids)
 
+    def move(self, request_id: int, unit: str) -> None:
+        """The request goes on in `unit`; what it gave so far still counts."""
+        live = self.close(request_id)
+        assert live is not None, "who has ended stays where it is"
+        self.open(live.request, unit)
+        self.add_tokens(request_id, live.output_tokens)
+
     def close(self, request_id: int) -> LiveRequest | None:
         """The request ended, however; None if it had already."""
         live = self._live.pop(request_id, None)

@@ -30,10 +30,13 @@ from muxrt.core import (
     CopyKind,
     Sequence,
     SequenceState,
+    Transfer,
+    TransferKind,
     pack_ids,
 )
 from muxrt.kvcache.block_pool import BlockPool
 from muxrt.kvcache.host_blocks import HostBlocks
+from muxrt.sched.entries import open_slot
 from muxrt.sched.queues import ModelQueue
 
 WATERMARK = 0.01  # of all blocks stay free when a sequence starts or resumes on borrowed blocks
@@ -60,7 +63,7 @@ class Memory:
         self.pool = pool
         self.host = host
         self.claims: dict[str, int] = {}  # blocks that loans to other models must leave free
-        self.copies: deque[tuple[Sequence, CopyKind]] = deque()  # to be launched
+        self.copies: deque[tuple[Sequence, CopyKind | TransferKind]] = deque()  # to be launched
         self.num_preempted: dict[tuple[str, Preempt], int] = {}
         self._queues = queues
         self._choose = choose
@@ -78,9 +81,11 @@ class Memory:
     def start(self, sequence: Sequence) -> bool:
         """Take the blocks of all known tokens of a queue's head; it runs, or nothing changes.
 
-        A swapped sequence starts its way back from host memory. False = wait (what could be
-        called back has been).
+        A swapped sequence starts its way back from host memory, one whose K and V another unit
+        holds is fetched. False = wait (what could be called back has been).
         """
+        if sequence.request.source is not None and not sequence.opened:
+            return self._start_fetching(sequence, sequence.request.source.held.num_tokens)
         if sequence.host_blocks is None:
             return self._start_computing(sequence)
         num_groups = len(sequence.host_blocks) // self._group_blocks(sequence)
@@ -91,6 +96,24 @@ class Memory:
         sequence.state = SequenceState.SWAPPING_IN
         self.copies.append((sequence, CopyKind.SWAP_IN))
         return True
+
+    def _start_fetching(self, sequence: Sequence, num_tokens: int) -> bool:
+        queue = self._queues[sequence.request.model]
+        num_groups = queue.model.layout.num_groups(sequence.num_tokens)
+        if not self._may_start(sequence, num_groups, []):
+            return False
+        sequence.groups = self._take(sequence, num_groups)
+        sequence.num_scheduled = sequence.num_committed = num_tokens
+        queue.start(sequence)
+        sequence.state = SequenceState.FETCHING
+        self.copies.append((sequence, TransferKind.FETCH))
+        return True
+
+    def hold(self, sequence: Sequence) -> None:
+        """A sequence has all its tokens, and another unit is going to fetch its blocks."""
+        sequence.state = SequenceState.HELD
+        self._queues[sequence.request.model].changed()
+        self.copies.append((sequence, TransferKind.SEAL))
 
     def _start_computing(self, sequence: Sequence) -> bool:
         queue = self._queues[sequence.request.model]
@@ -156,6 +179,9 @@ class Memory:
         """Tokens of a queue's head whose K and V are neither cached nor in host memory."""
         if head.host_blocks is not None:
             return head.num_pending
+        source = head.request.source
+        if source is not None and not head.opened:
+            return head.num_tokens - source.held.num_tokens
         known = self.pool.prefixes.match(head.request.keys)
         layout = self._queues[head.request.model].model.layout
         return head.num_tokens - len(known) * layout.block_tokens
@@ -316,6 +342,29 @@ class Memory:
             pack_ids(sequence.groups),
             sequence.host_blocks.tobytes(),
         )
+
+    def transfer(self, sequence: Sequence, kind: TransferKind, work_id: int, lane: int) -> Transfer:
+        """The work that seals or fetches a sequence's blocks."""
+        assert sequence.slot is not None
+        request = sequence.request
+        is_fetch = kind is TransferKind.FETCH
+        return Transfer(
+            work_id,
+            lane,
+            request.model,
+            kind,
+            sequence.slot,
+            pack_ids(sequence.groups),
+            sequence.num_committed,
+            request.source if is_fetch else None,
+            (open_slot(sequence),) if is_fetch else (),
+        )
+
+    def fetched(self, sequence: Sequence) -> None:
+        """K and V are here: the sequence goes on as if it had been computed here."""
+        if sequence.state is SequenceState.FETCHING:
+            sequence.num_groups_sent = len(sequence.groups)
+            sequence.state = SequenceState.RUNNING
 
     def copied(self, sequence: Sequence, kind: CopyKind) -> None:
         """A copy is done: the sequence is on the other side."""

@@ -13,7 +13,9 @@ from muxrt.core import (
     Batch,
     BatchEntry,
     Copy,
+    CopyKind,
     FinishReason,
+    Held,
     Output,
     Phase,
     Refusal,
@@ -21,10 +23,12 @@ from muxrt.core import (
     Result,
     Sequence,
     SequenceState,
+    Transfer,
+    TransferKind,
     Work,
 )
 from muxrt.cost.latency import BatchShape, Latency, attention_work
-from muxrt.errors import Overloaded
+from muxrt.errors import Overloaded, TransferFailed
 from muxrt.sched.admission import Admission, Allowance, Need
 from muxrt.sched.entries import add_chunk, add_step, open_slot
 from muxrt.sched.memory import Memory
@@ -32,7 +36,7 @@ from muxrt.sched.queues import ModelQueue, by_order
 from muxrt.sched.rotation import Rotation
 
 LATENESS_MARGIN = 2.0  # of a predicted prefill: others share its batch, it may wait for the lane
-AnyWork = TypeVar("AnyWork", Batch, Copy)
+AnyWork = TypeVar("AnyWork", Batch, Copy, Transfer)
 
 
 class Policy(Protocol):
@@ -105,12 +109,18 @@ class Scheduler:
         self._orders = count()
         self.work_ids = count()
         self._deadlines: list[tuple[float, int]] = []  # (time, request id)
+        self._leases: list[tuple[float, int]] = []  # likewise: until then its blocks are held
 
     # -- arrivals and departures -------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a request whose lengths the unit has checked."""
-        sequence = Sequence(request, next(self._orders))
+        sequence = Sequence(
+            request,
+            next(self._orders),
+            outputs_scheduled=request.num_outputs,
+            outputs_committed=request.num_outputs,
+        )
         self._sequences[request.id] = sequence
         self.queues[request.model].waiting.append(sequence)
         if request.deadline_s is not None:
@@ -130,8 +140,19 @@ class Scheduler:
             heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def next_lease(self) -> float | None:
+        """When the blocks of the next held sequence are let go, if nobody fetched them."""
+        while self._leases and self._leases[0][1] not in self._sequences:
+            heappop(self._leases)
+        return self._leases[0][0] if self._leases else None
+
     def expire(self, now: float) -> list[Output]:
-        """Refuse the waiting requests whose first token can no longer come in time."""
+        """Refuse the waiting requests whose first token can no longer come in time.
+
+        And let go of what was held for too long: whoever comes late computes it again.
+        """
+        while (lease_s := self.next_lease()) is not None and lease_s <= now:
+            self._finish(self._sequences[heappop(self._leases)[1]])
         outputs = []
         for queue in self.queues.values():
             while queue.waiting and not queue.preempted and self._is_late(queue.waiting[0], now):
@@ -248,7 +269,7 @@ class Scheduler:
         if not self.memory.start(head):
             return False
         self.memory.claims.pop(queue.name, None)
-        if is_new:
+        if is_new and head.state is not SequenceState.FETCHING:
             counters = self.counters[queue.name]
             counters.prompt_tokens += head.request.prompt_tokens
             counters.prefix_hit_tokens += head.num_cached
@@ -313,13 +334,14 @@ class Scheduler:
         """Prompts of `model` are under way and may go on on `lane`."""
         return any(_can_run(sequence, lane) for sequence in self.queues[model].prefilling)
 
-    def _next_copy(self) -> Copy | None:
+    def _next_copy(self) -> Copy | Transfer:
         sequence, kind = self.memory.copies.popleft()
-        lane = self.limits.copy_lane
-        work = self.memory.copy(sequence, kind, next(self.work_ids), lane)
+        lane, number = self.limits.copy_lane, next(self.work_ids)
         sequence.lane = lane
         sequence.in_flight += 1
-        return self._fly(work, [sequence])
+        if isinstance(kind, CopyKind):
+            return self._fly(self.memory.copy(sequence, kind, number, lane), [sequence])
+        return self._fly(self.memory.transfer(sequence, kind, number, lane), [sequence])
 
     def _fly(self, work: AnyWork, sequences: list[Sequence]) -> AnyWork:
         self.flights[work.id] = Flight(work, sequences)
@@ -337,6 +359,8 @@ class Scheduler:
         self.queues[work.model].flew(work, -1)
         for sequence in flight.sequences:
             sequence.in_flight -= 1
+        if isinstance(work, Transfer):
+            return self._commit_transfer(flight.sequences[0], work, result, now)
         if result.error is not None:
             return self._fail(flight.sequences, result.error)
         if isinstance(work, Copy):
@@ -348,6 +372,24 @@ class Scheduler:
     def _commit_copy(self, sequence: Sequence, work: Copy, result: Result) -> None:
         self.memory.copied(sequence, work.kind)
         self.memory.settle(sequence)
+
+    def _commit_transfer(
+        self, sequence: Sequence, work: Transfer, result: Result, now: float
+    ) -> list[Output]:
+        request = sequence.request
+        if sequence.state is SequenceState.FINISHED:
+            self.memory.settle(sequence)
+            return []
+        if result.error is not None:
+            self._finish(sequence)
+            refusal = Refusal(TransferFailed.status, TransferFailed.kind, result.error)
+            return [Output(request.id, finish=FinishReason.ERROR, refusal=refusal)]
+        if work.kind is TransferKind.FETCH:
+            self.memory.fetched(sequence)
+            return [Output(request.id, is_fetched=True)]
+        heappush(self._leases, (now + request.hold_s, request.id))
+        held = Held(work.blocks, work.num_tokens, result.checksum)
+        return [Output(request.id, finish=FinishReason.LENGTH, held=held)]
 
     def _commit_batch(
         self, batch: Batch, sequences: list[Sequence], result: Result, now: float
@@ -394,7 +436,10 @@ class Scheduler:
             finish = FinishReason.STOP
         elif sequence.outputs_committed >= request.max_tokens and _is_prompt_done(sequence):
             finish = FinishReason.LENGTH
-        if finish is not None:
+        if finish is FinishReason.LENGTH and request.hold_s:
+            self.memory.hold(sequence)
+            finish = None  # it ends when it can be fetched
+        elif finish is not None:
             self._finish(sequence)
         prompt = result.prompt_logprobs[index] if result.prompt_logprobs else None
         if token is None:

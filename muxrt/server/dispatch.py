@@ -4,19 +4,21 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
 import msgspec
+import numpy as np
 
-from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.core import FinishReason, Output, Prompt, Refusal, Request, SamplingParams
+from muxrt.config.placement import ModelSpec, UnitModel, UnitSpec
+from muxrt.core import FinishReason, Output, Prompt, Refusal, Request, SamplingParams, Source
+from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff
 from muxrt.engine.messages import Abort, ModelReady, Step, Submit, ToUnit
 from muxrt.engine.requests import Ledger, LiveRequest
-from muxrt.engine.router import Replica, choose
-from muxrt.errors import MuxrtError, Overloaded, Unavailable
+from muxrt.engine.router import Replica, choose_decoder, choose_route
+from muxrt.errors import MuxrtError, Overloaded, TransferFailed, Unavailable
 from muxrt.server.unit_process import UnitProcess
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,24 @@ class Draft:
             deadline_s=self.deadline_s,
         )
 
+    def resumed(self, request_id: int, outputs: Sequence[int], source: Source | None) -> Request:
+        """The rest of a request that gave `outputs` already, in another unit.
+
+        Its K and V are at `source`, or to be computed again. What was said of the prompt is said.
+        """
+        tokens = self.tokens + np.array(outputs, dtype="<i4").tobytes()
+        sampling = msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        return Request(
+            id=request_id,
+            model=self.model,
+            prompt_tokens=self.num_tokens,
+            max_tokens=self.max_tokens,
+            payload=msgspec.msgpack.encode(Prompt(tokens, sampling, len(outputs))),
+            arrived_s=self.arrived_s,
+            num_outputs=len(outputs),
+            source=source,
+        )
+
 
 class Units(Protocol):
     """What is needed of the supervisor."""
@@ -75,6 +95,8 @@ class _Waiter:
     draft: Draft
     sink: Sink
     is_untouched: bool = True  # it was sent once and nothing came back: it may be sent again
+    handoff: Handoff | None = None  # another unit is to take it over
+    outputs: list[int] = field(default_factory=list)  # if so: what its client has
 
 
 class Dispatcher:
@@ -117,7 +139,7 @@ class Dispatcher:
 
     def _ready_replicas(self, model: str) -> list[Replica]:
         return [
-            Replica(model, unit.name, _traffic(unit.spec, model))
+            _replica(unit.spec, model)
             for unit in self._units.units.values()
             if unit.is_ready and model in unit.models
         ]
@@ -142,28 +164,43 @@ class Dispatcher:
         Raises Unavailable if none is ready.
         """
         replicas = self._ready_replicas(draft.model)
-        preferred = [replica for replica in replicas if replica.unit == unit]
-        replica = choose(preferred or replicas, self.ledger)
-        if replica is None:
-            raise self._unavailable(draft.model)
         request_id = self.ledger.next_id()
-        self._send(request_id, _Waiter(draft, sink), replica.unit)
+        if not self._start(request_id, _Waiter(draft, sink), replicas, unit):
+            raise self._unavailable(draft.model)
         return request_id
 
-    def _send(self, request_id: int, waiter: _Waiter, unit: str) -> None:
-        block_tokens = self._units.units[unit].models[waiter.draft.model].block_tokens
+    def _start(
+        self, request_id: int, waiter: _Waiter, ready: list[Replica], unit: str | None = None
+    ) -> bool:
+        """Send a request that gave nothing yet, to `unit` if it is ready; False if none is."""
+        route = choose_route(ready, self.ledger)
+        if route is None:
+            return False
+        near = next((r for r in ready if r.unit == unit and r.role == route.replica.role), None)
+        name = (near or route.replica).unit
+        block_tokens = self._units.units[name].models[waiter.draft.model].block_tokens
         request = waiter.draft.request(request_id, block_tokens)
-        self.ledger.open(request, unit)
-        self._waiters[request_id] = waiter
+        waiter.handoff = None
+        if route.is_handed_over and request.max_tokens > 1:
+            waiter.handoff = Handoff()
+            request = msgspec.structs.replace(request, max_tokens=1, hold_s=LEASE_S)
+        self.ledger.open(request, name)
+        self._send(request, waiter, name)
+        return True
+
+    def _send(self, request: Request, waiter: _Waiter, unit: str) -> None:
+        self._waiters[request.id] = waiter
         self._idle.clear()
         # A process that does not listen has just died; its funeral will tell this request, too.
         self._units.send(unit, Submit(request))
 
     def abort(self, request_id: int) -> None:
-        """Nobody waits for this request any more: its unit frees everything of it at once."""
+        """Nobody waits for this request any more: its units free everything of it at once."""
+        waiter = self._waiters.get(request_id)
         live = self._close(request_id)
-        if live is not None:
+        if live is not None and waiter is not None:
             self._units.send(live.unit, Abort(request_id))
+            self._release(request_id, waiter)
 
     def unit_of(self, request_id: int) -> str | None:
         """Where a live request runs."""
@@ -186,6 +223,8 @@ class Dispatcher:
             if waiter is None:
                 continue
             waiter.is_untouched = False
+            if waiter.handoff is not None and self._hand_over(waiter, waiter.handoff, output):
+                continue
             self.ledger.add_tokens(output.request_id, len(output.tokens))
             # Before it is closed: what starts with it must find its unit, and no idle moment.
             waiter.sink(output)
@@ -193,25 +232,90 @@ class Dispatcher:
                 self._close(output.request_id)
 
     def on_death(self, unit: UnitProcess) -> None:
-        """Everything live in `unit` is lost: what showed nothing yet may start over elsewhere."""
+        """Everything live in `unit` is lost: what showed nothing yet may start over elsewhere.
+
+        What is handed over from unit to unit is computed again by whoever is there.
+        """
         lost = self.ledger.of_unit(unit.name)
         log.warning("event=requests_lost unit=%s count=%d", unit.name, len(lost))
         for live in lost:
             waiter = self._waiters[live.request.id]
+            if waiter.outputs and waiter.handoff is not None:
+                self._act(live.request.id, waiter, waiter.handoff.on(Event.DIED))
+                continue
             self._close(live.request.id)
             if not self._retry(live, waiter):
-                why = f"the process that served {live.request.model} died; it is being restarted"
-                waiter.sink(_gone(live, why, unit.retry_after_s(self._now())))
+                self._give_up(live, waiter, unit.retry_after_s(self._now()))
+
+    def _give_up(self, live: LiveRequest, waiter: _Waiter, retry_after_s: float) -> None:
+        why = f"the process that served {live.request.model} died; it is being restarted"
+        waiter.sink(_gone(live, why, retry_after_s))
 
     def _retry(self, live: LiveRequest, waiter: _Waiter) -> bool:
         """Send a request that gave nothing to another replica, once; False if that cannot be."""
-        replica = choose(self._ready_replicas(live.request.model), self.ledger)
-        if not waiter.is_untouched or replica is None:
+        if not waiter.is_untouched:
             return False
-        waiter.is_untouched = False
         # The same id: who waits knows it. The unit that knew it is dead.
-        self._send(live.request.id, waiter, replica.unit)
+        is_sent = self._start(live.request.id, waiter, self._ready_replicas(live.request.model))
+        waiter.is_untouched = False
+        return is_sent
+
+    # -- from unit to unit -------------------------------------------------------------------
+
+    def _hand_over(self, waiter: _Waiter, handoff: Handoff, output: Output) -> bool:
+        """Take note of an output of a request on its way; True if its client need not know."""
+        waiter.outputs += output.tokens
+        if output.held is not None:
+            live = self.ledger.get(output.request_id)
+            assert live is not None, "who has a waiter is live"
+            handoff.holder, handoff.held = live.unit, output.held
+            self._act(output.request_id, waiter, handoff.on(Event.HELD))
+        elif output.is_fetched:
+            self._act(output.request_id, waiter, handoff.on(Event.FETCHED))
+        elif output.refusal is not None and output.refusal.kind == TransferFailed.kind:
+            log.warning("event=transfer_failed error=%r", output.refusal.message)
+            self._act(output.request_id, waiter, handoff.on(Event.NOT_FETCHED))
+        else:
+            return False
         return True
+
+    def _act(self, request_id: int, waiter: _Waiter, acts: Sequence[Act]) -> None:
+        """Do what the state machine says (engine/handoff.py)."""
+        handoff = waiter.handoff
+        assert handoff is not None, "only what is handed over has steps"
+        source = self._source(waiter.draft.model, handoff) if Act.FETCH in acts else None
+        if Act.RELEASE in acts:
+            self._release(request_id, waiter)
+        if Act.FETCH not in acts and Act.RECOMPUTE not in acts:
+            return
+        decoder = choose_decoder(self._ready_replicas(waiter.draft.model), self.ledger)
+        if decoder is None or handoff.is_hopeless:
+            live = self._close(request_id)
+            self._release(request_id, waiter)
+            if live is not None:
+                self._give_up(live, waiter, QUEUE_RETRY_S)
+            return
+        if decoder.unit == handoff.holder:  # nobody else is there: it lets go and begins anew
+            self._release(request_id, waiter)
+            source = None
+        self.ledger.move(request_id, decoder.unit)
+        request = waiter.draft.resumed(request_id, waiter.outputs, source)
+        self._send(request, waiter, decoder.unit)
+
+    def _source(self, model: str, handoff: Handoff) -> Source | None:
+        """Where the blocks are; None if the holder is gone, and they with it."""
+        assert handoff.holder is not None and handoff.held is not None
+        unit = self._units.units[handoff.holder]
+        if not unit.is_ready:
+            return None
+        return Source(unit.identity.decode(), unit.models[model].address, handoff.held)
+
+    def _release(self, request_id: int, waiter: _Waiter) -> None:
+        """Who holds blocks of the request for another unit may let go."""
+        handoff = waiter.handoff
+        if handoff is not None and handoff.holder is not None:
+            self._units.send(handoff.holder, Abort(request_id))
+            handoff.holder = None
 
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new; True once nothing is live, False if that takes too long."""
@@ -316,8 +420,9 @@ class Call:
                 self._take(index, Output(0, finish=FinishReason.ERROR, refusal=refusal))
 
 
-def _traffic(unit: UnitSpec, model: str) -> float:
-    return next(part.traffic for part in unit.models if part.name == model)
+def _replica(unit: UnitSpec, model: str) -> Replica:
+    part: UnitModel = next(part for part in unit.models if part.name == model)
+    return Replica(model, unit.name, part.traffic, part.role)
 
 
 def _gone(live: LiveRequest, why: str, retry_after_s: float) -> Output:

@@ -1,4 +1,4 @@
-"""The copy lane of a unit: blocks on their way between the arena and host memory.
+"""The copy lane of a unit: blocks on their way between the arena and host memory or other arenas.
 
 Assumptions, each of which a measurement on GPUs may replace:
 
@@ -7,15 +7,23 @@ Assumptions, each of which a measurement on GPUs may replace:
 * The GPUs of a node reach host memory over `NODE_LINKS` such links together (as in a DGX A100, with
   two GPUs behind each PCIe switch). Units of a node whose copies run at the same time share them if
   they are simulated together: where they have replicas of a model in common.
+* What is fetched from another unit of the node goes over the links between GPUs, those of the unit
+  that has fewer or slower ones; from another node over the network, which all transfers out of a
+  node, or into it, share. Sealing takes no time.
 """
 
 from collections import deque
+from functools import partial
+from typing import Protocol
+
+import msgspec
 
 from muxrt.config.placement import UnitSpec
-from muxrt.core import ID_BYTES, Copy, CopyKind, Result
+from muxrt.core import ID_BYTES, Copy, CopyKind, Transfer, TransferKind
 from muxrt.engine.executor import Done
 from muxrt.sim.links import Link, Links, LinkTransfer
-from muxrt.sim.loop import EventLoop
+from muxrt.sim.loop import FINISH, EventLoop
+from muxrt.sim.tokens import Tokens
 
 # PCIe 4.0 x16, as A100's data sheet has it (32e9), at the 80 % that large copies reach.
 HOST_LINK_BYTES_PER_S = 25.6e9
@@ -31,19 +39,38 @@ def host_path(spec: UnitSpec, kind: CopyKind) -> tuple[Link, ...]:
     )
 
 
-class CopyLane:
-    """Runs copies one after the other, as fast as their links let them."""
+class Peers(Protocol):
+    """The other units, as far as K and V come from them."""
 
-    def __init__(self, loop: EventLoop, links: Links, spec: UnitSpec, block_bytes: int) -> None:
+    def path(self, source: str, unit: str) -> tuple[Link, ...]:
+        """The links from `source` to `unit`; none where `source` is gone."""
+
+    def block_bytes(self, source: str) -> int:
+        """Of the blocks of `source`."""
+
+
+class CopyLane:
+    """Runs copies and transfers one after the other, as fast as their links let them."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        links: Links,
+        spec: UnitSpec,
+        block_bytes: int,
+        peers: Peers,
+    ) -> None:
         self._loop, self._links = loop, links
         self._spec, self._block_bytes = spec, block_bytes
-        self._queue: deque[tuple[Copy, Done]] = deque()  # the first one runs
+        self._peers = peers
+        self.tokens = Tokens()  # of the unit: what is fetched opens slots, too
+        self._queue: deque[tuple[Copy | Transfer, Done]] = deque()  # the first one runs
         self._transfer: LinkTransfer | None = None
         self._started_s = 0.0
 
-    def launch(self, copy: Copy, done: Done) -> None:
-        """Start `copy` when those before it are done."""
-        self._queue.append((copy, done))
+    def launch(self, work: Copy | Transfer, done: Done) -> None:
+        """Start `work` when those before it are done."""
+        self._queue.append((work, done))
         if len(self._queue) == 1:
             self._start()
 
@@ -54,15 +81,32 @@ class CopyLane:
             self._links.cancel(self._transfer)
 
     def _start(self) -> None:
-        copy, _ = self._queue[0]
-        num_bytes = len(copy.blocks) // ID_BYTES * self._block_bytes
+        work, _ = self._queue[0]
         self._started_s = self._loop.now_s
-        self._transfer = self._links.send(host_path(self._spec, copy.kind), num_bytes, self._end)
+        if isinstance(work, Copy):
+            num_bytes = len(work.blocks) // ID_BYTES * self._block_bytes
+            path = host_path(self._spec, work.kind)
+        elif work.kind is TransferKind.SEAL:
+            self._loop.after(0.0, self._end, FINISH)
+            return
+        else:
+            assert work.source is not None, "what is fetched has a source"
+            path = self._peers.path(work.source.unit, self._spec.name)
+            if not path:
+                error = f"{work.source.unit} is gone, and its K and V"
+                self._loop.after(0.0, partial(self._end, error), FINISH)
+                return
+            held = len(work.source.held.blocks) // ID_BYTES
+            num_bytes = held * self._peers.block_bytes(work.source.unit)
+        self._transfer = self._links.send(path, num_bytes, self._end)
 
-    def _end(self) -> None:
-        copy, done = self._queue.popleft()
+    def _end(self, error: str | None = None) -> None:
+        if not self._queue:
+            return  # the unit died
+        work, done = self._queue.popleft()
         elapsed_s = self._loop.now_s - self._started_s
         self._transfer = None
         if self._queue:
             self._start()
-        done(copy, Result(elapsed_s=elapsed_s))
+        result = self.tokens.run(work, elapsed_s)
+        done(work, msgspec.structs.replace(result, error=error))

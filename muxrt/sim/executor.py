@@ -5,22 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import msgspec
-
-from muxrt.core import Batch, BatchEntry, Copy, Result, SlotOpen, Work
+from muxrt.core import Batch, Copy, Result, Transfer, Work
 from muxrt.cost.batch import BatchWork
 from muxrt.engine.executor import Done
 from muxrt.sim.copies import CopyLane
 from muxrt.sim.loop import FINISH, Event, EventLoop
 from muxrt.sim.mesh import MeshCost, Runner
+from muxrt.sim.tokens import Tokens
 
 Cost = Callable[[Work], float]  # seconds a lane needs
-
-
-class SimPrompt(msgspec.Struct, frozen=True):
-    """A simulated request's payload: the one secret the brain must not see."""
-
-    output_tokens: int  # the last of them ends the sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,40 +28,6 @@ class ConstantCost:
         if isinstance(work, Batch):
             return self.batch_s + self.token_s * work.num_tokens
         return self.copy_s
-
-
-class Tokens:
-    """What the sequences in the slots of a unit still have to say."""
-
-    def __init__(self) -> None:
-        self.remaining: dict[str, dict[int, int]] = {}  # by model and slot
-
-    def run(self, work: Work, elapsed_s: float) -> Result:
-        """The result of `work`."""
-        if not isinstance(work, Batch):
-            return Result(elapsed_s=elapsed_s)
-        for opened in work.opened:
-            self._open(work.model, opened)
-        left = self.remaining.setdefault(work.model, {})
-        drawn = tuple([_draw(left, entry) for entry in work.entries])
-        stopped = tuple([remaining == 0 for remaining in drawn])
-        return Result(drawn, stopped, elapsed_s=elapsed_s)
-
-    def _open(self, model: str, opened: SlotOpen) -> None:
-        prompt = msgspec.msgpack.decode(opened.payload, type=SimPrompt)
-        self.remaining.setdefault(model, {})[opened.slot] = prompt.output_tokens
-
-
-def _draw(left: dict[int, int], entry: BatchEntry) -> int | None:
-    """A sampled token: how many are still to come after it; None if nothing is sampled."""
-    if not entry.samples:
-        return None
-    # Past its end a sequence draws what nobody will read, as the real one does.
-    remaining = left[entry.slot] - 1
-    if remaining < 0:
-        remaining = 0
-    left[entry.slot] = remaining
-    return remaining
 
 
 class SimExecutor:
@@ -220,11 +179,11 @@ class MeshExecutor:
         self._loop = loop
         self.lanes = MeshLanes(loop, cost)
         self.copies = copies
-        self.tokens = Tokens()
+        self.tokens = copies.tokens
 
     def launch(self, work: Work, done: Done) -> None:
         """Finish `work` when its lane has had time for it."""
-        if isinstance(work, Copy):
+        if isinstance(work, Copy | Transfer):
             self.copies.launch(work, done)
             return
         runner = self.lanes.cost.runner(work)

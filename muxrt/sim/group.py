@@ -9,14 +9,15 @@ from typing import Protocol
 import msgspec
 
 from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.core import FinishReason, Output, Request
+from muxrt.core import FinishReason, Output, Request, Source
+from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff
 from muxrt.engine.requests import Ledger, LiveRequest
-from muxrt.engine.router import Replica, choose
-from muxrt.errors import BadRequest, ConfigError, Overloaded, Unavailable
-from muxrt.sim.executor import SimPrompt
-from muxrt.sim.links import Links
+from muxrt.engine.router import Replica, choose_decoder, choose_route
+from muxrt.errors import BadRequest, ConfigError, Overloaded, TransferFailed, Unavailable
+from muxrt.sim.links import Link, Links
 from muxrt.sim.loop import ARRIVE, FINISH, PLAN, EventLoop
 from muxrt.sim.setting import Failure, Setting
+from muxrt.sim.tokens import SimPrompt
 from muxrt.sim.unit import SimUnit
 from muxrt.sim.use import SAMPLE_S, UnitUse
 from muxrt.workload.arrivals import Arrival
@@ -37,6 +38,7 @@ class Served:
     finish: FinishReason | None = None
     refused: int | None = None  # the HTTP status of its refusal, or of its end with its unit
     is_retried: bool = False  # its first unit died before its first token
+    handoff: Handoff | None = None  # another unit takes it over after its prompt
 
     @property
     def is_answered(self) -> bool:
@@ -110,11 +112,13 @@ class Simulation:
         self.ledger = Ledger()
         self.served: list[Served] = []
         self._live: dict[int, Served] = {}
+        self._requests: dict[int, Request] = {}  # of those, as their clients sent them
+        self._setting = setting
         self._models = {spec.name: spec for spec in group.models}
         self.units = {spec.name: SimUnit(spec, group.models, setting, self) for spec in group.units}
         self._replicas = {
             name: [
-                Replica(name, unit.name, part.traffic)
+                Replica(name, unit.name, part.traffic, part.role)
                 for unit in group.units
                 for part in unit.models
                 if part.name == name
@@ -199,10 +203,17 @@ class Simulation:
         self._changes_s.popleft()
         self.units[name].die()
         for lost in self.ledger.of_unit(name):
-            served = self._live.pop(lost.request.id)
+            served = self._live[lost.request.id]
+            if served.output_tokens and served.handoff is not None:
+                self._act(lost.request.id, served, served.handoff.on(Event.DIED))
+                continue
             self.ledger.close(lost.request.id)
             if not self._retry(lost, served):
-                self._turn_away(served, Unavailable.status)
+                self._lose(lost.request.id, served)
+
+    def _lose(self, request_id: int, served: Served) -> None:
+        del self._live[request_id], self._requests[request_id]
+        self._turn_away(served, Unavailable.status)
 
     def _revive(self, name: str) -> None:
         self._changes_s.popleft()
@@ -210,12 +221,10 @@ class Simulation:
 
     def _retry(self, lost: LiveRequest, served: Served) -> bool:
         """What gave nothing may start over elsewhere, once; False if that cannot be."""
-        replica = self._choose(lost.request.model)
-        if served.first_s is not None or served.is_retried or replica is None:
+        if served.first_s is not None or served.is_retried:
             return False
         served.is_retried = True
-        self._send(lost.request, served, replica.unit)
-        return True
+        return self._start(self._requests[lost.request.id], served)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -250,8 +259,6 @@ class Simulation:
         if room < 1:
             self._turn_away(served, BadRequest.status)
             return
-        replica = self._choose(arrival.model)
-        assert replica is not None, "some are ready"
         timeout_s = spec.queue_timeout_s
         request = Request(
             id=self.ledger.next_id(),
@@ -263,23 +270,131 @@ class Simulation:
             arrived_s=arrival.at_s,
             deadline_s=arrival.at_s + timeout_s if timeout_s else None,
         )
-        self._send(request, served, replica.unit)
+        is_sent = self._start(request, served)
+        assert is_sent, "some are ready"
+
+    def _start(self, request: Request, served: Served) -> bool:
+        """Send a request that gave nothing yet; False if nobody is ready."""
+        route = choose_route(self._published(request.model), self.ledger)
+        if route is None:
+            return False
+        served.handoff = None
+        self._requests[request.id] = request
+        if route.is_handed_over and request.max_tokens > 1:
+            served.handoff = Handoff()
+            request = msgspec.structs.replace(request, max_tokens=1, hold_s=LEASE_S)
+        self._live[request.id] = served
+        self.ledger.open(request, route.replica.unit)
+        self._send(request, served, route.replica.unit)
+        return True
 
     def _ready(self, model: str) -> list[Replica]:
         return [r for r in self._replicas[model] if self.units[r.unit].is_up]
 
-    def _choose(self, model: str) -> Replica | None:
+    def _published(self, model: str) -> list[Replica]:
+        """Who is ready, with all the tokens that were generated so far."""
         ready = self._ready(model)
         if len(ready) > 1:  # the router counts the tokens of each
             for candidate in ready:
                 self.units[candidate.unit].publish()
-        return choose(ready, self.ledger)
+        return ready
 
     def _send(self, request: Request, served: Served, unit: str) -> None:
         served.unit = unit
-        self._live[request.id] = served
-        self.ledger.open(request, unit)
         self.units[unit].add(request)
+
+    # -- from unit to unit (as server/dispatch.py) -------------------------------------------
+
+    def _hand_over(self, served: Served, handoff: Handoff, output: Output) -> bool:
+        """Take note of an output of a request on its way; True if its client need not know."""
+        if output.held is not None:
+            assert served.unit is not None, "it was sent"
+            handoff.holder, handoff.held = self.units[served.unit].identity, output.held
+            event = Event.HELD
+        elif output.is_fetched:
+            event = Event.FETCHED
+        elif output.refusal is not None and output.refusal.kind == TransferFailed.kind:
+            event = Event.NOT_FETCHED
+        else:
+            return False
+        self._act(output.request_id, served, handoff.on(event))
+        return True
+
+    def _act(self, request_id: int, served: Served, acts: Sequence[Act]) -> None:
+        """Do what the state machine says (engine/handoff.py)."""
+        handoff = served.handoff
+        assert handoff is not None, "only what is handed over has steps"
+        source = None
+        if Act.FETCH in acts and handoff.holder is not None and handoff.held is not None:
+            source = Source(handoff.holder, b"", handoff.held)
+        if Act.RELEASE in acts:
+            self._let_go(request_id, handoff)
+        if Act.FETCH not in acts and Act.RECOMPUTE not in acts:
+            return
+        decoder = choose_decoder(self._published(served.model), self.ledger)
+        if decoder is None or handoff.is_hopeless:
+            self.ledger.close(request_id)
+            self._lose(request_id, served)
+            return
+        if handoff.holder is not None and decoder.unit == handoff.holder.rpartition("#")[0]:
+            self._let_go(request_id, handoff)  # nobody else is there: it begins anew
+            source = None
+        self.ledger.move(request_id, decoder.unit)
+        served.unit = decoder.unit
+        # An event of its own: the unit that spoke is in the middle of a step.
+        self.loop.at(self.loop.now_s, partial(self._resume, request_id, source), FINISH)
+
+    def _resume(self, request_id: int, source: Source | None) -> None:
+        """Its decode unit gets a request with all that was generated so far."""
+        served, live = self._live.get(request_id), self.ledger.get(request_id)
+        if served is None or live is None or not self.units[live.unit].is_up:
+            return  # its unit died at this very instant: it was seen to
+        request = self._requests[request_id]
+        prompt = msgspec.msgpack.decode(request.payload, type=SimPrompt)
+        said = served.output_tokens
+        self._send(
+            msgspec.structs.replace(
+                request,
+                payload=msgspec.msgpack.encode(SimPrompt(prompt.output_tokens, said)),
+                deadline_s=None,
+                num_outputs=said,
+                source=source,
+            ),
+            served,
+            live.unit,
+        )
+
+    def _let_go(self, request_id: int, handoff: Handoff) -> None:
+        if handoff.holder is not None:
+            name, _, _ = handoff.holder.rpartition("#")
+            self.loop.at(self.loop.now_s, partial(self._release, name, request_id), FINISH)
+            handoff.holder = None
+
+    def _release(self, unit: str, request_id: int) -> None:
+        if self.units[unit].is_up:
+            self.units[unit].abort(request_id)
+
+    def path(self, source: str, unit: str) -> tuple[Link, ...]:
+        """The links from `source` (name and life) to `unit`; none where it is gone."""
+        name, _, _ = source.rpartition("#")
+        sender, receiver = self.units[name], self.units[unit]
+        if not sender.is_up or sender.identity != source:
+            return ()
+        gpus, rate = self._setting.gpus, self._setting.network_bytes_per_s
+        ends = []
+        for end, one in (("out", sender), ("in", receiver)):
+            mesh = one.plan.spec.mesh
+            link_s = gpus[mesh.kind].link_bytes_per_s if mesh.kind else rate
+            ends.append(Link(f"{one.plan.spec.name} {end}", link_s * len(mesh.gpus or (0,))))
+        here, there = (one.plan.spec.mesh.node or 0 for one in (sender, receiver))
+        if here == there:
+            return tuple(ends)
+        return (*ends, Link(f"node {here} out", rate), Link(f"node {there} in", rate))
+
+    def block_bytes(self, source: str) -> int:
+        """Of the blocks of `source`."""
+        name, _, _ = source.rpartition("#")
+        return self.units[name].plan.arena.block_bytes
 
     def _turn_away(self, served: Served, status: int) -> None:
         served.finish, served.refused = FinishReason.ERROR, status
@@ -303,6 +418,8 @@ class Simulation:
         now, live, replicas = self.loop.now_s, self._live, self._replicas
         for output in outputs:
             served = live[output.request_id]
+            if served.handoff is not None and self._hand_over(served, served.handoff, output):
+                continue
             if output.tokens:
                 num_tokens = len(output.tokens)
                 # The router counts tokens where it has a choice, and who has none yet anywhere.
@@ -317,7 +434,7 @@ class Simulation:
                 served.finish = output.finish
                 if output.refusal is not None:
                     served.refused = output.refusal.status
-                del live[output.request_id]
+                del live[output.request_id], self._requests[output.request_id]
                 self.ledger.close(output.request_id)
                 if self._watch is not None:
                     self._watch.ended(served)

@@ -10,7 +10,7 @@ from muxrt.engine.unit import Unit
 from muxrt.sim.copies import CopyLane
 from muxrt.sim.executor import MeshExecutor
 from muxrt.sim.folding import FoldingExecutor
-from muxrt.sim.links import Links
+from muxrt.sim.links import Link, Links
 from muxrt.sim.loop import Event, EventLoop
 from muxrt.sim.mesh import MeshCost
 from muxrt.sim.setting import Setting
@@ -22,6 +22,12 @@ class Surroundings(Protocol):
 
     loop: EventLoop
     links: Links
+
+    def path(self, source: str, unit: str) -> tuple[Link, ...]:
+        """The links from `source` (name and life) to `unit`; none where it is gone."""
+
+    def block_bytes(self, source: str) -> int:
+        """Of the blocks of `source`."""
 
     def advance(
         self, model: str, unit: str, request_ids: Sequence[int], num_tokens: int, last_s: float
@@ -49,12 +55,18 @@ class SimUnit:
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        self._folds = setting.fold and self._cost.can_fold
+        # What another unit hands over comes at no time that a run could know of before.
+        self._folds = setting.fold and self._cost.can_fold and not spec.has_roles
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
         self.start()
         self._num_lanes = self.unit.scheduler.limits.num_lanes
         self._gauge = Gauge(tuple(self.plan.models), self._num_lanes)
+
+    @property
+    def identity(self) -> str:
+        """Its name and life."""
+        return f"{self.plan.spec.name}#{self._deaths}"
 
     @property
     def is_up(self) -> bool:
@@ -66,7 +78,8 @@ class SimUnit:
         if self._deaths:
             self._down_s += self._loop.now_s - self._down_since_s
         around, spec = self._around, self.plan.spec
-        copies = CopyLane(self._loop, around.links, spec, self.plan.arena.block_bytes)
+        block_bytes = self.plan.arena.block_bytes
+        copies = CopyLane(self._loop, around.links, spec, block_bytes, around)
         self._folding = None
         if self._folds:
             self._folding = FoldingExecutor(
@@ -101,6 +114,12 @@ class SimUnit:
         """A request arrives; its deadline may be the next thing to look at."""
         self.settle()
         self.unit.add(request)
+        self._arm()
+
+    def abort(self, request_id: int) -> None:
+        """It need not be held or served any more."""
+        self.settle()
+        self.unit.abort(request_id)
         self._arm()
 
     def settle(self) -> None:

@@ -10,26 +10,45 @@ from muxrt.worker.kv_storage import Storage, share_weights
 from muxrt.worker.lanes import Lane, ThreadLane, split_cores
 from muxrt.worker.process_lane import LaneSetup, ProcessLane, SharedModel
 from muxrt.worker.runner import Copier, Resident, Runner
+from muxrt.worker.transfer import Exchange, Transport
+from muxrt.worker.transports import NixlTransport, SharedTransport, has_nixl
 
 
-def open_executor(plan: UnitPlan, models: dict[str, Llama], cores: Sequence[int]) -> LaneExecutor:
+def open_executor(
+    plan: UnitPlan, models: dict[str, Llama], cores: Sequence[int], unit: str = ""
+) -> LaneExecutor:
     """Reserve the unit's memory and start its lanes on `cores`; `models` is emptied.
 
-    Raises ConfigError where the lanes need more cores, MuxrtError where one cannot start.
+    `unit` is its name and generation, for units that fetch from it. Raises ConfigError where the
+    lanes need more cores or units cannot reach each other, MuxrtError where a lane cannot start.
     """
     shares = split_cores(cores, plan.spec.lanes.split)
     open_lanes = {"cores": _open_threads, "processes": _open_processes}[plan.spec.lanes.kind]
     with ExitStack() as stack:
         storage = Storage(plan)
         stack.callback(storage.close)
+        exchange = _open_exchange(plan, storage, unit, stack) if plan.spec.has_roles else None
         lanes: list[Lane] = []
-        for lane in open_lanes(plan, models, shares, storage, stack):
+        for lane in open_lanes(plan, models, shares, storage, stack, exchange):
             stack.callback(lane.close)
             lanes.append(lane)
         for lane in lanes:
             lane.wait_started()
-        return LaneExecutor(lanes, stack.pop_all())
+        return LaneExecutor(lanes, stack.pop_all(), exchange)
     raise AssertionError("an exit stack swallows nothing")
+
+
+def _open_exchange(plan: UnitPlan, storage: Storage, unit: str, stack: ExitStack) -> Exchange:
+    """What reads other units' blocks. Raises ConfigError where NIXL is asked for and not there."""
+    arena = storage.arena.tensor().numpy()
+    kind = plan.spec.transfer
+    transport: Transport
+    if kind == "nixl" or (kind == "auto" and has_nixl()):
+        transport = NixlTransport(unit, arena)
+    else:
+        transport = SharedTransport(storage.arena.fd, storage.arena.num_bytes)
+    stack.callback(transport.close)
+    return Exchange(unit, plan, arena, transport)
 
 
 def _open_threads(
@@ -38,21 +57,24 @@ def _open_threads(
     shares: Sequence[Sequence[int]],
     storage: Storage,
     stack: ExitStack,
+    exchange: Exchange | None,
 ) -> Iterator[Lane]:
-    yield from thread_lanes(plan, models, shares, storage)
-    yield _open_copy_lane(plan, shares, storage)
+    there = residents(plan, models, storage)
+    yield from thread_lanes(there, shares)
+    yield _open_copy_lane(plan, shares, Copier(storage, plan.arena.block_bytes, exchange, there))
+
+
+def residents(plan: UnitPlan, models: dict[str, Llama], storage: Storage) -> dict[str, Resident]:
+    """The plan's models over the unit's memory; `models` is emptied."""
+    return {name: Resident.of(models.pop(name), name, storage) for name in plan.models}
 
 
 def thread_lanes(
-    plan: UnitPlan,
-    models: dict[str, Llama],
-    shares: Sequence[Sequence[int]],
-    storage: Storage,
+    models: dict[str, Resident], shares: Sequence[Sequence[int]]
 ) -> Iterator[ThreadLane]:
-    """Lanes for batches on these sets of cores, as threads; `models` is emptied."""
-    residents = {name: Resident.of(models.pop(name), name, storage) for name in plan.models}
+    """Lanes for batches on these sets of cores, as threads."""
     for number, cores in enumerate(shares):
-        yield ThreadLane(f"lane-{number}", cores, lambda team: Runner(residents, team).run)
+        yield ThreadLane(f"lane-{number}", cores, lambda team: Runner(models, team).run)
 
 
 def _open_processes(
@@ -61,6 +83,7 @@ def _open_processes(
     shares: Sequence[Sequence[int]],
     storage: Storage,
     stack: ExitStack,
+    exchange: Exchange | None,
 ) -> Iterator[Lane]:
     shared = {}
     for name in plan.models:
@@ -72,13 +95,10 @@ def _open_processes(
         shared[name] = SharedModel.of(shape, weights)
     for number, cores in enumerate(shares):
         yield ProcessLane(LaneSetup(f"lane-{number}", plan, tuple(cores), storage.fds, shared))
-    yield _open_copy_lane(plan, shares, storage)
+    yield _open_copy_lane(plan, shares, Copier(storage, plan.arena.block_bytes, exchange))
 
 
-def _open_copy_lane(
-    plan: UnitPlan, shares: Sequence[Sequence[int]], storage: Storage
-) -> ThreadLane:
+def _open_copy_lane(plan: UnitPlan, shares: Sequence[Sequence[int]], copier: Copier) -> ThreadLane:
     """It moves bytes between batches, on whatever core of the mesh is free."""
     cores = [core for share in shares for core in share]
-    copier = Copier(storage, plan.arena.block_bytes)
     return ThreadLane("copy", cores, lambda _: copier.run, size=1)

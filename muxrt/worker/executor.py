@@ -6,16 +6,23 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Self
 
-from muxrt.core import Batch, Result, Work
+from muxrt.core import Copy, Result, Work
 from muxrt.engine.executor import Done
 from muxrt.worker.lanes import Lane
+from muxrt.worker.transfer import Exchange
 
 
 class LaneExecutor:
     """The `Executor` of real hardware: lanes by number, the copy lane last."""
 
-    def __init__(self, lanes: Sequence[Lane], resources: ExitStack) -> None:
-        """`resources` closes the lanes, and then what they computed with."""
+    def __init__(
+        self, lanes: Sequence[Lane], resources: ExitStack, exchange: Exchange | None = None
+    ) -> None:
+        """`resources` closes the lanes, and then what they computed with.
+
+        `exchange` is what the copy lane fetches from other units with.
+        """
+        self.exchange = exchange
         self._lanes = lanes
         self._resources = resources
         self._flights: list[deque[tuple[Work, Done]]] = [deque() for _ in lanes]
@@ -27,7 +34,7 @@ class LaneExecutor:
     def launch(self, work: Work, done: Done) -> None:
         """Queue `work` on its lane; `done` is called by a later `drain`."""
         self._flights[work.lane].append((work, done))
-        if isinstance(work, Batch) and work.opened:
+        if not isinstance(work, Copy) and work.opened:
             for number, lane in enumerate(self._lanes):
                 if number != work.lane:
                     lane.learn(work.model, work.opened)

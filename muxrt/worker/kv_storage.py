@@ -131,7 +131,7 @@ class Storage:
         """Reserve what `plan` says; with `fds`, map what another process reserved."""
         self._plan = plan
         block_bytes = plan.arena.block_bytes
-        is_private = plan.spec.lanes.kind == "cores"
+        is_private = plan.spec.lanes.kind == "cores" and not plan.spec.has_roles
         arena_fd = fds.arena if fds else None
         self.arena = Segment(plan.num_blocks * block_bytes, arena_fd, is_private)
         # Only the owner copies between the two.

@@ -30,6 +30,7 @@ from muxrt.worker.build import open_executor
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.lanes import split_cores
 from muxrt.worker.service import Opened, Tell
+from muxrt.worker.transfer import addresses
 
 PROGRESS_PERIOD_S = 0.1
 WARM_TOKENS = 8
@@ -46,14 +47,14 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     models = {}
     for spec in boot.models:
         models[spec.name] = load_model(boot.unit.name, spec, shapes[spec.name], tell)
-    executor = open_executor(plan, models, cores)
+    executor = open_executor(plan, models, cores, boot.identity)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
         executor.close()
         raise
     _leave_lanes(plan, cores)
-    return Opened(plan, executor)
+    return Opened(plan, executor, addresses=addresses(executor.exchange, plan.models))
 
 
 def _leave_lanes(plan: UnitPlan, cores: Sequence[int]) -> None:

@@ -27,7 +27,7 @@ from muxrt.cost.grid import Pass
 from muxrt.engine.build import UnitPlan, plan_unit
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
-from muxrt.worker.build import thread_lanes
+from muxrt.worker.build import residents, thread_lanes
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.kv_storage import KV_DTYPES, Storage
 
@@ -94,7 +94,7 @@ class Probe:
         with ExitStack() as stack:
             storage = Storage(self.plan)
             stack.callback(storage.close)
-            opened = list(thread_lanes(self.plan, models, lanes, storage))
+            opened = list(thread_lanes(residents(self.plan, models, storage), lanes))
             for lane in opened:
                 stack.callback(lane.close)
             for lane in opened:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from muxrt import kernels
 from muxrt.core import (
+    ID_BYTES,
     Batch,
     BatchEntry,
     Copy,
@@ -20,6 +21,8 @@ from muxrt.core import (
     Result,
     SlotOpen,
     TokenLogprobs,
+    Transfer,
+    TransferKind,
     Work,
     unpack_ids,
 )
@@ -27,6 +30,7 @@ from muxrt.kernels import KvCache, MetaArrays, Team
 from muxrt.models.llama import Llama, Session
 from muxrt.worker.kv_storage import SlotTable, Storage
 from muxrt.worker.sampler import SLICE_ELEMS, Drawn, Sampling, describe
+from muxrt.worker.transfer import Exchange
 
 Ints = npt.NDArray[np.int64]
 _PROMPTS = msgspec.msgpack.Decoder(Prompt)
@@ -108,9 +112,7 @@ class Runner:
     def learn(self, model: str, opened: Iterable[SlotOpen]) -> None:
         """Another lane opens these slots: their tokens are its to write, how to draw is for all."""
         for slot_open in opened:
-            prompt = _PROMPTS.decode(slot_open.payload)
-            num_tokens = len(prompt.tokens) // 4
-            self._models[model].sampling.open(slot_open.slot, num_tokens, prompt.sampling)
+            _learn(self._models[model], slot_open.slot, _PROMPTS.decode(slot_open.payload))
 
     def _sample(
         self,
@@ -138,17 +140,47 @@ class Runner:
 
 
 class Copier:
-    """Moves blocks between arena and host memory."""
+    """Moves blocks: between arena and host memory, and from other units' arenas into ours."""
 
-    def __init__(self, storage: Storage, block_bytes: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        block_bytes: int,
+        exchange: Exchange | None = None,
+        models: Mapping[str, Resident] | None = None,
+    ) -> None:
+        """`models` learn of slots that are opened here; lane processes learn by themselves."""
         self._arena = storage.arena.tensor()
         self._host = storage.host.tensor()
         self._slots = storage.slots
         self._block_bytes = block_bytes
+        self._exchange = exchange
+        self._models = models or {}
 
-    def run(self, copy: Work) -> Result:
-        """Swap one sequence out or in; coming in, its slot's block table becomes `blocks`."""
-        assert isinstance(copy, Copy), "batches have lanes of their own"
+    def run(self, work: Work) -> Result:
+        """Swap one sequence out or in, or seal or fetch it.
+
+        Coming in, its slot's block table becomes `blocks`.
+        """
+        if isinstance(work, Transfer):
+            return self._transfer(work)
+        assert isinstance(work, Copy), "batches have lanes of their own"
+        return self._copy(work)
+
+    def _transfer(self, transfer: Transfer) -> Result:
+        assert self._exchange is not None, "a unit without roles hands nothing over"
+        slots = self._slots[transfer.model]
+        for opened in transfer.opened:
+            prompt = _PROMPTS.decode(opened.payload)
+            slots.open(opened.slot, prompt.token_ids())
+            if transfer.model in self._models:
+                _learn(self._models[transfer.model], opened.slot, prompt)
+        result = self._exchange.run(transfer)
+        if transfer.kind is TransferKind.FETCH:
+            slots.append(transfer.slot, 0, unpack_ids(transfer.blocks))
+        return result
+
+    def _copy(self, copy: Copy) -> Result:
         begun_s = perf_counter()
         ids, host_ids = unpack_ids(copy.blocks), unpack_ids(copy.host_blocks)
         arena_side = (self._arena, torch.from_numpy(ids.copy()))
@@ -165,9 +197,14 @@ class Copier:
 
 def _open(model: Resident, opened: SlotOpen) -> None:
     prompt = _PROMPTS.decode(opened.payload)
-    tokens = prompt.token_ids()
-    model.slots.open(opened.slot, tokens)
-    model.sampling.open(opened.slot, len(tokens), prompt.sampling)
+    model.slots.open(opened.slot, prompt.token_ids())
+    _learn(model, opened.slot, prompt)
+
+
+def _learn(model: Resident, slot: int, prompt: Prompt) -> None:
+    """How the slot draws; what was generated before counts as generated."""
+    num_tokens = len(prompt.tokens) // ID_BYTES
+    model.sampling.open(slot, num_tokens - prompt.num_outputs, prompt.sampling)
 
 
 def _score_prompts(

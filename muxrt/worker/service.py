@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from threading import Thread
 from time import monotonic
 from types import FrameType
@@ -72,6 +72,7 @@ class Opened(NamedTuple):
     plan: UnitPlan
     executor: UnitExecutor
     is_made_up: bool = False  # its tokens come from no model
+    addresses: Mapping[str, bytes] = {}  # how other units reach its K and V, by model
 
 
 Tell = Callable[[Loading], None]
@@ -208,6 +209,7 @@ def ready_message(unit: Opened) -> Ready:
             blocks_per_group=model.layout.blocks_per_group,
             prefix_reuse=plan.spec.scheduling.prefix_reuse,
             is_made_up=unit.is_made_up,
+            address=unit.addresses.get(name, b""),
         )
         for name, model in plan.models.items()
     )

@@ -1,0 +1,158 @@
+"""Sequences that one unit prefills and another one decodes: the tokens of one that does both."""
+
+from random import Random
+
+import numpy as np
+import pytest
+from handoff_world import SplitWorld, pick, split_plan
+from real_world import MODELS, RealWorld, prompts
+
+from muxrt.engine.handoff import LEASE_S, STEPS, Act, Event, Handoff, Stage
+from muxrt.worker.transfer import Geometry
+
+LENGTHS = (1, 5, 16, 17, 40, 96, 130)
+
+
+def colocated(model: str, prompt: list[int], max_tokens: int, **sampling: object) -> list[int]:
+    """The tokens of one unit that does it all."""
+    world = RealWorld((model,))
+    rid = world.submit(model, prompt, max_tokens, **sampling)
+    return world.run().served[rid].tokens
+
+
+def cases(model: str, count: int, seed: int = 0) -> list[tuple[list[int], int]]:
+    found = prompts(model, count, max(LENGTHS), seed)
+    return [(p[:n] or [1], 1 + 5 * i) for i, (p, n) in enumerate(zip(found, LENGTHS, strict=False))]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("other", [{}, {"planes_per_block": 8}, {"plane_tokens": 32}])
+def test_tokens_are_those_of_one_unit_whatever_the_layouts(model: str, other: dict) -> None:
+    plans = [split_plan("p", "prefill", [model]), split_plan("d", "decode", [model], **other)]
+    with SplitWorld(plans) as world:
+        wanted = cases(model, len(LENGTHS))
+        for prompt, max_tokens in wanted:
+            world.ask(model, prompt, max_tokens)
+        world.run()
+        for asked, (prompt, max_tokens) in zip(world.asked, wanted, strict=True):
+            assert asked.tokens == colocated(model, prompt, max_tokens)
+        decoded = world.hosts["d"].unit.scheduler.counters[model]
+        assert decoded.prompt_tokens == 0, "it computed a prompt again"
+        assert decoded.output_tokens == sum(len(a.tokens) - 1 for a in world.asked)
+
+
+def test_drawn_tokens_and_penalties_know_what_was_generated_elsewhere() -> None:
+    model = MODELS[1]
+    sampling = {"temperature": 0.9, "seed": 7, "frequency_penalty": 1.5, "min_tokens": 6}
+    prompt = prompts(model, 1, 60, seed=3)[0]
+    with SplitWorld([split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]) as w:
+        asked = w.ask(model, prompt, 24, **sampling)
+        w.run()
+    assert asked.tokens == colocated(model, prompt, 24, **sampling)
+
+
+@pytest.mark.parametrize("fault", ["lost", "damaged", "late"])
+def test_a_transfer_that_fails_costs_no_token(fault: str) -> None:
+    model = MODELS[0]
+    prompt = prompts(model, 1, 80, seed=1)[0]
+    plans = [split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]
+    with SplitWorld(plans, [fault]) as world:
+        asked = world.ask(model, prompt, 20)
+        if fault == "late":  # the lease is over, and others have written over what was held
+            for other in prompts(model, 12, 120, seed=2):
+                world.at(40.0, lambda other=other: world.ask(model, other, 2))
+        world.run()
+        assert asked.tokens == colocated(model, prompt, 20)
+        assert world.hosts["d"].unit.scheduler.counters[model].prompt_tokens > 0, "nothing failed"
+
+
+@pytest.mark.parametrize("victim", ["p", "d"])
+@pytest.mark.parametrize("at_s", [0.005, 0.012, 0.016, 0.021, 0.05, 0.11])
+def test_either_side_may_die(victim: str, at_s: float) -> None:
+    model = MODELS[0]
+    prompt = prompts(model, 1, 60, seed=4)[0]
+    with SplitWorld([split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]) as w:
+        asked = w.ask(model, prompt, 20)
+        w.at(at_s, lambda: w.kill(victim))
+        w.run()
+    assert asked.tokens == colocated(model, prompt, 20)
+
+
+def test_who_leaves_frees_both_sides() -> None:
+    model = MODELS[0]
+    for at_s in (0.005, 0.012, 0.016, 0.021, 0.05):
+        plans = [split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]
+        with SplitWorld(plans) as world:
+            asked = world.ask(model, [5] * 50, 400)
+
+            def leave(world: SplitWorld = world, asked=asked) -> None:
+                world.dispatcher.abort(asked.request_id)
+                asked.output = asked.output or object()
+
+            world.at(at_s, leave)
+            world.run()
+            assert world.loop.now_s < LEASE_S, "something was held until its lease ran out"
+
+
+def test_a_request_of_one_token_stays_where_it_is() -> None:
+    model = MODELS[0]
+    with SplitWorld([split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]) as w:
+        w.ask(model, [3, 4, 5], 1)
+        w.run()
+        assert w.hosts["d"].unit.scheduler.counters[model].output_tokens == 0
+
+
+def test_random_faults_give_no_wrong_token_leak_or_stuck_request(num_rounds: int = 12) -> None:
+    play_faults(range(num_rounds))
+
+
+def play_faults(seeds: range) -> int:
+    """Worlds with random faults, one of each seed; how many faults there were."""
+    num_faults = 0
+    known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+    for seed in seeds:
+        random = Random(seed)
+        models = list(MODELS[: random.choice((1, 2))])
+        tight = random.choice((2.0, 8.0))
+        other = random.choice(({}, {"planes_per_block": 8}, {"plane_tokens": 32}))
+        plans = [split_plan("p", "prefill", models, tight)]
+        plans += [split_plan(f"d{i}", "decode", models, tight, **other) for i in range(2)]
+        chances = {"": 4.0, "lost": 1.0, "damaged": 1.0, "late": 0.3}
+        faults = [pick(random, chances) for _ in range(16)]
+        with SplitWorld(plans, faults) as world:
+            for index in range(12):
+                model = random.choice(models)
+                prompt = prompts(model, 1, 100, seed=100 * seed + index)[0]
+                max_tokens, at_s = random.randint(1, 30), random.uniform(0, 1)
+                world.at(at_s, lambda a=(model, prompt, max_tokens): world.ask(*a))
+            for _ in range(random.randint(0, 3)):
+                victim, at_s = random.choice(list(world.plans)), random.uniform(0, 1)
+                num_faults += 1
+                world.at(at_s, lambda victim=victim: world.kill(victim))
+            world.run()
+            num_faults += sum(bool(f) for f in faults[: 16 - len(world.faults.coming)])
+            for asked in world.asked:
+                assert asked.output is not None
+                if asked.output.refusal is not None:
+                    assert asked.output.refusal.status == 503  # its units were all dead: it is told
+                    continue
+                key = (asked.model, tuple(asked.prompt), asked.max_tokens)
+                known[key] = known.get(key) or colocated(*key[:1], list(key[1]), key[2])
+                assert asked.tokens == known[key], seed
+    return num_faults
+
+
+def test_the_state_machine_lets_go_whatever_comes() -> None:
+    for (stage, event), (_, acts) in STEPS.items():
+        handoff = Handoff(stage)
+        assert handoff.on(event) == acts
+        if event in (Event.FETCHED, Event.NOT_FETCHED):
+            assert Act.RELEASE in acts, "the holder would hold until its lease runs out"
+    late = Handoff(Stage.DECODING)
+    assert late.on(Event.FETCHED) == () and late.stage is Stage.DECODING
+
+
+def test_rows_come_out_of_blocks_as_they_went_in() -> None:
+    ours = Geometry(2 * 4 * 8 * 2, 2, 3, 4, 5, 8)
+    rows = np.random.default_rng(0).integers(0, 255, (5, 2, 11, 8), dtype=np.uint8)
+    assert np.array_equal(ours.rows(ours.blocks(rows))[:, :, :11], rows)
