@@ -14,7 +14,7 @@ from muxrt.engine.build import plan_unit
 from muxrt.errors import ConfigError
 from muxrt.sim.group import GroupResult, Served, groups
 from muxrt.sim.report import make_report
-from muxrt.sim.simulate import Run, SimJudge, Task, simulate, targets
+from muxrt.sim.simulate import Run, SimJudge, Task, simulate, targets, tasks
 from muxrt.workload.arrivals import Arrival
 
 TWO_LANES = Lanes(kind="green", sm_pct=(50, 50))
@@ -172,6 +172,13 @@ def test_groups_are_units_with_models_in_common() -> None:
     found = groups(units, config(*units).models)
     assert [[u.name for u in group.units] for group in found] == [["u1"], ["u0", "u2"]]
     assert [[m.name for m in group.models] for group in found] == [["c"], ["a", "b"]]
+
+
+def test_processes_begin_with_the_groups_that_have_the_most_requests() -> None:
+    placed = config(unit("a", name="one"), unit("b", name="two"), unit("c", name="three"))
+    asked = [*burst("a", 2), *burst("b", 5), *burst("c", 3)]
+    parts = tasks(placed, setting("abc"), asked)
+    assert [len(part.arrivals) for part in parts] == [5, 3, 2]
 
 
 def test_a_model_in_no_unit_is_refused() -> None:

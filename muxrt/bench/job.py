@@ -54,7 +54,7 @@ class Job:
 
     at_s: float
     model: str
-    prompt: str
+    prompt: str | list[int]  # text, or token ids
     max_tokens: int
 
 

@@ -191,15 +191,21 @@ def _facts(plan: PlanInput, profiles: Sequence[Profile]) -> EngineFacts:
     return facts
 
 
+# What a profile may say of the engine, in the words of both.
+MEASURED = ("control_s", "control_step_s", "request_s", "interference", "service_interference")
+
+
 def with_measured(
     facts: EngineFacts, stated: Collection[str], profiles: Sequence[Profile]
 ) -> EngineFacts:
     """What is `stated` goes before what a profile measured, and that before the defaults."""
     measured = [profile.file.engine for profile in profiles if profile.file is not None]
     found = {}
-    for name in ("control_s", "control_step_s", "request_s", "interference"):
+    by_phase = ("prefill_interference", "decode_interference")
+    for name in (*MEASURED, *by_phase):
         known = [v for v in (getattr(engine, name) for engine in measured) if v is not None]
-        if known and name not in stated:
+        is_stated = name in stated or (name in by_phase and "interference" in stated)
+        if known and not is_stated:
             found[name] = known[0]
     return msgspec.structs.replace(facts, **found)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import muxrt
+from muxrt.cli.profile_control import BUSY_TOKENS
 from muxrt.cli.profile_run import Found
 from muxrt.cli.profile_source import Subject
 from muxrt.config.cluster import GpuKind
@@ -78,7 +79,7 @@ def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> Prof
             f"cores of the lane over the {cores} of the mesh; kind.sms are cores, its bandwidth and"
             " flops the most that a measured decode step read and a measured prefill computed"
         ),
-        engine=_engine(found),
+        engine=_engine(subject.specs[0].name, found),
         side_by_side=found.side_by_side,
         measured=_measured(device, found),
     )
@@ -95,15 +96,36 @@ def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell]) -> Profile
     )
 
 
-def _engine(found: Found) -> ProfiledEngine:
-    slower = [s for one in found.side_by_side for s in (one.prefill_slowdown, one.decode_slowdown)]
+def _engine(served: str, found: Found) -> ProfiledEngine:
+    prefills = [one.prefill_slowdown for one in found.side_by_side]
+    decodes = [one.decode_slowdown for one in found.side_by_side]
     control = found.control
     return ProfiledEngine(
-        interference=round(max(0.0, statistics.median(slower) - 1), 4) if slower else None,
+        interference=_beyond(prefills + decodes),
+        prefill_interference=_beyond(prefills),
+        decode_interference=_beyond(decodes),
+        service_interference=_beyond(_in_service(served, found)),
         control_s=float(f"{control.sequence_s:.3g}") if control else None,
         control_step_s=float(f"{control.step_s:.3g}") if control else None,
         request_s=float(f"{control.request_s:.3g}") if control else None,
     )
+
+
+def _beyond(slowdowns: Sequence[float]) -> float | None:
+    """The median, less one; nothing is quicker beside other work."""
+    return round(max(0.0, statistics.median(slowdowns) - 1), 4) if slowdowns else None
+
+
+def _in_service(served: str, found: Found) -> list[float]:
+    """How much longer a prompt took beside the endpoint's work, where both times are known."""
+    served_s = found.control.prefill_s if found.control else None
+    alone = [
+        statistics.median(bursts)
+        for (model, cores, one), bursts in found.bursts.items()
+        if (cores, one.phase, one.batch, one.tokens) == (1, Phase.PREFILL, 1, BUSY_TOKENS)
+        and model == served
+    ]
+    return [served_s / one for one in alone] if served_s is not None else []
 
 
 def _measured(device: str, found: Found) -> Measured:

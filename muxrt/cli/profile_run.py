@@ -30,6 +30,8 @@ QUICK_LEVELS = 2
 BESIDE_S = 0.25  # of two passes beside each other, each time
 BESIDE_SHARE = 0.15  # of the budget
 BESIDE_BATCH = 8
+# A prompt as chats have them; longer ones read their weights more seldom and suffer less.
+BESIDE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +253,9 @@ def _measure_beside(
 
 
 def _beside_prefill(grid: list[list[Pass]]) -> Pass:
-    """The longest prompt of level 0."""
-    return max((one for one in grid[0] if one.phase is Phase.PREFILL), key=lambda one: one.tokens)
+    """A prompt of a size nearest to BESIDE_TOKENS."""
+    prefills = [one for level in grid for one in level if one.phase is Phase.PREFILL]
+    return min(prefills, key=lambda one: (abs(one.tokens - BESIDE_TOKENS), one.batch))
 
 
 def _beside_decode(grid: list[list[Pass]]) -> Pass:

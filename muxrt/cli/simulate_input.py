@@ -171,7 +171,12 @@ def load_known(facts: Facts) -> Known:
     if facts.control_s is not None:
         engine = msgspec.structs.replace(engine, control_s=facts.control_s)
     if facts.interference is not None:
-        engine = msgspec.structs.replace(engine, interference=facts.interference)
+        engine = msgspec.structs.replace(
+            engine,
+            interference=facts.interference,
+            prefill_interference=None,
+            decode_interference=None,
+        )
     return Known(gpus, engine, CostModel(profiles, gpus))
 
 

@@ -29,6 +29,10 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     control_step_s: NotNegative = 0.0  # and per step, whatever its size
     request_s: NotNegative = 0.0  # of the endpoint, per request: adds to its TTFT
     interference: NotNegative = 0.1  # how much slower a step is beside another one; assumed
+    prefill_interference: NotNegative | None = None  # of prefills; None = `interference`
+    decode_interference: NotNegative | None = None  # of decode steps; likewise
+    # How much slower a prefill is on a CPU while the endpoint works on another core.
+    service_interference: NotNegative = 0.0
     source: Name | None = None  # who measured it
 
 

@@ -10,8 +10,9 @@ Assumptions, each of which a measurement on GPUs may replace:
 * `mps`: a share is a limit that a process got at its start. A batch has no more than it even when
   it is alone; limits of more than 100 % in all are cut in proportion.
 * `cores` and `processes` (CPU): a lane has its cores and no others, alone or not.
-* Whatever runs beside other work is slower by the engine's `interference` on top: memory bandwidth
-  and caches are not partitioned.
+* Whatever runs beside other work is slower by the engine's `interference` on top, or that of its
+  phase: memory bandwidth and caches are not partitioned. On a CPU a prefill beside the endpoint's
+  work on another core is slower by `service_interference`: cores share caches and clock.
 * The engine's `control_s` per sequence and decode step and its `control_step_s` per step are time
   of the lane that no share shortens. On a CPU a free core hides them behind the work in flight;
   while every core is a busy lane's, they are spread over the lanes, whoever caused them.
@@ -78,7 +79,7 @@ class MeshCost:
         }
         self._at: dict[tuple[str, float], Steps] = {}
         self._shares: dict[tuple[Runner, ...], list[float]] = {}
-        self._slower = 1 + setting.engine.interference
+        self._engine = setting.engine
         self._control_s = {
             model.name: setting.control_s.get(model.name, setting.engine.control_s)
             for model in spec.models
@@ -156,9 +157,18 @@ class MeshCost:
         Without what control takes of a CPU's lanes: that depends on who runs beside it.
         """
         seconds = batch_s(self._steps_at(model, share), work)
-        if not is_alone:
-            seconds *= self._slower
+        seconds *= self._slower(work.prefill_tokens > 0, is_alone)
         return seconds if self._split else seconds + self._batch_control_s(model, work)
+
+    def _slower(self, is_prefill: bool, is_alone: bool) -> float:
+        """How much longer a batch takes for what else the device does."""
+        engine, slower = self._engine, 0.0
+        if not is_alone:
+            own = engine.prefill_interference if is_prefill else engine.decode_interference
+            slower = engine.interference if own is None else own
+        if is_prefill and self._split and not self._is_covered(1 if is_alone else len(self._split)):
+            slower = max(slower, engine.service_interference)
+        return 1 + slower
 
     def _batch_control_s(self, model: str, work: BatchWork) -> float:
         return self._control_step_s + self._control_s[model] * work.decodes
@@ -171,7 +181,7 @@ class MeshCost:
 
     def decode_price(self, model: str, share: float, is_alone: bool) -> DecodePrice:
         """What `batch_s` makes of decode steps at that share."""
-        slower = 1.0 if is_alone else self._slower
+        slower = self._slower(is_prefill=False, is_alone=is_alone)
         steps = self._steps_at(model, share)
         if self._split is not None:  # no core is short of time for control, or nothing is folded
             return DecodePrice(steps, slower, 0.0, 0.0)

@@ -40,7 +40,11 @@ class Run:
 
 
 def tasks(config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival]) -> list[Task]:
-    """The independent parts of a simulation. Raises ConfigError for a model without a place."""
+    """The independent parts of a simulation, those with the most requests first.
+
+    So that processes which deal them out among each other end at about the same time. Raises
+    ConfigError for a model without a place.
+    """
     placed = {part.name for unit in config.units for part in unit.models}
     for arrival in arrivals:
         if arrival.model not in placed:
@@ -55,7 +59,8 @@ def tasks(config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival]) ->
     dealt: list[list[tuple[int, Arrival]]] = [[] for _ in found]
     for place, arrival in sorted(enumerate(arrivals), key=lambda item: item[1].at_s):
         dealt[home[arrival.model]].append((place, arrival))
-    return [Task(g, setting, tuple(mine)) for g, mine in zip(found, dealt, strict=True)]
+    parts = [Task(g, setting, tuple(mine)) for g, mine in zip(found, dealt, strict=True)]
+    return sorted(parts, key=lambda task: -len(task.arrivals))
 
 
 def simulate(
