@@ -50,7 +50,7 @@ def instance(
     return Instance(tp, pp, costs, limits, saturating_tokens(steps.prefill_s, LONGEST))
 
 
-def all_alike(prompt: int, output: int, num: int = 2000, seed: int = 0) -> Traffic:
+def all_alike(prompt: int, output: int, num: int = 20_000, seed: int = 0) -> Traffic:
     """Poisson arrivals of equal requests."""
     gaps = np.random.default_rng(seed).exponential(size=num)
     return Traffic(gaps, np.full(num, prompt), np.full(num, output))

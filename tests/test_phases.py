@@ -232,7 +232,7 @@ def test_a_rate_is_closed_in_on() -> None:
 
 def test_a_prefill_instance_keeps_what_m_d_1_says() -> None:
     # 72 ms each, 90th percentile of wait + service at 0.4 s; the tail of M/D/1 is exponential.
-    judge = Judge(all_alike(512, 64, 8000), SLO, rules=replace(COMPAT, saturates=True))
+    judge = Judge(all_alike(512, 64), SLO, rules=replace(COMPAT, saturates=True))
     found = judge.prefill_rps(opt())
     # With the exponential tail of the mean wait (Pollaczek-Khinchine) it is 10.7; batches of two
     # never form, as two prompts exceed L_m.
@@ -257,7 +257,7 @@ def test_both_targets_are_harder_to_keep_than_either() -> None:
         Judge(traffic, slo, rules=Rules(joint=joint)).split_rps(opt(), 1, opt(), 1)
         for joint in (True, False)
     )
-    assert joint < 0.97 * apart
+    assert joint < 0.99 * apart
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from muxrt.planner.phase_tables import Costs, Floats, Limits
 from muxrt.planner.prefill_pool import Moves, prefill_pool
 from muxrt.planner.workload import Lengths
 
-NUM_REQUESTS = 2000
+# Of a simulation: at least so many, and at least so many times those that are there at once: it is
+# about the steady state. At most what was drawn.
+NUM_REQUESTS, TIMES_THERE, MOST_REQUESTS = 2000, 10.0, 40_000
 EDGE = 0.1  # of the requests at either end load the system and do not count
 PRECISION = 0.01  # of a rate
 SMALLEST_RPS, LARGEST_RPS = 1e-3, 1e5
@@ -36,13 +38,14 @@ class Traffic:
     prompts: Ints
     outputs: Ints
 
-    def at(self, rate_rps: float) -> Requests:
-        """They come at that rate."""
-        return Requests(np.cumsum(self.gaps) / rate_rps, self.prompts, self.outputs)
+    def at(self, rate_rps: float, num: int | None = None) -> Requests:
+        """They, or the first `num` of them, come at that rate."""
+        arrivals = np.cumsum(self.gaps[:num]) / rate_rps
+        return Requests(arrivals, self.prompts[:num], self.outputs[:num])
 
 
 def draw(
-    prompt: Lengths, output: Lengths, longest: int, num: int = NUM_REQUESTS, seed: int = 0
+    prompt: Lengths, output: Lengths, longest: int, num: int = MOST_REQUESTS, seed: int = 0
 ) -> Traffic:
     """Poisson arrivals; lengths are lognormal with these moments, cut so that both fit `longest`.
 
@@ -55,7 +58,7 @@ def draw(
     return Traffic(gaps, np.clip(prompts, 1, np.maximum(1, longest - outputs)), outputs)
 
 
-def of_pairs(prompts: Ints, outputs: Ints, num: int = NUM_REQUESTS, seed: int = 0) -> Traffic:
+def of_pairs(prompts: Ints, outputs: Ints, num: int = MOST_REQUESTS, seed: int = 0) -> Traffic:
     """Poisson arrivals; each request is one of those seen."""
     rng = np.random.default_rng(seed)
     gaps = rng.exponential(size=num)
@@ -159,9 +162,15 @@ class Judge:
         """What instances sustain that do both, prefills first (`colocated_pool`)."""
         return largest_rate(lambda rate: self.keeps_colocated(instance, num, mixed_factor, rate))
 
-    def _goal(self, attainment: float) -> Goal:
-        first = int(EDGE * len(self.traffic.gaps))
-        last = len(self.traffic.gaps) - first
+    def _requests(self, rate_rps: float) -> Requests:
+        """As many as a simulation at that rate needs."""
+        stay_s = self.slo.ttft_s + self.slo.tpot_s * float(np.mean(self.traffic.outputs))
+        there = rate_rps * stay_s
+        return self.traffic.at(rate_rps, max(NUM_REQUESTS, int(TIMES_THERE * there)))
+
+    def _goal(self, requests: Requests, attainment: float) -> Goal:
+        first = int(EDGE * len(requests.arrivals))
+        last = len(requests.arrivals) - first
         most = int((1 - attainment) * (last - first) + 1e-9)
         return Goal(first, last, self.slo.ttft_s, self.slo.tpot_s, most)
 
@@ -186,12 +195,14 @@ class Judge:
         return prefill_pool(*args), done, ready
 
     def _prefills(self, instance: Instance, num: int, link: Link | None, rate_rps: float) -> bool:
-        goal = self._goal(self._alone)
-        late, _, _ = self._prefill(instance, num, link, self.traffic.at(rate_rps), goal)
+        requests = self._requests(rate_rps)
+        goal = self._goal(requests, self._alone)
+        late, _, _ = self._prefill(instance, num, link, requests, goal)
         return late <= goal.most_missed
 
     def _decodes(self, instance: Instance, num: int, link: Link | None, rate_rps: float) -> bool:
-        requests, goal = self.traffic.at(rate_rps), self._goal(self._alone)
+        requests = self._requests(rate_rps)
+        goal = self._goal(requests, self._alone)
         hidden = link is None or not self.rules.moves
         tail_s = 0.0 if link is None or hidden else link.token_s / link.layers
         ready = requests.arrivals + tail_s * requests.prompts
@@ -224,7 +235,8 @@ class Judge:
         rate_rps: float,
     ) -> bool:
         """Whether the goal is kept at that rate."""
-        requests, goal = self.traffic.at(rate_rps), self._goal(self.attainment)
+        requests = self._requests(rate_rps)
+        goal = self._goal(requests, self.attainment)
         found = self._prefill(prefill, num_prefill, link, requests, goal)
         num_late, done, ready = found
         if num_late > goal.most_missed:
@@ -236,7 +248,8 @@ class Judge:
         self, instance: Instance, num: int, mixed_factor: float, rate_rps: float
     ) -> bool:
         """Whether the goal is kept at that rate."""
-        requests, goal = self.traffic.at(rate_rps), self._goal(self.attainment)
+        requests = self._requests(rate_rps)
+        goal = self._goal(requests, self.attainment)
         first, finish = np.zeros(len(requests.arrivals)), np.zeros(len(requests.arrivals))
         cap = float(
             instance.saturating_tokens if self.rules.saturates else instance.limits.kv_tokens
