@@ -45,7 +45,7 @@ def one_node(model: str) -> Split:
     """Algorithm 2 as published, on one node of 8, by the paper's own simulator."""
     space = Space(TPS[model], LAYERS_HIDDEN[model][0], 8, 1)
     found = low_affinity(
-        lambda tp, pp: instance(model, tp, pp, compat=True), space, judge(model, compat=True), None
+        lambda tp, pp: instance(model, tp, pp, compat=True), space, judge(model, compat=True)
     )
     assert found is not None
     return found
@@ -55,7 +55,7 @@ def one_node(model: str) -> Split:
 def test_the_published_placement_or_a_better_one(model: str) -> None:
     prefill, decode = PUBLISHED[model]
     theirs = Split(one(model, *prefill), 1, one(model, *decode), 1, 0.0)
-    published_rps = simulated(theirs, judge(model, compat=True), None).per_gpu
+    published_rps = simulated(theirs, judge(model, compat=True)).per_gpu
     assert one_node(model).per_gpu >= published_rps
     assert (one_node(model).num_prefill, one_node(model).num_decode) == (1, 1)
     assert one_node(model).gpus <= 8
@@ -80,7 +80,6 @@ def apart() -> Phases:
         lambda tp, pp: instance("opt-13b", tp, pp) if pp == 1 else None,
         space,
         judge("opt-13b", compat=False),
-        None,
     )
 
 
@@ -94,10 +93,8 @@ def test_phases_are_ranked_by_goodput_per_gpu() -> None:
 
 def test_what_cannot_keep_its_target_is_no_candidate() -> None:
     impatient = Judge(CHAT, Slo(ttft_s=0.01, tpot_s=0.001))
-    found = phases(
-        lambda tp, pp: instance("opt-13b", tp, pp), Space((1,), 1, 1, 1), impatient, None
-    )
-    assert found.is_empty and high_affinity(found, impatient, None, 8) is None
+    found = phases(lambda tp, pp: instance("opt-13b", tp, pp), Space((1,), 1, 1, 1), impatient)
+    assert found.is_empty and high_affinity(found, impatient, 8) is None
 
 
 def test_algorithm_1_rounds_each_phase_up() -> None:
@@ -111,8 +108,8 @@ def test_a_ratio_is_better_than_one_to_one() -> None:
     seen = Judge(all_alike(512, 64, 4000), Slo(ttft_s=0.4, tpot_s=0.04))
     gpu = one("opt-13b", 1, compat=False)
     found = Phases((Rated(gpu, seen.prefill_rps(gpu)),), (Rated(gpu, seen.decode_rps(gpu)),))
-    best = high_affinity(found, seen, None, 3)
-    equal = simulated(Split(gpu, 1, gpu, 1, 0.0), seen, None)
+    best = high_affinity(found, seen, 3)
+    equal = simulated(Split(gpu, 1, gpu, 1, 0.0), seen)
     assert best is not None and (best.num_prefill, best.num_decode) == (2, 1)
     assert best.per_gpu > 1.1 * equal.per_gpu
     assert better(equal, best) is best is better(best, equal) and better(None, None) is None
@@ -122,7 +119,7 @@ def test_a_node_may_hold_several_segments() -> None:
     seen = judge("opt-13b", compat=False)
     space = Space((1, 2), 40, 4, 1)
     found = low_affinity(
-        lambda tp, pp: instance("opt-13b", tp, pp) if pp == 1 else None, space, seen, None
+        lambda tp, pp: instance("opt-13b", tp, pp) if pp == 1 else None, space, seen
     )
     assert found is not None and found.gpus <= 4 and found.nodes == 1
     assert found.num_decode > 1
@@ -131,13 +128,13 @@ def test_a_node_may_hold_several_segments() -> None:
 @pytest.mark.parametrize("rate_rps", [2.0, 9.0])
 def test_as_few_instances_as_keep_the_goal(rate_rps: float) -> None:
     seen = judge("opt-13b", compat=False)
-    best = high_affinity(apart(), seen, None, 8)
+    best = high_affinity(apart(), seen, 8)
     assert best is not None
-    found = for_rate(best, seen, None, rate_rps)
+    found = for_rate(best, seen, rate_rps)
     n, m = found.num_prefill, found.num_decode
-    assert seen.keeps_split(found.prefill, n, found.decode, m, None, rate_rps)
+    assert seen.keeps_split(found.prefill, n, found.decode, m, rate_rps)
     for fewer in ((n - 1, m), (n, m - 1)):
         kept = min(fewer) > 0 and seen.keeps_split(
-            found.prefill, fewer[0], found.decode, fewer[1], None, rate_rps
+            found.prefill, fewer[0], found.decode, fewer[1], rate_rps
         )
         assert not kept

@@ -262,16 +262,17 @@ def test_both_targets_are_harder_to_keep_than_either() -> None:
 
 @pytest.mark.parametrize(
     ("rules", "link"),
-    [(Rules(), Link(2e-4, 40)), (Rules(keeps=True), None)],
+    [(Rules(), Link(2e-4, 40)), (Rules(keeps=True), Link())],
     ids=["a slow link", "little memory"],
 )
-def test_what_the_paper_leaves_out_costs_goodput(rules: Rules, link: Link | None) -> None:
+def test_what_the_paper_leaves_out_costs_goodput(rules: Rules, link: Link) -> None:
     small = replace(opt(), limits=replace(opt().limits, kv_tokens=6000))
     traffic = all_alike(512, 200)
     slo = Slo(ttft_s=1.0, tpot_s=0.06)
-    ours = Judge(traffic, slo, rules=rules).split_rps(opt(), 3, small, 1, link)
+    sender = replace(opt(), link=link)
+    ours = Judge(traffic, slo, rules=rules).split_rps(sender, 3, small, 1)
     paper = replace(rules, moves=False, keeps=False)
-    theirs = Judge(traffic, slo, rules=paper).split_rps(opt(), 3, small, 1, link)
+    theirs = Judge(traffic, slo, rules=paper).split_rps(sender, 3, small, 1)
     assert ours < 0.8 * theirs
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from heapq import nlargest
 from math import ceil
 
-from muxrt.planner.phases import Instance, Judge, Link
+from muxrt.planner.phases import Instance, Judge
 
 Catalog = Callable[[int, int], Instance | None]  # by tp and pp; None: there is none
 
@@ -79,7 +79,7 @@ class Split:
         )
 
 
-def phases(catalog: Catalog, space: Space, judge: Judge, link: Link | None) -> "Phases":
+def phases(catalog: Catalog, space: Space, judge: Judge) -> "Phases":
     """Algorithm 1's two searches: every tp in a node, every pp over all nodes."""
     most = space.gpus_per_node * space.num_nodes
     found = [
@@ -89,8 +89,8 @@ def phases(catalog: Catalog, space: Space, judge: Judge, link: Link | None) -> "
         for pp in space.stages(most // tp)
         if (instance := catalog(tp, pp)) is not None
     ]
-    prefills = [Rated(one, judge.prefill_rps(one, 1, link)) for one in found]
-    decodes = [Rated(one, judge.decode_rps(one, 1, link)) for one in found]
+    prefills = [Rated(one, judge.prefill_rps(one)) for one in found]
+    decodes = [Rated(one, judge.decode_rps(one)) for one in found]
     return Phases(_best(prefills), _best(decodes))
 
 
@@ -120,7 +120,7 @@ def published(found: Phases, rate_rps: float) -> Split:
     return Split(prefill.instance, num_prefill, decode.instance, num_decode, rps)
 
 
-def high_affinity(found: Phases, judge: Judge, link: Link | None, most_gpus: int) -> Split | None:
+def high_affinity(found: Phases, judge: Judge, most_gpus: int) -> Split | None:
     """The ratio of instances with the most goodput per GPU of both phases together."""
 
     def ratios() -> Iterator[tuple[float, Split]]:
@@ -130,11 +130,11 @@ def high_affinity(found: Phases, judge: Judge, link: Link | None, most_gpus: int
 
     best: Split | None = None
     for _, split in nlargest(NUM_RATIOS, ratios(), key=lambda item: item[0]):
-        best = better(best, simulated(split, judge, link))
+        best = better(best, simulated(split, judge))
     return best
 
 
-def low_affinity(catalog: Catalog, space: Space, judge: Judge, link: Link | None) -> Split | None:
+def low_affinity(catalog: Catalog, space: Space, judge: Judge) -> Split | None:
     """Algorithm 2; without `joint` one prefill and one decode instance, as published."""
     best: Split | None = None
     for stages in space.stages(space.num_nodes):
@@ -145,8 +145,8 @@ def low_affinity(catalog: Catalog, space: Space, judge: Judge, link: Link | None
             if space.num_layers % (stages * local) == 0
             and (instance := catalog(tp, stages * local)) is not None
         ]
-        prefills = [Rated(one, judge.prefill_rps(one, 1, link)) for one in segments]
-        decodes = [Rated(one, judge.decode_rps(one, 1, link)) for one in segments]
+        prefills = [Rated(one, judge.prefill_rps(one)) for one in segments]
+        decodes = [Rated(one, judge.decode_rps(one)) for one in segments]
         budget = space.gpus_per_node * stages
         bounds = [
             item
@@ -158,7 +158,7 @@ def low_affinity(catalog: Catalog, space: Space, judge: Judge, link: Link | None
         for bound, split in nlargest(NUM_CELLS, bounds, key=lambda item: item[0]):
             if best is not None and SLACK * bound < best.per_gpu:
                 break
-            best = better(best, simulated(split, judge, link))
+            best = better(best, simulated(split, judge))
     return best
 
 
@@ -176,9 +176,9 @@ def _ratios(
                 yield split.per_gpu, split
 
 
-def simulated(split: Split, judge: Judge, link: Link | None) -> Split:
+def simulated(split: Split, judge: Judge) -> Split:
     """The same instances with the goodput that both phases have together."""
-    rps = judge.split_rps(split.prefill, split.num_prefill, split.decode, split.num_decode, link)
+    rps = judge.split_rps(split.prefill, split.num_prefill, split.decode, split.num_decode)
     return replace(split, goodput_rps=rps)
 
 
@@ -189,7 +189,7 @@ def better(one: Split | None, other: Split | None) -> Split | None:
     return other if other.per_gpu > one.per_gpu else one
 
 
-def for_rate(split: Split, judge: Judge, link: Link | None, rate_rps: float) -> Split:
+def for_rate(split: Split, judge: Judge, rate_rps: float) -> Split:
     """As few instances as keep the goal at that rate.
 
     Starts from Algorithm 1's ceil(R / goodput) of each phase, adds where it is missed, and takes
@@ -197,15 +197,15 @@ def for_rate(split: Split, judge: Judge, link: Link | None, rate_rps: float) -> 
     """
 
     def keeps(n: int, m: int) -> bool:
-        return judge.keeps_split(split.prefill, n, split.decode, m, link, rate_rps)
+        return judge.keeps_split(split.prefill, n, split.decode, m, rate_rps)
 
-    one_p = judge.prefill_rps(split.prefill, 1, link)
-    one_d = judge.decode_rps(split.decode, 1, link)
+    one_p = judge.prefill_rps(split.prefill)
+    one_d = judge.decode_rps(split.decode)
     n, m = ceil(rate_rps / one_p), ceil(rate_rps / one_d)
     while not keeps(n, m):
         # The phase that is short of its own needs gets one more; where neither is, both do.
-        short = judge.prefill_rps(split.prefill, n, link) < rate_rps
-        dear = judge.decode_rps(split.decode, m, link) < rate_rps
+        short = judge.prefill_rps(split.prefill, n) < rate_rps
+        dear = judge.decode_rps(split.decode, m) < rate_rps
         n, m = n + (short or not dear), m + (dear or not short)
     while True:
         fewer = [(n - 1, m), (n, m - 1)]

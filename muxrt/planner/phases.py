@@ -89,6 +89,18 @@ COMPAT = Rules(moves=False, keeps=False, joint=False, saturates=False, extra_rou
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """How KV gets from a prefill to a decode instance."""
+
+    token_s: float = 0.0
+    layers: int = 1
+
+    @property
+    def moves(self) -> Moves:
+        return Moves(self.token_s, float(self.layers))
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One copy of a model on `tp` x `pp` GPUs."""
 
@@ -97,6 +109,7 @@ class Instance:
     costs: Costs
     limits: Limits
     saturating_tokens: int  # L_m
+    link: Link = Link()  # by which KV leaves it, or comes
 
     @property
     def gpus(self) -> int:
@@ -114,18 +127,6 @@ def saturating_tokens(prefill_s: Callable[[float, float], float], longest: int) 
     return lengths[int(np.argmax(speeds >= SATURATED * speeds.max()))]
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """How KV gets from a prefill to a decode instance."""
-
-    token_s: float = 0.0
-    layers: int = 1
-
-    @property
-    def moves(self) -> Moves:
-        return Moves(self.token_s, float(self.layers))
-
-
 class Judge:
     """Goodput of instances under one traffic; rates are of the whole pool, requests/s."""
 
@@ -137,13 +138,13 @@ class Judge:
         self.attainment = attainment
         self.rules = rules or Rules()
 
-    def prefill_rps(self, instance: Instance, num: int = 1, link: Link | None = None) -> float:
+    def prefill_rps(self, instance: Instance, num: int = 1) -> float:
         """What `num` instances prefill in time."""
-        return largest_rate(lambda rate: self._prefills(instance, num, link, rate))
+        return largest_rate(lambda rate: self._prefills(instance, num, rate))
 
-    def decode_rps(self, instance: Instance, num: int = 1, link: Link | None = None) -> float:
+    def decode_rps(self, instance: Instance, num: int = 1) -> float:
         """What `num` instances decode in time, of prompts that come at random."""
-        return largest_rate(lambda rate: self._decodes(instance, num, link, rate))
+        return largest_rate(lambda rate: self._decodes(instance, num, rate))
 
     def split_rps(
         self,
@@ -151,11 +152,10 @@ class Judge:
         num_prefill: int,
         decode: Instance,
         num_decode: int,
-        link: Link | None = None,
     ) -> float:
         """What prefill and decode instances sustain together."""
         return largest_rate(
-            lambda rate: self.keeps_split(prefill, num_prefill, decode, num_decode, link, rate)
+            lambda rate: self.keeps_split(prefill, num_prefill, decode, num_decode, rate)
         )
 
     def colocated_rps(self, instance: Instance, num: int = 1, mixed_factor: float = 0.0) -> float:
@@ -185,26 +185,25 @@ class Judge:
         return Room(float(kept), decode.limits.sequences, rules.keeps, rules.extra_rounds)
 
     def _prefill(
-        self, instance: Instance, num: int, link: Link | None, requests: Requests, goal: Goal
+        self, instance: Instance, num: int, requests: Requests, goal: Goal
     ) -> tuple[int, Floats, Floats]:
         done, ready = np.zeros(len(requests.arrivals)), np.zeros(len(requests.arrivals))
         kv_tokens = float(instance.limits.kv_tokens)
         cap = float(instance.saturating_tokens) if self.rules.saturates else kv_tokens
-        moves = link.moves if link is not None and self.rules.moves else Moves(0.0, 1.0)
+        moves = instance.link.moves if self.rules.moves else Link().moves
         args = (instance.costs, requests, num, cap, kv_tokens, moves, goal, done, ready)
         return prefill_pool(*args), done, ready
 
-    def _prefills(self, instance: Instance, num: int, link: Link | None, rate_rps: float) -> bool:
+    def _prefills(self, instance: Instance, num: int, rate_rps: float) -> bool:
         requests = self._requests(rate_rps)
         goal = self._goal(requests, self._alone)
-        late, _, _ = self._prefill(instance, num, link, requests, goal)
+        late, _, _ = self._prefill(instance, num, requests, goal)
         return late <= goal.most_missed
 
-    def _decodes(self, instance: Instance, num: int, link: Link | None, rate_rps: float) -> bool:
+    def _decodes(self, instance: Instance, num: int, rate_rps: float) -> bool:
         requests = self._requests(rate_rps)
         goal = self._goal(requests, self._alone)
-        hidden = link is None or not self.rules.moves
-        tail_s = 0.0 if link is None or hidden else link.token_s / link.layers
+        tail_s = instance.link.token_s / instance.link.layers if self.rules.moves else 0.0
         ready = requests.arrivals + tail_s * requests.prompts
         return self._decode(instance, num, requests, requests.arrivals, ready, goal, None)
 
@@ -231,13 +230,12 @@ class Judge:
         num_prefill: int,
         decode: Instance,
         num_decode: int,
-        link: Link | None,
         rate_rps: float,
     ) -> bool:
         """Whether the goal is kept at that rate."""
         requests = self._requests(rate_rps)
         goal = self._goal(requests, self.attainment)
-        found = self._prefill(prefill, num_prefill, link, requests, goal)
+        found = self._prefill(prefill, num_prefill, requests, goal)
         num_late, done, ready = found
         if num_late > goal.most_missed:
             return False
