@@ -131,6 +131,7 @@ def test_as_few_instances_as_keep_the_goal(rate_rps: float) -> None:
     best = high_affinity(apart(), seen, 8)
     assert best is not None
     found = for_rate(best, seen, rate_rps)
+    assert found is not None
     n, m = found.num_prefill, found.num_decode
     assert seen.keeps_split(found.prefill, n, found.decode, m, rate_rps)
     for fewer in ((n - 1, m), (n, m - 1)):

@@ -11,7 +11,7 @@ simulation of both phases with both targets; a node may hold several segments of
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from heapq import nlargest
+from heapq import nlargest, nsmallest
 from math import ceil
 
 from muxrt.planner.phases import Instance, Judge
@@ -21,6 +21,9 @@ Catalog = Callable[[int, int], Instance | None]  # by tp and pp; None: there is 
 MOST_COPIES = 8  # instances of one phase that are tried beside one of the other
 NUM_PHASE, NUM_RATIOS = 3, 12  # the best of a phase, and of their ratios, that are simulated
 NUM_CELLS = 40  # likewise of what one node, or so many stages, may hold
+NUM_FEWEST = 4  # likewise of pairs at a given rate
+STEPS = 10  # instances are added by a tenth of those that there are
+FAR = 1.5  # times the GPUs that there are: pooling never saves as much
 # Instances in a pool and two phases that share a budget of misses do better than the bound from
 # each of them alone: by less than this.
 SLACK = 1.3
@@ -189,8 +192,8 @@ def better(one: Split | None, other: Split | None) -> Split | None:
     return other if other.per_gpu > one.per_gpu else one
 
 
-def for_rate(split: Split, judge: Judge, rate_rps: float) -> Split:
-    """As few instances as keep the goal at that rate.
+def for_rate(split: Split, judge: Judge, rate_rps: float) -> Split | None:
+    """As few of its instances as keep the goal at that rate; None where it takes far too many.
 
     Starts from Algorithm 1's ceil(R / goodput) of each phase, adds where it is missed, and takes
     away what is not needed: in a pool an instance sustains more than alone.
@@ -199,19 +202,55 @@ def for_rate(split: Split, judge: Judge, rate_rps: float) -> Split:
     def keeps(n: int, m: int) -> bool:
         return judge.keeps_split(split.prefill, n, split.decode, m, rate_rps)
 
-    one_p = judge.prefill_rps(split.prefill)
-    one_d = judge.decode_rps(split.decode)
-    n, m = ceil(rate_rps / one_p), ceil(rate_rps / one_d)
+    alone = judge.prefill_rps(split.prefill), judge.decode_rps(split.decode)
+    if not all(alone):
+        return None
+    n, m = ceil(rate_rps / alone[0]), ceil(rate_rps / alone[1])
+    most = 2 * (n + m) + MOST_COPIES
     while not keeps(n, m):
-        # The phase that is short of its own needs gets one more; where neither is, both do.
-        short = judge.prefill_rps(split.prefill, n) < rate_rps
-        dear = judge.decode_rps(split.decode, m) < rate_rps
-        n, m = n + (short or not dear), m + (dear or not short)
-    while True:
-        fewer = [(n - 1, m), (n, m - 1)]
-        if split.decode.gpus > split.prefill.gpus:
-            fewer.reverse()
-        kept = next((pair for pair in fewer if min(pair) > 0 and keeps(*pair)), None)
-        if kept is None:
-            return replace(split, num_prefill=n, num_decode=m, goodput_rps=rate_rps)
-        n, m = kept
+        # The phase that is short of its own needs gets more; where neither is, both do.
+        short = not judge.keeps_prefills(split.prefill, n, rate_rps)
+        dear = not judge.keeps_decodes(split.decode, m, rate_rps)
+        n += (short or not dear) * max(1, n // STEPS)
+        m += (dear or not short) * max(1, m // STEPS)
+        if n + m > most:
+            return None
+    if split.decode.gpus > split.prefill.gpus:
+        m = _least(lambda count: keeps(n, count), m)
+        n = _least(lambda count: keeps(count, m), n)
+    else:
+        n = _least(lambda count: keeps(count, m), n)
+        m = _least(lambda count: keeps(n, count), m)
+    return replace(split, num_prefill=n, num_decode=m, goodput_rps=rate_rps)
+
+
+def _least(keeps: Callable[[int], bool], enough: int) -> int:
+    """The smallest count that keeps the goal; `enough` does, and more are never worse."""
+    low = 0
+    while enough - low > 1:
+        middle = (low + enough) // 2
+        low, enough = (low, middle) if keeps(middle) else (middle, enough)
+    return enough
+
+
+def fewest(found: Phases, judge: Judge, rate_rps: float, most_gpus: int) -> Split | None:
+    """The instances that keep the goal at that rate on the fewest GPUs, in any numbers.
+
+    The most goodput per GPU wastes most of a wide instance at a low rate, so pairs are ranked by
+    what ceil(R / goodput) of each takes, and the best of them simulated. Where that is far more
+    than `most_gpus`, nothing is: the answer is what it takes.
+    """
+    if found.is_empty:
+        return None
+    pairs = [
+        Split(prefill.instance, n, decode.instance, m, rate_rps)
+        for prefill in found.prefill
+        for decode in found.decode
+        for n, m in [(ceil(rate_rps / prefill.rps), ceil(rate_rps / decode.rps))]
+    ]
+    tried = nsmallest(NUM_FEWEST, pairs, key=lambda split: split.gpus)
+    if tried[0].gpus > FAR * most_gpus:
+        return tried[0]
+    near = [split for split in tried if split.gpus <= FAR * most_gpus]
+    able = [split for one in near if (split := for_rate(one, judge, rate_rps)) is not None]
+    return min(able, key=lambda split: split.gpus, default=None)

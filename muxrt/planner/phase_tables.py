@@ -70,11 +70,16 @@ def distserve_overheads(pp: int) -> Overheads:
 
 
 def costs_of(
-    steps: Steps, limits: Limits, pp: int = 1, overheads: Overheads | None = None
+    steps: Steps,
+    limits: Limits,
+    pp: int = 1,
+    overheads: Overheads | None = None,
+    control_s: float = 0.0,
 ) -> Costs:
-    """The tables of any cost model."""
+    """The tables of any cost model; `control_s` is the engine's, per sequence and round."""
     ones = np.ones(limits.sequences + 1)
-    batch_s = np.array([steps.decode_batch_s(_part(b, pp)) for b in range(limits.sequences + 1)])
+    sizes = range(limits.sequences + 1)
+    batch_s = np.array([steps.decode_batch_s(_part(b, pp)) + control_s * b for b in sizes])
     context = steps.decode_context
     return _costs(steps.prefill_s, batch_s, ones, context, limits, pp, overheads or Overheads())
 

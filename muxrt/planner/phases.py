@@ -24,6 +24,7 @@ from muxrt.planner.workload import Lengths
 NUM_REQUESTS, TIMES_THERE, MOST_REQUESTS = 2000, 10.0, 40_000
 EDGE = 0.1  # of the requests at either end load the system and do not count
 PRECISION = 0.01  # of a rate
+LINK_LOAD = 0.8  # of an instance's link: beyond it KV waits longer and longer
 SMALLEST_RPS, LARGEST_RPS = 1e-3, 1e5
 SATURATED = 0.9  # of the most prompt tokens/s of any length: what L_m is
 # simdistserve decodes together what holds this many tokens, whatever the model and the GPU.
@@ -127,6 +128,15 @@ def saturating_tokens(prefill_s: Callable[[float, float], float], longest: int) 
     return lengths[int(np.argmax(speeds >= SATURATED * speeds.max()))]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What requests saw at one rate; means."""
+
+    attainment: float
+    ttft_s: float
+    tpot_s: float
+
+
 class Judge:
     """Goodput of instances under one traffic; rates are of the whole pool, requests/s."""
 
@@ -140,11 +150,11 @@ class Judge:
 
     def prefill_rps(self, instance: Instance, num: int = 1) -> float:
         """What `num` instances prefill in time."""
-        return largest_rate(lambda rate: self._prefills(instance, num, rate))
+        return largest_rate(lambda rate: self.keeps_prefills(instance, num, rate))
 
     def decode_rps(self, instance: Instance, num: int = 1) -> float:
         """What `num` instances decode in time, of prompts that come at random."""
-        return largest_rate(lambda rate: self._decodes(instance, num, rate))
+        return largest_rate(lambda rate: self.keeps_decodes(instance, num, rate))
 
     def split_rps(
         self,
@@ -194,13 +204,18 @@ class Judge:
         args = (instance.costs, requests, num, cap, kv_tokens, moves, goal, done, ready)
         return prefill_pool(*args), done, ready
 
-    def _prefills(self, instance: Instance, num: int, rate_rps: float) -> bool:
+    def keeps_prefills(self, instance: Instance, num: int, rate_rps: float) -> bool:
+        """Whether as many prefills are in time as the goal needs, and the links carry their KV."""
         requests = self._requests(rate_rps)
+        sent_s = instance.link.token_s * float(np.mean(self.traffic.prompts)) * rate_rps
+        if self.rules.moves and sent_s > LINK_LOAD * num:
+            return False
         goal = self._goal(requests, self._alone)
         late, _, _ = self._prefill(instance, num, requests, goal)
         return late <= goal.most_missed
 
-    def _decodes(self, instance: Instance, num: int, rate_rps: float) -> bool:
+    def keeps_decodes(self, instance: Instance, num: int, rate_rps: float) -> bool:
+        """Whether as many decodes are in time as the goal needs."""
         requests = self._requests(rate_rps)
         goal = self._goal(requests, self._alone)
         tail_s = instance.link.token_s / instance.link.layers if self.rules.moves else 0.0
@@ -217,12 +232,26 @@ class Judge:
         goal: Goal,
         late: Flags | None,
     ) -> bool:
+        missed = np.zeros(len(done), np.bool_) if late is None else late
+        found, _ = self._finish(instance, num, requests, done, ready, goal, missed)
+        return found <= goal.most_missed
+
+    def _finish(
+        self,
+        instance: Instance,
+        num: int,
+        requests: Requests,
+        done: Floats,
+        ready: Floats,
+        goal: Goal,
+        late: Flags,
+    ) -> tuple[int, Floats]:
+        """How many miss a target, and when answers are finished."""
         order = np.argsort(ready, kind="stable")
         finish = np.zeros(len(done))
-        missed = np.zeros(len(done), np.bool_) if late is None else late
         room = self._room(instance)
-        args = (instance.costs, requests, order, ready, done, num, room, goal, missed, finish)
-        return decode_pool(*args) <= goal.most_missed
+        args = (instance.costs, requests, order, ready, done, num, room, goal, late, finish)
+        return decode_pool(*args), finish
 
     def keeps_split(
         self,
@@ -241,6 +270,27 @@ class Judge:
             return False
         late = done - requests.arrivals > self.slo.ttft_s if self.rules.joint else None
         return self._decode(decode, num_decode, requests, done, ready, goal, late)
+
+    def see_split(
+        self,
+        prefill: Instance,
+        num_prefill: int,
+        decode: Instance,
+        num_decode: int,
+        rate_rps: float,
+    ) -> Seen:
+        """Attainment of both targets, and mean times, at that rate."""
+        requests = self._requests(rate_rps)
+        goal = self._goal(requests, 0.0)  # nobody is too late: every request runs to its end
+        _, done, ready = self._prefill(prefill, num_prefill, requests, goal)
+        late = np.zeros(len(done), np.bool_)
+        finish = self._finish(decode, num_decode, requests, done, ready, goal, late)[1]
+        ttft_s = done - requests.arrivals
+        turns = requests.outputs - 1 + self.rules.extra_rounds
+        tpot_s = (finish - done) / np.maximum(turns, 1)
+        kept = (ttft_s <= self.slo.ttft_s) & (tpot_s <= self.slo.tpot_s)
+        means = [float(np.mean(x[goal.first : goal.last])) for x in (kept, ttft_s, tpot_s)]
+        return Seen(*means)
 
     def keeps_colocated(
         self, instance: Instance, num: int, mixed_factor: float, rate_rps: float
