@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from muxrt.planner.draft import Draft
     from muxrt.planner.queueing import QueueingJudge, Score
     from muxrt.planner.search import Judge
+    from muxrt.planner.strategies.distserve import Options
 
 
 class JudgeName(StrEnum):
@@ -30,9 +31,42 @@ class StrategyName(StrEnum):
     """How to place."""
 
     AUTO = "auto"
+    DISTSERVE = "distserve"
     MUXSERVE = "muxserve"
     SPATIAL = "spatial"
+    SPLITWISE = "splitwise"
     TEMPORAL = "temporal"
+
+
+class ObjectiveName(StrEnum):
+    """What is to be least for the traffic that is asked for."""
+
+    GPU = "gpu"
+    DOLLAR = "dollar"
+    WATT = "watt"
+
+
+class AffinityName(StrEnum):
+    """Where the two instances of a request may lie."""
+
+    AUTO = "auto"
+    HIGH = "high"
+    LOW = "low"
+
+
+Objectives = Annotated[
+    ObjectiveName, typer.Option(help="distserve, splitwise: what is to be least.")
+]
+Affinities = Annotated[
+    AffinityName, typer.Option(help="distserve: high: KV crosses nodes; low: it stays inside one.")
+]
+Stages = Annotated[
+    int, typer.Option(min=1, help="distserve: pipeline stages; more than one is a plan only.")
+]
+Compat = Annotated[
+    bool, typer.Option("--compat", help="distserve, splitwise: with the paper's own simulator.")
+]
+DISAGGREGATED = (StrategyName.DISTSERVE, StrategyName.SPLITWISE)
 
 
 def plan(
@@ -62,6 +96,10 @@ def plan(
     tpot: Annotated[
         float | None, typer.Option(min=1e-4, help="Seconds, for models without an slo.")
     ] = None,
+    objective: Objectives = ObjectiveName.GPU,
+    affinity: Affinities = AffinityName.AUTO,
+    max_pp: Stages = 1,
+    compat: Compat = False,
 ) -> None:
     """Choose which models live together, on how many GPUs, and say why.
 
@@ -72,8 +110,47 @@ def plan(
     if (ttft is None) != (tpot is None):
         raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
     from muxrt.cli.plan_input import load_problem
-    from muxrt.cli.show import console
     from muxrt.config.placement import Slo
+
+    wanted = _Wanted(out, picture, explain, as_json)
+    wanted.check()
+    slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
+    asked = load_problem(file, workload, slo, hour)
+    if strategy in DISAGGREGATED:
+        if picture is not None or explain:
+            raise typer.BadParameter(
+                "they are of colocated placements", param_hint="--picture, --explain"
+            )
+        from muxrt.cli.plan_disagg import report
+
+        report(asked, strategy.value, _options(objective, affinity, max_pp, compat), out, as_json)
+    else:
+        if compat or max_pp > 1:
+            raise typer.BadParameter(
+                "they go with distserve and splitwise", param_hint="--compat, --max-pp"
+            )
+        _colocated(asked, strategy, judge, time_limit, wanted)
+
+
+def _options(
+    objective: ObjectiveName, affinity: AffinityName, max_pp: int, compat: bool
+) -> "Options":
+    from muxrt.planner.phase_plan import Objective
+    from muxrt.planner.strategies.distserve import Affinity, Options
+
+    return Options(
+        affinity=Affinity(affinity.value),
+        most_stages=max_pp,
+        objective=Objective(objective.value),
+        compat=compat,
+    )
+
+
+def _colocated(
+    asked: "Asked", strategy: StrategyName, judge: JudgeName, time_limit: float, wanted: "_Wanted"
+) -> None:
+    """Search, and say what was found."""
+    from muxrt.cli.show import console
     from muxrt.planner.assign import in_order
     from muxrt.planner.capacity import Capacity
     from muxrt.planner.feasible import check_feasible
@@ -81,10 +158,6 @@ def plan(
     from muxrt.planner.search import Search
     from muxrt.planner.strategies import STRATEGIES
 
-    wanted = _Wanted(out, picture, explain, as_json)
-    wanted.check()
-    slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
-    asked = load_problem(file, workload, slo, hour)
     estimator = QueueingJudge(asked.problem)
     capacity = Capacity(asked.problem, estimator)
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
