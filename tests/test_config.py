@@ -298,7 +298,7 @@ def test_the_shipped_configurations_load(path: Path) -> None:
     assert {model.name for model in load(path).models} <= {"pydoc-s", "pydoc-m", "pydoc-l"}
 
 
-def test_roles_and_stages_cannot_be_run_yet() -> None:
+def test_stages_cannot_be_run_yet() -> None:
     memory = Memory(kv_bytes=1)
     roles: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
     units = tuple(
@@ -311,8 +311,6 @@ def test_roles_and_stages_cannot_be_run_yet() -> None:
     check_references(ServeConfig(models=(ModelSpec(name="a", path="a"),), units=(*units, staged)))
     found = [problem.text for problem in stage_problems((*units, staged), "it")]
     assert found == [
-        "found prefill, expected mixed: it hands no sequence over between units",
-        "found decode, expected mixed: it hands no sequence over between units",
         "found 2, expected 1: it has no pipeline stages, such a placement is a plan only",
     ]
 

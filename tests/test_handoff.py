@@ -102,8 +102,8 @@ def test_a_request_of_one_token_stays_where_it_is() -> None:
         assert w.hosts["d"].unit.scheduler.counters[model].output_tokens == 0
 
 
-def test_random_faults_give_no_wrong_token_leak_or_stuck_request(num_rounds: int = 12) -> None:
-    play_faults(range(num_rounds))
+def test_random_faults_give_no_wrong_token_leak_or_stuck_request() -> None:
+    assert play_faults(range(8)) > 30
 
 
 def play_faults(seeds: range) -> int:

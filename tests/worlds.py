@@ -252,7 +252,7 @@ class World:
             model=model,
             prompt_tokens=prompt,
             max_tokens=output if max_tokens is None else max_tokens,
-            payload=msgspec.msgpack.encode(MarkedPrompt(output, rid)),
+            payload=msgspec.msgpack.encode(MarkedPrompt(output, 0, rid)),
             keys=stream.keys(layout.block_tokens) if layout and family is not None else (),
             arrived_s=self.loop.now_s,
             deadline_s=deadline_s,

@@ -58,8 +58,9 @@ class CopyLane:
         links: Links,
         spec: UnitSpec,
         block_bytes: int,
-        peers: Peers,
+        peers: Peers | None = None,
     ) -> None:
+        """`peers` None: nothing is fetched."""
         self._loop, self._links = loop, links
         self._spec, self._block_bytes = spec, block_bytes
         self._peers = peers
@@ -90,7 +91,7 @@ class CopyLane:
             self._loop.after(0.0, self._end, FINISH)
             return
         else:
-            assert work.source is not None, "what is fetched has a source"
+            assert self._peers and work.source, "what is fetched comes from somebody"
             path = self._peers.path(work.source.unit, self._spec.name)
             if not path:
                 error = f"{work.source.unit} is gone, and its K and V"

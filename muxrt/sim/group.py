@@ -223,8 +223,8 @@ class Simulation:
         """What gave nothing may start over elsewhere, once; False if that cannot be."""
         if served.first_s is not None or served.is_retried:
             return False
-        served.is_retried = True
-        return self._start(self._requests[lost.request.id], served)
+        served.is_retried = self._start(self._requests[lost.request.id], served)
+        return served.is_retried
 
     # -- requests ----------------------------------------------------------------------------
 

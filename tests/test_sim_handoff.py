@@ -1,0 +1,102 @@
+"""Prefill and decode on different units, simulated: what can be said exactly."""
+
+from dataclasses import replace
+
+import msgspec
+import pytest
+from sim_world import GB, burst, config, setting, steps, unit
+
+from muxrt.config.placement import Role, UnitModel, UnitSpec
+from muxrt.core import FinishReason
+from muxrt.engine.build import plan_unit
+from muxrt.sim.setting import Failure
+from muxrt.sim.simulate import simulate
+
+NVLINK = 300e9  # of an A100, one direction
+PROMPT = 1600
+
+
+def side(role: Role, name: str, gpu: int, node: int = 0, kv_bytes: int = 40 * GB) -> UnitSpec:
+    spec = unit(name=name, gpus=(gpu,), parts=[UnitModel(name="a", role=role)], kv_bytes=kv_bytes)
+    return msgspec.structs.replace(spec, mesh=msgspec.structs.replace(spec.mesh, node=node))
+
+
+def held_bytes(spec: UnitSpec, tokens: int) -> int:
+    """What so many tokens of a sequence hold in a unit, in whole groups."""
+    placed = config(spec, side("decode", "other", 7))
+    plan = plan_unit(spec, {m.name: m for m in placed.models}, setting("a").shapes)
+    return plan.models["a"].layout.num_blocks(tokens) * plan.arena.block_bytes
+
+
+@pytest.mark.parametrize(("node", "rate"), [(0, NVLINK), (1, 25e9)])
+def test_a_request_alone_takes_its_prefill_a_transfer_and_its_steps(node: int, rate: float) -> None:
+    prompts, answers = side("prefill", "p", 0), side("decode", "d", 1, node)
+    run = simulate(config(prompts, answers), setting("a"), burst("a", 1, prompt=PROMPT))
+    (one,) = run.served
+    prefill_s = steps().prefill_s(PROMPT, PROMPT**2)
+    transfer_s = held_bytes(prompts, PROMPT) / rate
+    decode_s = sum(steps().decode_s(1, PROMPT + 1 + i) for i in range(9))
+    assert one.first_s == pytest.approx(prefill_s)
+    assert one.last_s == pytest.approx(prefill_s + transfer_s + decode_s, rel=1e-3)
+    assert (one.output_tokens, one.finish, one.unit) == (10, FinishReason.STOP, "d")
+    assert transfer_s > 2e-3
+
+
+def test_transfers_that_share_a_network_share_it() -> None:
+    units = [side("prefill", "p0", 0), side("prefill", "p1", 1)]
+    units += [side("decode", "d0", 0, 1), side("decode", "d1", 1, 1)]
+    alone = simulate(config(*units), setting("a"), burst("a", 1, prompt=PROMPT)).served[0]
+    two = simulate(config(*units), setting("a"), burst("a", 2, prompt=PROMPT)).served
+    transfer_s = held_bytes(units[0], PROMPT) / 25e9
+    assert {one.unit for one in two} == {"d0", "d1"}
+    assert alone.last_s is not None
+    for one in two:
+        assert one.last_s == pytest.approx(alone.last_s + transfer_s, rel=1e-3)
+
+
+def test_a_network_can_be_stated() -> None:
+    units = [side("prefill", "p", 0), side("decode", "d", 0, 1)]
+    slow, fast = (
+        simulate(config(*units), replace(setting("a"), network_bytes_per_s=rate), burst("a", 1))
+        for rate in (1e9, 1e12)
+    )
+    assert slow.served[0].last_s > fast.served[0].last_s + 0.05  # type: ignore[operator]
+
+
+def test_a_full_decode_unit_fetches_when_it_has_room() -> None:
+    few = side("decode", "d", 1, kv_bytes=3 * GB)
+    units = [side("prefill", "p", 0), few]
+    run = simulate(config(*units), setting("a"), burst("a", 12, prompt=PROMPT, output=40))
+    assert all(one.is_answered and one.output_tokens == 40 for one in run.served)
+    gaps = sorted((one.last_s or 0.0) - (one.first_s or 0.0) for one in run.served)
+    assert gaps[-1] > 1.5 * gaps[0], "nobody waited"
+
+
+def test_blocks_are_held_until_they_are_fetched() -> None:
+    few = side("prefill", "p", 0, kv_bytes=3 * GB)
+    run = simulate(
+        config(few, side("decode", "d", 0, 1)),
+        replace(setting("a"), network_bytes_per_s=1e8),
+        burst("a", 4, prompt=PROMPT),
+    )
+    firsts = sorted(one.first_s or 0.0 for one in run.served)
+    transfer_s = held_bytes(few, PROMPT) / 1e8
+    assert firsts[-1] > transfer_s, "the prefill unit had more room than it has"
+
+
+@pytest.mark.parametrize("dies", ["p", "d"])
+def test_either_side_may_die_and_nobody_loses_a_token(dies: str) -> None:
+    units = [side("prefill", "p", 0), side("prefill", "q", 1)]
+    units += [side("decode", "d", 2), side("decode", "e", 3)]
+    world = replace(setting("a"), failures=(Failure(dies, 1.0, 5.0),))
+    asked = [a for at in range(20) for a in burst("a", 2, at_s=at / 10, output=60)]
+    run = simulate(config(*units), world, asked)
+    assert all(one.is_answered and one.output_tokens == 60 for one in run.served)
+    assert next(use for use in run.units if use.unit == dies).deaths == 1
+
+
+def test_a_model_without_a_living_decode_unit_is_served_where_it_was_prefilled() -> None:
+    units = [side("prefill", "p", 0), side("decode", "d", 1)]
+    world = replace(setting("a"), failures=(Failure("d", 0.0),))
+    run = simulate(config(*units), world, burst("a", 3, at_s=1.0))
+    assert {(one.unit, one.output_tokens) for one in run.served} == {("p", 10)}
