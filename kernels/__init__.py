@@ -4,7 +4,7 @@ Activations are float32; the arena is float32 or bfloat16; weights are float32, 
 """
 
 from muxrt.kernels.cpu import CpuProgram as Program
-from muxrt.kernels.cpu import copy_blocks, sample, warm_up
+from muxrt.kernels.cpu import checksum, copy_blocks, sample, warm_up
 from muxrt.kernels.packing import Packed, Pages, map_pages, pack_into, packed_elems, unpack
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, KvCache, MetaArrays
@@ -17,6 +17,7 @@ __all__ = [
     "Pages",
     "Program",
     "Team",
+    "checksum",
     "copy_blocks",
     "map_pages",
     "pack_into",

@@ -9,7 +9,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from muxrt.kernels import amx, cpu_attention, cpu_linear, cpu_linear_amx, cpu_rows, cpu_sampling
+from muxrt.kernels import (
+    amx,
+    cpu_attention,
+    cpu_checksum,
+    cpu_linear,
+    cpu_linear_amx,
+    cpu_rows,
+    cpu_sampling,
+)
 from muxrt.kernels.jit import STAGES, compile_for
 from muxrt.kernels.packing import Packed
 from muxrt.kernels.panel import ROWS, WIDE
@@ -32,6 +40,7 @@ _SIGNATURES: dict[Callable[..., Any], list[str]] = {
         "(int64, int64, float32[:, ::1], float64[::1], int64[::1], float64[::1], float64[::1],"
         " float64[::1], int64[::1])"
     ],
+    cpu_checksum.checksum: ["(uint64[::1], int32[::1], int64)"],
     cpu_rows.copy_blocks: ["(int64, int64, uint8[::1], uint8[::1], int32[::1], int32[::1], int64)"],
 }
 
@@ -218,6 +227,18 @@ def copy_blocks(
     arenas = (src.view(torch.uint8).numpy(), dst.view(torch.uint8).numpy())
     ids = (src_ids.numpy(), dst_ids.numpy())
     cpu_rows.copy_blocks(0, len(src_ids), *arenas, *ids, block_bytes)
+
+
+def checksum(arena: Tensor, ids: Tensor, block_bytes: int) -> int:
+    """Of the blocks `ids` [N] int32 of an arena, one after the other, below 2^63.
+
+    Raises ValueError where blocks are no multiple of 64 bytes.
+    """
+    if block_bytes % (8 * cpu_checksum.LANES):
+        raise ValueError(f"found blocks of {block_bytes} bytes, expected a multiple of 64")
+    data = arena.view(torch.uint8)
+    words = data[: data.numel() // 8 * 8].numpy().view(np.uint64)
+    return int(cpu_checksum.checksum(words, ids.numpy(), block_bytes // 8)) >> 1
 
 
 def sample(

@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 import numpy as np
 from real_world import DEMO, demo_llama
+from torch import Tensor
 
 from muxrt.config.model import load_shape
 from muxrt.config.placement import (
@@ -34,7 +35,7 @@ from muxrt.sim.loop import FINISH, EventLoop
 from muxrt.worker.kv_storage import Storage
 from muxrt.worker.lanes import attempt
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.transfer import Bytes, Exchange, Ids
+from muxrt.worker.transfer import Exchange, Ids
 from muxrt.worker.transports import SharedTransport
 
 BATCH_S, COPY_S = 0.01, 0.005
@@ -60,14 +61,18 @@ class FaultyTransport:
     def peer(self) -> bytes:
         return self.inner.peer()
 
-    def read(self, unit: str, peer: bytes, ids: Ids, block_bytes: int) -> Bytes:
+    def scratch(self, num_bytes: int) -> Tensor:
+        return self.inner.scratch(num_bytes)
+
+    def read(
+        self, unit: str, peer: bytes, ids: Ids, block_bytes: int, into: Tensor, into_ids: Ids
+    ) -> None:
         fault, self.fault = self.fault, ""
         if fault == "lost":
             raise TransferFailed("nothing came")
-        read = self.inner.read(unit, peer, ids, block_bytes).copy()
+        self.inner.read(unit, peer, ids, block_bytes, into, into_ids)
         if fault == "damaged":
-            read[len(read) // 2, block_bytes // 3] ^= 4
-        return read
+            into[int(into_ids[len(ids) // 2]) * block_bytes + block_bytes // 3] ^= 4
 
     def close(self) -> None:
         self.inner.close()
@@ -82,7 +87,7 @@ class Host:
         self.storage = Storage(plan)
         arena = self.storage.arena
         self.transport = FaultyTransport(SharedTransport(arena.fd, arena.num_bytes))
-        self.exchange = Exchange(identity, plan, arena.tensor().numpy(), self.transport)
+        self.exchange = Exchange(identity, plan, arena.tensor(), self.transport)
         residents = {m: Resident.of(demo_llama(m), m, self.storage) for m in plan.models}
         self._runner = Runner(residents, Team())
         self._copier = Copier(self.storage, plan.arena.block_bytes, self.exchange, residents)

@@ -156,9 +156,9 @@ class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     mesh: Mesh = Mesh()
     lanes: Lanes = Lanes()
     scheduling: Scheduling = Scheduling()
-    # How units with roles read each other's K and V; auto = NIXL where it is installed, else memory
-    # that the processes of one machine share.
-    transfer: Literal["auto", "nixl", "shared"] = "auto"
+    # How units with roles read each other's K and V: memory that processes of one machine share, or
+    # NIXL (pip install muxrt[nixl]), which also goes from machine to machine.
+    transfer: Literal["nixl", "shared"] = "shared"
 
     @property
     def has_roles(self) -> bool:

@@ -11,7 +11,7 @@ from muxrt.worker.lanes import Lane, ThreadLane, split_cores
 from muxrt.worker.process_lane import LaneSetup, ProcessLane, SharedModel
 from muxrt.worker.runner import Copier, Resident, Runner
 from muxrt.worker.transfer import Exchange, Transport
-from muxrt.worker.transports import NixlTransport, SharedTransport, has_nixl
+from muxrt.worker.transports import NixlTransport, SharedTransport
 
 
 def open_executor(
@@ -40,10 +40,9 @@ def open_executor(
 
 def _open_exchange(plan: UnitPlan, storage: Storage, unit: str, stack: ExitStack) -> Exchange:
     """What reads other units' blocks. Raises ConfigError where NIXL is asked for and not there."""
-    arena = storage.arena.tensor().numpy()
-    kind = plan.spec.transfer
+    arena = storage.arena.tensor()
     transport: Transport
-    if kind == "nixl" or (kind == "auto" and has_nixl()):
+    if plan.spec.transfer == "nixl":
         transport = NixlTransport(unit, arena)
     else:
         transport = SharedTransport(storage.arena.fd, storage.arena.num_bytes)

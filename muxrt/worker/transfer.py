@@ -9,12 +9,14 @@ what was sealed (the holder died, its lease ran out, a bit flipped) are an error
 from collections.abc import Mapping
 from time import perf_counter
 from typing import Protocol
-from zlib import crc32
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from muxrt import kernels
 from muxrt.core import Result, Source, Transfer, TransferKind, unpack_ids
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import TransferFailed
@@ -82,8 +84,16 @@ class Transport(Protocol):
     def peer(self) -> bytes:
         """How the others reach our arena."""
 
-    def read(self, unit: str, peer: bytes, ids: Ids, block_bytes: int) -> Bytes:
-        """Blocks `ids` of `unit`'s arena, [blocks, block_bytes]. Raises TransferFailed."""
+    def read(
+        self, unit: str, peer: bytes, ids: Ids, block_bytes: int, into: Tensor, into_ids: Ids
+    ) -> None:
+        """Blocks `ids` of `unit`'s arena become blocks `into_ids` of `into`.
+
+        `into` is our arena or from `scratch`. Raises TransferFailed.
+        """
+
+    def scratch(self, num_bytes: int) -> Tensor:
+        """Memory to read into, [bytes] uint8; what the last one held is gone."""
 
     def close(self) -> None:
         """Nobody is read from or reads here any more."""
@@ -92,11 +102,10 @@ class Transport(Protocol):
 class Exchange:
     """Seals our blocks and fetches those of other units."""
 
-    def __init__(self, unit: str, plan: UnitPlan, arena: Bytes, transport: Transport) -> None:
-        """`unit` is our name and generation, `arena` our blocks, [bytes]."""
+    def __init__(self, unit: str, plan: UnitPlan, arena: Tensor, transport: Transport) -> None:
+        """`unit` is our name and generation, `arena` our blocks, [bytes] uint8."""
         self._unit = unit
-        block_bytes = plan.arena.block_bytes
-        self._blocks = arena[: plan.num_blocks * block_bytes].reshape(-1, block_bytes)
+        self._arena, self._block_bytes = arena, plan.arena.block_bytes
         self._geometries = {model: Geometry.of(plan, model) for model in plan.models}
         self._transport = transport
 
@@ -113,7 +122,7 @@ class Exchange:
         begun_s = perf_counter()
         checksum = 0
         if transfer.kind is TransferKind.SEAL:
-            checksum = seal(self._blocks[unpack_ids(transfer.blocks)])
+            checksum = seal(self._arena, unpack_ids(transfer.blocks), self._block_bytes)
         else:
             assert transfer.source is not None, "what is fetched has a source"
             self._fetch(transfer, transfer.source)
@@ -123,16 +132,28 @@ class Exchange:
         address = msgspec.msgpack.decode(source.address, type=Address)
         theirs, ours = address.geometry, self._geometries[transfer.model]
         self._refuse(address, source, ours)
-        ids = unpack_ids(source.held.blocks)
-        read = self._transport.read(address.unit, address.peer, ids, theirs.block_bytes)
-        if seal(read) != source.held.checksum:
+        ids, own = unpack_ids(source.held.blocks), unpack_ids(transfer.blocks)
+        if theirs == ours:
+            self._read(address, source, ids, self._arena, own[: len(ids)])
+            return
+        room = self._transport.scratch(len(ids) * theirs.block_bytes)
+        self._read(address, source, ids, room, np.arange(len(ids), dtype=np.int32))
+        read = room.numpy().reshape(-1, theirs.block_bytes)
+        blocks = ours.blocks(theirs.rows(read)[:, :, : transfer.num_tokens])
+        mine = self._arena.numpy()[: len(self._arena) // self._block_bytes * self._block_bytes]
+        mine.reshape(-1, self._block_bytes)[own[: len(blocks)]] = blocks
+
+    def _read(
+        self, address: Address, source: Source, ids: Ids, into: Tensor, into_ids: Ids
+    ) -> None:
+        """Read blocks and compare their checksum. Raises TransferFailed."""
+        size = address.geometry.block_bytes
+        self._transport.read(address.unit, address.peer, ids, size, into, into_ids)
+        if seal(into, into_ids, size) != source.held.checksum:
             raise TransferFailed(
-                f"{transfer.model}: the blocks that came from {source.unit} are not those that it"
-                " sealed (the checksum differs)"
+                f"the blocks that came from {source.unit} are not those that it sealed (the"
+                " checksum differs)"
             )
-        if theirs != ours:
-            read = ours.blocks(theirs.rows(read)[:, :, : transfer.num_tokens])
-        self._blocks[unpack_ids(transfer.blocks)[: len(read)]] = read
 
     def _refuse(self, address: Address, source: Source, ours: Geometry) -> None:
         """Raises TransferFailed for blocks that cannot become ours."""
@@ -152,9 +173,9 @@ class Exchange:
             )
 
 
-def seal(blocks: Bytes) -> int:
+def seal(arena: Tensor, ids: Ids, block_bytes: int) -> int:
     """The checksum of blocks, one after the other."""
-    return crc32(np.ascontiguousarray(blocks).data)
+    return kernels.checksum(arena, torch.from_numpy(ids.copy()), block_bytes)
 
 
 def addresses(exchange: Exchange | None, models: Mapping[str, object]) -> dict[str, bytes]:
