@@ -4,8 +4,9 @@
     python scripts/compare_disagg.py distserve    # OPT-13B and 66B: parallelism that is chosen
     python scripts/compare_disagg.py splitwise    # BLOOM-176B: designs at equal power and cost
     python scripts/compare_disagg.py search       # CPU seconds for 32 GPUs
+    python scripts/compare_disagg.py tables       # all of them as Markdown
 
-Each prints its figures as JSON and adds them to docs/benchmarks/disagg.json.
+Each but the last prints its figures as JSON and adds them to docs/benchmarks/disagg.json.
 """
 
 import argparse
@@ -184,9 +185,9 @@ def splitwise(num: int) -> dict[str, Any]:
     """Throughput of the designs: at the paper's counts, and at the best ones."""
     counts = {budget.value: equal_count(A100, H100, NUM_H100, budget) for budget in Budget}
     found: dict[str, Any] = {"a100_for_40_h100": counts, "requests": num, "cases": []}
-    for released in (True, False):
+    for released, budgets in ((True, list(Budget)), (False, [Budget.POWER])):
         given = provisioner("conv", released=released, num=num)
-        for budget in Budget:
+        for budget in budgets:
             num_a100 = counts[budget.value]
             bases = (("A100", num_a100), ("H100", NUM_H100))
             for name, count in bases:
@@ -243,13 +244,89 @@ def search() -> dict[str, float]:
     return found
 
 
+def tables(kept: dict[str, Any]) -> dict[str, list[str]]:
+    """The lines of docs/disaggregation.md, by part."""
+    return {
+        "example": _example_table(kept["example"]),
+        "distserve": _distserve_table(kept["distserve"]),
+        "splitwise": _splitwise_table(kept["splitwise"]["cases"]),
+        "search": _markdown(
+            ("", "seconds"), [(name, f"{cpu_s:.1f}") for name, cpu_s in kept["search"].items()]
+        ),
+    }
+
+
+def _markdown(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [headers, ("---",) * len(headers), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _example_table(found: dict[str, Any]) -> list[str]:
+    ratios = ("1:1", "2:1", "3:1", "3:2")
+    rows = [("paper", "5.6", "10", "1.6", "", "3.3", "", "", "2.1")]
+    rows += [
+        (
+            name,
+            *(f"{one[key]:.1f}" for key in ("prefill_rps", "decode_rps", "colocated_rps")),
+            *(f"{one['per_gpu'][ratio]:.1f}" for ratio in ratios),
+            f"{one['ratio_2_1']:.1f}",
+        )
+        for name, one in found.items()
+    ]
+    return _markdown(("", "prefill", "decode", "colocated", *ratios, "2:1 / colocated"), rows)
+
+
+def _distserve_table(found: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for one in found:
+        best = [f"{name} ({rps:.1f})" for name, rps in (
+            one["phases"]["prefill"][0], one["phases"]["decode"][0]
+        )]  # fmt: skip
+        rows.append(
+            (
+                f"{one['model']}, {one['slo']} SLO, {one['chats']}",
+                "paper's" if one["compat"] else "ours",
+                *best,
+                f"{one['published']['rps_per_gpu']:.2f}",
+                f"{one['low_one_node']['split']}: {one['low_one_node']['rps_per_gpu']:.2f}",
+                f"{one['high']['split']}: {one['high']['rps_per_gpu']:.2f}",
+            )
+        )
+    headers = ("", "simulator", "prefills alone", "decodes alone", "published", "one node")
+    return _markdown((*headers, "n to m, 32 GPUs"), rows)
+
+
+def _splitwise_table(cases: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for one in cases:
+        paper = one.get("paper_counts")
+        rows.append(
+            (
+                f"{one['model']}, equal {one['equal']}",
+                one["design"],
+                ", ".join(str(count) for count in one["machines"]),
+                f"{one['rps']:.0f}",
+                ", ".join(str(count) for count in paper) if paper else "",
+                f"{one['rps_at_paper_counts']:.0f}" if paper else "",
+            )
+        )
+    return _markdown(
+        ("decode model", "design", "machines", "requests/s", "paper's machines", "requests/s"), rows
+    )
+
+
 def main() -> None:
     """One part, into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("example", "distserve", "splitwise", "search"))
+    parser.add_argument("part", choices=("example", "distserve", "splitwise", "search", "tables"))
     parser.add_argument("--requests", type=int, default=10_000, help="of Splitwise's traffic")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
+    kept = json.loads(asked.out.read_text()) if asked.out.exists() else {}
+    if asked.part == "tables":
+        for name, lines in tables(kept).items():
+            print(name, *lines, sep="\n")
+        return
     parts: dict[str, Callable[[], Any]] = {
         "example": example,
         "distserve": distserve,
@@ -257,7 +334,6 @@ def main() -> None:
         "search": search,
     }
     found = parts[asked.part]()
-    kept = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     kept[asked.part] = found
     asked.out.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(found, indent=1))

@@ -27,6 +27,7 @@ from muxrt.planner.prefill_pool import Moves, prefill_pool
 PERCENTILES = (50, 90, 99)
 SLOWDOWNS = {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}
 BATCH_TOKENS = 2048  # of prompts in one batch
+START_RPS, NEAR = 16.0, 1.2  # where a search of rates begins, and how far it looks from a guess
 MIXED_FACTOR = 1.1  # splitwise-sim: what a batch of both phases costs more
 
 
@@ -105,13 +106,14 @@ class Provisioner:
         tbt = np.array([alone_tbt(int(p)) for p in prompts])
         self._alone = Times(ttft, tbt, ttft + tbt * (outputs - 1))
 
-    def split_rps(self, cluster: Cluster) -> float:
-        """What prompt and token machines sustain."""
-        return largest_rate(lambda rate: self.keeps(self.split(cluster, rate)), 16.0)
+    def split_rps(self, cluster: Cluster, guess_rps: float | None = None) -> float:
+        """What prompt and token machines sustain; near `guess_rps` it is found sooner."""
+        start_rps, factor = (START_RPS, 2.0) if not guess_rps else (guess_rps, NEAR)
+        return largest_rate(lambda rate: self.keeps(self.split(cluster, rate)), start_rps, factor)
 
     def baseline_rps(self, machine: Machine, count: int) -> float:
         """What machines sustain that do both."""
-        return largest_rate(lambda rate: self.keeps(self.baseline(machine, count, rate)), 16.0)
+        return largest_rate(lambda rate: self.keeps(self.baseline(machine, count, rate)), START_RPS)
 
     def split(self, cluster: Cluster, rate_rps: float) -> Times:
         """What each request sees."""
@@ -167,14 +169,17 @@ class Provisioner:
         the best is where they cross: found by thirds.
         """
         kept: dict[int, Provisioned] = {}
+        best_rps = 0.0
 
         def at(num_prompt: int) -> Provisioned:
+            nonlocal best_rps
             if num_prompt not in kept:
                 left = total - num_prompt * prompt.takes(budget)
                 cluster = Cluster(
                     prompt, num_prompt, token, floor(left / token.takes(budget) + 1e-9)
                 )
-                kept[num_prompt] = Provisioned(cluster, self.split_rps(cluster))
+                kept[num_prompt] = Provisioned(cluster, self.split_rps(cluster, best_rps))
+                best_rps = max(best_rps, kept[num_prompt].rps)
             return kept[num_prompt]
 
         low, high = 1, floor((total - token.takes(budget)) / prompt.takes(budget) + 1e-9)
