@@ -1,9 +1,10 @@
 """DistServe's algorithms on its own coefficients, beside what the paper chose."""
 
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
-from phase_world import LAYERS_HIDDEN, all_alike, instance
 
 from muxrt.config.placement import Slo
 from muxrt.planner.disaggregate import (
@@ -21,6 +22,10 @@ from muxrt.planner.disaggregate import (
 )
 from muxrt.planner.phases import COMPAT, Instance, Judge, Rules, draw
 from muxrt.planner.workload import Lengths
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
+from opt_world import LAYERS_HIDDEN, all_alike, instance  # a script, so its folder comes first
 
 # Many turns joined, at most 2,048 tokens with the answer: DistServe's ShareGPT is like this.
 CHAT = draw(Lengths(755, 1.7 * 755**2), Lengths(200, 2 * 200**2), 2048, 8000)

@@ -1,13 +1,13 @@
 """Simulations of one phase: against closed forms, and what each rule of theirs changes."""
 
 import csv
+import sys
 from dataclasses import replace
 from math import inf, log
 from pathlib import Path
 
 import numpy as np
 import pytest
-from phase_world import all_alike, coefficients, instance, kv_capacity
 
 from muxrt.config.placement import Slo
 from muxrt.planner.colocated_pool import colocated_pool
@@ -28,6 +28,15 @@ from muxrt.planner.phases import (
 )
 from muxrt.planner.prefill_pool import Moves, prefill_pool
 from muxrt.planner.workload import Lengths
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
+from opt_world import (
+    all_alike,
+    coefficients,
+    instance,
+    kv_capacity,
+)  # a script, so its folder comes first
 
 NO_GOAL = Goal(0, 1 << 40, inf, inf, 1 << 40)
 STILL = Moves(0.0, 1.0)

@@ -114,36 +114,59 @@ def plan(
 
     wanted = _Wanted(out, picture, explain, as_json)
     wanted.check()
+    phases = _Phases(objective, affinity, max_pp, compat)
+    _check_words(strategy, phases, judge, wanted)
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     asked = load_problem(file, workload, slo, hour)
     if strategy in DISAGGREGATED:
-        if picture is not None or explain:
-            raise typer.BadParameter(
-                "they are of colocated placements", param_hint="--picture, --explain"
-            )
         from muxrt.cli.plan_disagg import report
 
-        report(asked, strategy.value, _options(objective, affinity, max_pp, compat), out, as_json)
+        report(asked, strategy.value, phases.options(), out, as_json)
     else:
-        if compat or max_pp > 1:
-            raise typer.BadParameter(
-                "they go with distserve and splitwise", param_hint="--compat, --max-pp"
-            )
         _colocated(asked, strategy, judge, time_limit, wanted)
 
 
-def _options(
-    objective: ObjectiveName, affinity: AffinityName, max_pp: int, compat: bool
-) -> "Options":
-    from muxrt.planner.phase_plan import Objective
-    from muxrt.planner.strategies.distserve import Affinity, Options
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """What is asked of placements that take the phases apart."""
 
-    return Options(
-        affinity=Affinity(affinity.value),
-        most_stages=max_pp,
-        objective=Objective(objective.value),
-        compat=compat,
-    )
+    objective: ObjectiveName = ObjectiveName.GPU
+    affinity: AffinityName = AffinityName.AUTO
+    max_pp: int = 1
+    compat: bool = False
+
+    def options(self) -> "Options":
+        """The same in the planner's words."""
+        from muxrt.planner.phase_plan import Objective
+        from muxrt.planner.strategies.distserve import Affinity, Options
+
+        return Options(
+            affinity=Affinity(self.affinity.value),
+            most_stages=self.max_pp,
+            objective=Objective(self.objective.value),
+            compat=self.compat,
+        )
+
+
+def _check_words(
+    strategy: StrategyName, phases: _Phases, judge: JudgeName, wanted: "_Wanted"
+) -> None:
+    """Raise BadParameter for words that say nothing to the strategy."""
+    if strategy in DISAGGREGATED:
+        if wanted.picture is not None or wanted.explain or judge is not JudgeName.QUEUEING:
+            raise typer.BadParameter(
+                f"they go with colocated placements, not with {strategy.value}",
+                param_hint="--picture, --explain, --judge",
+            )
+        if strategy is StrategyName.SPLITWISE and (
+            phases.max_pp > 1 or phases.affinity is not AffinityName.AUTO
+        ):
+            raise typer.BadParameter("they go with distserve", param_hint="--max-pp, --affinity")
+    elif phases != _Phases():
+        raise typer.BadParameter(
+            "they go with distserve and splitwise",
+            param_hint="--objective, --affinity, --max-pp, --compat",
+        )
 
 
 def _colocated(

@@ -307,23 +307,27 @@ class Judge:
         return colocated_pool(*args) <= goal.most_missed
 
 
-def largest_rate(keeps: Callable[[float], bool], start_rps: float = 1.0) -> float:
+def largest_rate(
+    keeps: Callable[[float], bool], start_rps: float = 1.0, factor: float = 2.0
+) -> float:
     """The largest rate that `keeps`, to one per cent; 0 where not even a trickle does.
 
-    More traffic is taken to be never better.
+    More traffic is taken to be never better. `factor` is how far it looks at once: little where
+    `start_rps` is a good guess.
     """
     low, high = 0.0, start_rps
     while keeps(high):
-        low, high = high, 2 * high
+        low, high = high, factor * high
         if high > LARGEST_RPS:
             return low
     while low == 0:
         if high < SMALLEST_RPS:
             return 0.0
-        if keeps(high / 2):
-            low = high / 2
+        if keeps(high / factor):
+            low = high / factor
         else:
-            high /= 2
+            high /= factor
+            factor = min(2.0, factor**2)
     while high > (1 + PRECISION) * low:
         middle = sqrt(low * high)
         low, high = (middle, high) if keeps(middle) else (low, middle)
