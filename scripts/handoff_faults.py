@@ -1,0 +1,36 @@
+"""Random faults while sequences are handed over: no wrong token, no leak, no request stuck.
+
+    python scripts/handoff_faults.py --faults 1000
+
+Worlds of one to three units under the virtual clock, with real dispatcher, brains, kernels, memory
+and transfers (tests/handoff_world.py): units are killed, transfers are lost, damaged, or late.
+"""
+
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+
+def main(
+    faults: Annotated[int, typer.Option(min=1, help="At least so many.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the first world.")] = 100,
+) -> None:
+    """Play worlds until there were so many faults; the first wrong token ends it."""
+    from test_handoff import play_faults
+
+    console, played = Console(), 0
+    for world in count(seed):
+        played += play_faults(range(world, world + 1))
+        if played >= faults:
+            console.print(f"{played} faults in {world - seed + 1} worlds: no token was wrong")
+            return
+
+
+if __name__ == "__main__":
+    typer.run(main)

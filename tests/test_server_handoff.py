@@ -1,0 +1,125 @@
+"""Prefill and decode in processes of their own, behind the real endpoint."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import aiohttp
+import msgspec
+import pytest
+from real_server import RealServer, real_config, real_server
+
+from muxrt.config.placement import Lanes, Role, UnitModel, UnitSpec
+from muxrt.config.serve import ServeConfig
+
+PROMPTS = ["Once upon a time", "a", "The quick brown fox jumps over the lazy dog. " * 2]
+NUM_TOKENS = 24
+
+
+def split(config: ServeConfig) -> ServeConfig:
+    """The one unit twice, once for each phase."""
+    (whole,) = config.units
+
+    def side(name: str, role: Role) -> UnitSpec:
+        models = tuple(UnitModel(name=model.name, role=role) for model in whole.models)
+        return msgspec.structs.replace(whole, name=name, models=models, lanes=Lanes(split=(1,)))
+
+    units = (side("prompts", "prefill"), side("answers", "decode"))
+    return msgspec.structs.replace(config, units=units)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    return real_config(tmp_path_factory.mktemp("models"), {"both": ["a", "b"]})
+
+
+@pytest.fixture(scope="module")
+def wanted(whole: ServeConfig) -> dict[tuple[str, str], tuple[str, list[str]]]:
+    """What one unit answers."""
+    with real_server(whole) as endpoint:
+        return asyncio.run(answers(endpoint))
+
+
+@pytest.fixture(scope="module")
+def endpoint(whole: ServeConfig) -> Iterator[RealServer]:
+    with real_server(split(whole)) as endpoint:
+        yield endpoint
+
+
+async def ask(http: aiohttp.ClientSession, model: str, prompt: str) -> tuple[str, list[str]] | int:
+    """Text and tokens, or the status of a refusal."""
+    asked = {"model": model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0.8}
+    asked |= {"seed": 5, "logprobs": 0, "ignore_eos": True}
+    async with http.post("/v1/completions", json=asked) as response:
+        body = await response.json()
+        if response.status != 200:
+            return response.status
+        (choice,) = body["choices"]
+        assert body["usage"]["completion_tokens"] == NUM_TOKENS
+        return choice["text"], choice["logprobs"]["tokens"]
+
+
+async def answers(endpoint: RealServer) -> dict[tuple[str, str], tuple[str, list[str]]]:
+    found = {}
+    async with aiohttp.ClientSession(endpoint.url) as http:
+        for model in "ab":
+            for prompt in PROMPTS:
+                answer = await ask(http, model, prompt)
+                assert not isinstance(answer, int)
+                found[model, prompt] = answer
+    return found
+
+
+def test_two_processes_give_the_tokens_of_one(
+    endpoint: RealServer, wanted: dict[tuple[str, str], tuple[str, list[str]]]
+) -> None:
+    assert asyncio.run(answers(endpoint)) == wanted
+    endpoint.check_nothing_leaked()
+    stats = {unit.name: unit.stats for unit in endpoint.server.supervisor.units.values()}
+    assert stats["prompts"] is not None and stats["answers"] is not None
+    for computed, decoded in zip(stats["prompts"].models, stats["answers"].models, strict=True):
+        assert computed.prompt_tokens > 0 and decoded.prompt_tokens == 0
+        assert computed.output_tokens <= len(PROMPTS) and decoded.output_tokens > NUM_TOKENS
+
+
+@pytest.mark.parametrize("victim", ["prompts", "answers"])
+def test_either_process_may_be_killed_under_load(
+    endpoint: RealServer,
+    wanted: dict[tuple[str, str], tuple[str, list[str]]],
+    victim: str,
+) -> None:
+    async def load(http: aiohttp.ClientSession, over: asyncio.Event) -> tuple[int, int]:
+        ok = refused = 0
+        while not over.is_set():
+            for key, answer in wanted.items():
+                got = await ask(http, *key)
+                if isinstance(got, int):
+                    assert got == 503
+                    refused += 1
+                    await asyncio.sleep(0.05)
+                else:
+                    assert got == answer, "a wrong token"
+                    ok += 1
+        return ok, refused
+
+    async def scenario() -> list[tuple[int, int]]:
+        over = asyncio.Event()
+        unit = endpoint.server.supervisor.units[victim]
+        async with aiohttp.ClientSession(endpoint.url) as http:
+            loads = [asyncio.create_task(load(http, over)) for _ in range(4)]
+            await asyncio.sleep(0.5)
+            generation = unit.generation
+            os.kill(endpoint.pid(victim), signal.SIGKILL)
+            while unit.generation == generation or not unit.is_ready:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
+            over.set()
+            return await asyncio.gather(*loads)
+
+    done = asyncio.run(scenario())
+    ok, refused = (sum(column) for column in zip(*done, strict=True))
+    print(f"{ok} answers were right, {refused} refused")
+    assert ok > 20
+    assert refused == 0, "the other process could have served them"
+    endpoint.check_nothing_leaked()
