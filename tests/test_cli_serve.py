@@ -14,6 +14,9 @@ from model_folders import two_models
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
+DISAGG = Path(__file__).parent.parent / "configs" / "disagg.yaml"
+
+
 @pytest.fixture
 def muxrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(monkeypatch, capsys)
@@ -180,3 +183,10 @@ def test_models_of_an_endpoint_that_is_not_there(muxrt: CommandLine) -> None:
     answer = muxrt("models", "http://127.0.0.1:9/v1")
     assert answer.code == 1
     assert answer.err.startswith("error: http://127.0.0.1:9 cannot be reached: ")
+
+
+def test_check_says_who_prefills_and_who_decodes(muxrt: CommandLine) -> None:
+    answer = muxrt("serve", DISAGG, "--check")
+    assert answer.code == 0, answer.err
+    for text in ("pydoc-s (prefills)", "pydoc-m (decodes)", "K and V by shared memory"):
+        assert text in answer.out

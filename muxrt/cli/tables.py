@@ -60,7 +60,12 @@ def _unit_line(plan: UnitPlan) -> str:
         f" {plan.num_blocks} blocks of {show_bytes(arena.block_bytes)}"
     )
     swap_bytes = spec.memory.swap_bytes
-    return f"{line}; {show_bytes(swap_bytes)} to swap" if swap_bytes else line
+    line = f"{line}; {show_bytes(swap_bytes)} to swap" if swap_bytes else line
+    return f"{line}; K and V by {_TRANSFERS[spec.transfer]}" if spec.has_roles else line
+
+
+_TRANSFERS = {"shared": "shared memory", "nixl": "NIXL"}
+_DOES = {"prefill": " (prefills)", "decode": " (decodes)", "mixed": ""}
 
 
 def shares_table(plan: UnitPlan) -> Table:
@@ -68,10 +73,11 @@ def shares_table(plan: UnitPlan) -> Table:
     table = _table(
         "model", "quota\nblocks", "share", "= tokens", "longest\nsequence", "= blocks", "that fit"
     )
+    roles = {part.name: part.role for part in plan.spec.models}
     for model in plan.models.values():
         quota, layout = plan.quotas[model.name], model.layout
         table.add_row(
-            model.name,
+            model.name + _DOES[roles[model.name]],
             str(quota),
             f"{quota / plan.num_blocks:.0%}",
             str(quota // layout.blocks_per_group * layout.block_tokens),
