@@ -69,14 +69,13 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
     Blocks and slots are not in use yet, so what this leaves in them matters to nobody. Raises
     MuxrtError where a model cannot run.
     """
-    num_lanes = len(plan.spec.lanes.split or (1,))
-    total = num_lanes * len(plan.models)
-    pairs = [(lane, model) for lane in range(num_lanes) for model in plan.models]
+    total = plan.num_lanes * len(plan.models)
+    pairs = [(lane, model) for lane in range(plan.num_lanes) for model in plan.models]
     for done, (lane, model) in enumerate(pairs):
         tell(Loading(plan.spec.name, "warm-up", model, done, total))
         _run(executor, list(_warm_works(plan, model, lane)))
     if plan.num_host_blocks:
-        _run(executor, [_warm_copy(plan, num_lanes)])
+        _run(executor, [_warm_copy(plan, plan.num_lanes)])
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
 
 

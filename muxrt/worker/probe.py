@@ -232,10 +232,9 @@ def _blocks(plan: UnitPlan, slots: Mapping[str, Slots]) -> dict[str, np.ndarray]
 
 def _fill(plan: UnitPlan, storage: Storage, slots: Mapping[str, Slots]) -> None:
     """Random K and V: pages that were never written are one page of zeros, too quick to read."""
-    elements = plan.arena.block_bytes
     block_bytes = plan.arena.block_bytes
     for name, ids in _blocks(plan, slots).items():
-        dtype = KV_DTYPES[plan.models[name].layout.shape.dtype_bytes]
+        dtype = KV_DTYPES[plan.kv_dtypes[name]]
         elements = len(ids) * block_bytes // dtype.itemsize
         storage.arena.tensor(dtype, int(ids.min()) * block_bytes, elements).normal_()
 

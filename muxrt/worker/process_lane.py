@@ -23,8 +23,9 @@ from muxrt.core import Batch, Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
+from muxrt.models.weights import TensorPlace
 from muxrt.worker.frames import FrameReader, write_frame
-from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds, TensorPlace
+from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds
 from muxrt.worker.lanes import LaneDied, attempt, occupy
 from muxrt.worker.logs import log_to_stderr
 from muxrt.worker.runner import Resident, Runner
