@@ -101,6 +101,7 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     kv_bytes: Count
     swap_bytes: Index = 0  # host memory for preempted sequences; 0 = recompute only
+    graph_bytes: Index = 2 * GIB  # of a GPU, for CUDA graphs of decode steps; 0 = none
     planes_per_block: Count | None = None  # None = the largest power of two <= 16 wasting <= 1 %
     plane_tokens: Count = 16  # tokens per plane of the model with the widest head row
 

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from muxrt.errors import MuxrtError
@@ -30,3 +31,35 @@ def count_gpus(open_library: Callable[[str], Any] = ctypes.CDLL) -> int:
     if code == NO_DEVICE or library.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         raise NoGpu("its NVIDIA driver shows this process no GPU")
     return count.value
+
+
+class DriverError(MuxrtError):
+    """The CUDA driver refused a call."""
+
+
+class Driver:
+    """`cuda.bindings.driver`, with errors raised."""
+
+    def __init__(self, api: Any) -> None:
+        """`api` is that module. Raises DriverError where it cannot start."""
+        self.api = api
+        self.call("cuInit", 0)
+        self.version: int = self.call("cuDriverGetVersion")  # 1000 * major + 10 * minor
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What the function returns: nothing, one value, or a tuple. Raises DriverError."""
+        code, *values = getattr(self.api, name)(*arguments)
+        if code != self.api.CUresult.CUDA_SUCCESS:
+            raise DriverError(f"{name}: {getattr(code, 'name', code)}")
+        if not values:
+            return None
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def open_driver() -> Driver:
+    """Raises DriverError where the `gpu` extra is not installed, or the driver does not start."""
+    try:
+        api = import_module("cuda.bindings.driver")
+    except ImportError:
+        raise DriverError("cuda-bindings is not installed: pip install 'muxrt[gpu]'") from None
+    return Driver(api)

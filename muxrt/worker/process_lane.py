@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,6 +25,7 @@ from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
 from muxrt.models.weights import TensorPlace
+from muxrt.worker.device_process import DeviceChild, DeviceLaneSetup
 from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds
 from muxrt.worker.lanes import LaneDied, attempt, occupy
@@ -66,6 +68,11 @@ class LaneSetup(msgspec.Struct, frozen=True, tag="setup"):
         weights = (model.fd for model in self.models.values())
         return (self.storage.arena, *self.storage.slots.values(), *weights)
 
+    @property
+    def environ(self) -> dict[str, str]:
+        """Nothing of its own."""
+        return {}
+
 
 class Learn(msgspec.Struct, frozen=True, tag="learn"):
     """Another lane opens these slots."""
@@ -74,7 +81,9 @@ class Learn(msgspec.Struct, frozen=True, tag="learn"):
     opened: tuple[SlotOpen, ...]
 
 
-_SETUPS = msgspec.msgpack.Decoder(LaneSetup)
+Setup = LaneSetup | DeviceLaneSetup
+
+_SETUPS: msgspec.msgpack.Decoder[Setup] = msgspec.msgpack.Decoder(Setup)
 _ORDERS: msgspec.msgpack.Decoder[Batch | Learn] = msgspec.msgpack.Decoder(Batch | Learn)
 _RESULTS = msgspec.msgpack.Decoder(Result)
 
@@ -82,7 +91,7 @@ _RESULTS = msgspec.msgpack.Decoder(Result)
 class ProcessLane:
     """The unit's end."""
 
-    def __init__(self, setup: LaneSetup) -> None:
+    def __init__(self, setup: Setup) -> None:
         """Start the process; `wait_started` tells whether it could."""
         self.name = setup.name
         down, self._orders = os.pipe()
@@ -93,7 +102,7 @@ class ProcessLane:
                 [sys.executable, "-m", "muxrt.worker.process_lane", str(down), str(up)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(down, up, *setup.descriptors),
-                env=os.environ | {"PYTHONPATH": _python_path()},
+                env=os.environ | {"PYTHONPATH": _python_path()} | setup.environ,
             )
         finally:
             os.close(down)
@@ -136,7 +145,7 @@ class ProcessLane:
         self._orders = self._results = -1
         self._process.wait()
 
-    def _send(self, order: Work | Learn | LaneSetup) -> None:
+    def _send(self, order: Work | Learn | Setup) -> None:
         try:
             # The other end reads on a thread of its own: this waits for no batch.
             write_frame(self._orders, msgspec.msgpack.encode(order))
@@ -171,29 +180,44 @@ def _receive(orders: int, inbox: SimpleQueue[bytes]) -> None:
 def _serve(inbox: SimpleQueue[bytes], results: int) -> None:
     setup = _SETUPS.decode(inbox.get())
     log_to_stderr(setup.name)
+
+    def give(result: Result) -> None:
+        write_frame(results, msgspec.msgpack.encode(result))
+
     try:
-        runner = _start(setup)
+        child = (
+            CoresChild(setup, give) if isinstance(setup, LaneSetup) else DeviceChild(setup, give)
+        )
     except Exception as error:
         log.exception("event=lane_failed lane=%s", setup.name)
-        write_frame(results, msgspec.msgpack.encode(Result(error=repr(error))))
+        give(Result(error=repr(error)))
         return
-    write_frame(results, msgspec.msgpack.encode(Result()))
+    give(Result())
     while True:
         order = _ORDERS.decode(inbox.get())
         if isinstance(order, Learn):
-            runner.learn(order.model, order.opened)
+            child.learn(order.model, order.opened)
         else:
-            result = attempt(runner.run, order)
-            write_frame(results, msgspec.msgpack.encode(result))
+            child.launch(order)
 
 
-def _start(setup: LaneSetup) -> Runner:
-    team = occupy(setup.cores)
-    storage = Storage(setup.plan, setup.storage)
-    models = {
-        name: Resident.of(model.attach(), name, storage) for name, model in setup.models.items()
-    }
-    return Runner(models, team)
+class CoresChild:
+    """The lane in its own process, on its cores."""
+
+    def __init__(self, setup: LaneSetup, give: Callable[[Result], None]) -> None:
+        team = occupy(setup.cores)
+        storage = Storage(setup.plan, setup.storage)
+        models = {
+            name: Resident.of(model.attach(), name, storage) for name, model in setup.models.items()
+        }
+        self._runner = Runner(models, team)
+        self._give = give
+
+    def launch(self, work: Work) -> None:
+        self._give(attempt(self._runner.run, work))
+
+    def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
+        self._runner.learn(model, opened)
 
 
 def _python_path() -> str:
