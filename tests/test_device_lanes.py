@@ -1,0 +1,207 @@
+"""Lanes of a device on the CPU: order, errors, shares, and nothing left behind."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from muxrt.config.placement import Lanes  # noqa: E402
+from muxrt.core import Batch, Phase, Result, Work  # noqa: E402
+from muxrt.errors import MuxrtError  # noqa: E402
+from muxrt.worker.device_build import check_device, open_device_executor  # noqa: E402
+from muxrt.worker.device_lanes import DeviceLane, Shares  # noqa: E402
+from muxrt.worker.device_process import check_mps  # noqa: E402
+from muxrt.worker.device_streams import priorities  # noqa: E402
+from muxrt.worker.flight import Flight, Launch, Share, Span  # noqa: E402
+from muxrt.worker.lanes import LaneDied  # noqa: E402
+from tests.device_world import CPU, device_llamas  # noqa: E402
+from tests.test_worker_lanes import Held  # noqa: E402
+from tests.worker_world import Desk, Reference, make_plan, write_models  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+def work(number: int) -> Batch:
+    return Batch(number, 0, "m", Phase.DECODE, ())
+
+
+class Device:
+    """Launches works that are over when the test says so."""
+
+    def __init__(self, read: Callable[[int], Result]) -> None:
+        self.over = threading.Semaphore(0)
+        self.launched: list[int] = []
+        self._read = read
+
+    def launch(self, work: Work) -> Flight:
+        assert work.id >= 0, "a batch that cannot be launched"
+        self.launched.append(work.id)
+        span = Span(CPU)
+        span.end()
+
+        def read(seconds: float) -> Result:
+            assert self.over.acquire(timeout=60)
+            return self._read(work.id)
+
+        return Flight(span, read)
+
+
+def collect(lane: DeviceLane, number: int) -> list[Result]:
+    import select
+
+    results: list[Result] = []
+    while len(results) < number:
+        assert select.select([lane.fileno()], [], [], 60)[0]
+        results += lane.collect()
+    return results
+
+
+def test_works_are_launched_before_others_are_over_and_answered_in_order() -> None:
+    device = Device(lambda number: Result(tokens=(number,)))
+    lane = DeviceLane("lane", lambda: device.launch, CPU)
+    for number in range(3):
+        lane.launch(work(number))
+    device.over.release()
+    assert collect(lane, 1)[0].tokens == (0,)
+    assert lane.collect() == []
+    device.over.release(2)
+    assert [result.tokens for result in collect(lane, 2)] == [(1,), (2,)]
+    assert device.launched == [0, 1, 2]
+    lane.close()
+
+
+def test_a_work_that_fails_fails_alone() -> None:
+    def read(number: int) -> Result:
+        if number == 1:
+            raise ValueError("no")
+        return Result(tokens=(number,))
+
+    device = Device(read)
+    device.over.release(3)
+    lane = DeviceLane("lane", lambda: device.launch, CPU)
+    for number in (0, 1, -1, 2):
+        lane.launch(work(number))
+    first, second, third, fourth = collect(lane, 4)
+    assert (first.tokens, fourth.tokens) == ((0,), (2,))
+    assert second.error == "ValueError: no"
+    assert "cannot be launched" in (third.error or "")
+    lane.close()
+
+
+def test_a_lost_device_takes_the_unit_with_it() -> None:
+    """An error of CUDA stays: whatever is asked of the context fails from then on."""
+
+    def read(number: int) -> Result:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    device = Device(read)
+    device.over.release()
+    lane = DeviceLane("lane", lambda: device.launch, CPU)
+    lane.launch(work(0))
+    with pytest.raises(LaneDied, match="the device failed under lane lane"):
+        collect(lane, 1)
+    lane.close()
+
+
+def test_a_lane_that_cannot_start_says_why() -> None:
+    def make() -> Launch:
+        raise MuxrtError("no memory for it")
+
+    lane = DeviceLane("lane", make, CPU)
+    with pytest.raises(MuxrtError, match="no memory for it"):
+        lane.wait_started()
+    lane.close()
+
+
+def test_a_lane_has_all_of_the_device_while_the_others_rest() -> None:
+    whole = [Share("whole", None, 132), Share("whole", None, 132)]
+    own = [Share("own", None, 80), Share("own", None, 52)]
+    shares = Shares(whole, own)
+    shares.launched(0)
+    assert shares.choose(0).sm_count == 132
+    shares.launched(1)
+    assert (shares.choose(0).sm_count, shares.choose(1).sm_count) == (80, 52)
+    shares.done(0)
+    assert shares.choose(1).sm_count == 132
+
+
+def test_a_lane_tells_what_it_has_in_flight() -> None:
+    shares = Shares([Share("whole", None, 2)] * 2, [Share("own", None, 1)] * 2)
+    device = Device(lambda number: Result())
+    lane = DeviceLane("lane", lambda: device.launch, CPU, shares, 0)
+    lane.launch(work(0))
+    assert shares.choose(1).name == "own"
+    device.over.release()
+    collect(lane, 1)
+    assert shares.choose(1).name == "whole"
+    lane.close()
+
+
+def test_decodes_go_before_prefills() -> None:
+    assert priorities(1) == [0]
+    assert priorities(3) == [0, -1, -1]
+
+
+@pytest.mark.parametrize("kind", ["green", "stream"])
+def test_two_lanes_serve_what_transformers_would(home: Path, kind: str) -> None:
+    """Each lane runs its own model; swaps go beside them."""
+    lanes = Lanes(kind=kind, sm_pct=(60, 40))  # type: ignore[arg-type]
+    desk = Desk(make_plan(home, planes_per_block=2, lanes=lanes))
+    desk.copy_lane = 2
+    seats = [desk.seat("wide", 11), desk.seat("narrow", 7)]
+    with open_device_executor(desk.plan, device_llamas(home), CPU) as executor:
+
+        def do(*works: Work) -> None:
+            for one, result in zip(works, executor.run(works), strict=True):
+                desk.note(one, result)
+
+        do(*(desk.batch(lane, [(seat, len(seat.prompt))]) for lane, seat in enumerate(seats)))
+        for _ in range(4):
+            do(*(desk.decode(lane, seat) for lane, seat in enumerate(seats)))
+        do(desk.swap_out(seats[0]))
+        do(desk.swap_in(seats[0]))
+        # The next steps on the other lane.
+        do(*(desk.decode(1 - lane, seat) for lane, seat in enumerate(seats)))
+    reference = Reference(home)
+    for seat in seats:
+        assert len(seat.outputs) == 6
+        reference.check_greedy(seat.model, seat.prompt, seat.outputs)
+
+
+def test_fifty_executors_leave_nothing_behind(home: Path) -> None:
+    plan = make_plan(home, lanes=Lanes(kind="stream", sm_pct=(50, 50)))
+    llamas = device_llamas(home)
+
+    def open_and_close() -> None:
+        with open_device_executor(plan, dict(llamas), CPU):
+            pass
+
+    open_and_close()
+    before = Held.now()
+    for _ in range(50):
+        open_and_close()
+    assert Held.now() == before
+
+
+def test_mps_needs_its_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    with pytest.raises(MuxrtError, match=r"no MPS daemon has its pipe in .*: start one with scripts/mps.sh"):
+        check_mps()
+    (tmp_path / "control").touch()
+    check_mps()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_torch_without_a_gpu_is_refused() -> None:
+    with pytest.raises(MuxrtError, match="mesh.device: found gpu, but torch"):
+        check_device(torch.device("cuda", 0))
+    check_device(CPU)
