@@ -194,7 +194,9 @@ def test_fifty_executors_leave_nothing_behind(home: Path) -> None:
 
 def test_mps_needs_its_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-    with pytest.raises(MuxrtError, match=r"no MPS daemon has its pipe in .*: start one with scripts/mps.sh"):
+    with pytest.raises(
+        MuxrtError, match=r"no MPS daemon has its pipe in .*: start one with scripts/mps.sh"
+    ):
         check_mps()
     (tmp_path / "control").touch()
     check_mps()

@@ -71,6 +71,7 @@ def make_plan(
     lanes: Lanes | None = None,
     kv_bytes: int = 4 << 20,
     dtype: str = "float32",
+    graph_bytes: int = 0,
     **scheduling: Any,
 ) -> UnitPlan:
     """A unit with both models; 8 and 4 tokens per block group."""
@@ -80,6 +81,7 @@ def make_plan(
         memory=Memory(
             kv_bytes=kv_bytes,
             swap_bytes=kv_bytes,
+            graph_bytes=graph_bytes,
             planes_per_block=planes_per_block,
             plane_tokens=4,
         ),
