@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from gpu_timing import Bound, Case, Figure, median_ms, relative_error
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from muxrt.kernels import (
     AttentionMeta,
@@ -247,8 +249,9 @@ def prefill_cases(size: Sizes, device: torch.device) -> Iterator[Case]:
     for tiling in size.prefill_tilings:
         if tiling.shared_bytes(size.head_dim, 2, 2) <= chip.shared_bytes:
             yield Case(f"prefill 7B, {_said(tiling)}", partial(prefill, seven, device, tiling))
-    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
         yield Case(f"torch's {backend.lower()}", partial(torch_prefill, seven, device, backend))
+    yield Case("torch's varlen_attn", partial(torch_varlen, seven, device))
 
 
 def prefill(case: Attention, device: torch.device, tiling: Tiling | None = None) -> Figure:
@@ -265,8 +268,6 @@ def prefill(case: Attention, device: torch.device, tiling: Tiling | None = None)
 
 def torch_prefill(case: Attention, device: torch.device, backend: str) -> Figure:
     """torch's attention of prompts of one length without a cached prefix, a backend alone."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     shape = (case.sequences, case.heads, case.new, case.head_dim)
     q, k, v = (torch.randn(shape, device=device).bfloat16() for _ in range(3))
 
@@ -274,10 +275,27 @@ def torch_prefill(case: Attention, device: torch.device, backend: str) -> Figure
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    return _if_it_runs(run, case, device)
+
+
+def torch_varlen(case: Attention, device: torch.device) -> Figure:
+    """torch's attention of prompts of any lengths without a cached prefix, from `qkv` as it is."""
+    given = world(case, device)
+    q, k, v = plain.split(given.qkv, given.kv)
+    starts = given.meta.query_starts
+
+    def run() -> Tensor:
+        return varlen_attn(q, k, v, starts, starts, case.new, case.new, window_size=(-1, 0))
+
+    return _if_it_runs(run, case, device)
+
+
+def _if_it_runs(run: Callable[[], Any], case: Attention, device: torch.device) -> Figure:
+    """Of torch's ways, which not every device and version has."""
     try:
         run()
-    except RuntimeError as error:
-        return Figure(None, "flops", case.flops, None, str(error).splitlines()[0])
+    except (RuntimeError, TypeError) as error:
+        return Figure(None, "flops", case.flops, None, f"not here: {error!s:.60}")
     return timed(run, device, "flops", case.flops, None)
 
 
