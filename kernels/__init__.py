@@ -7,10 +7,11 @@ from muxrt.kernels.cpu import CpuProgram as Program
 from muxrt.kernels.cpu import checksum, copy_blocks, sample, warm_up
 from muxrt.kernels.packing import Packed, Pages, map_pages, pack_into, packed_elems, unpack
 from muxrt.kernels.team import Team
-from muxrt.kernels.types import AttentionMeta, KvCache, MetaArrays
+from muxrt.kernels.types import AttentionMeta, DeviceMeta, KvCache, MetaArrays
 
 __all__ = [
     "AttentionMeta",
+    "DeviceMeta",
     "KvCache",
     "MetaArrays",
     "Packed",

@@ -1,6 +1,7 @@
 """The kernels in plain torch: slow, and the definition of what every other one computes.
 
-Tensors are float32 unless said otherwise; K and V are rounded to the arena's dtype on the way in.
+Tensors are float32 unless said otherwise, on any one device; K and V are rounded to the arena's
+dtype on the way in (float8_e4m3fn: the nearest number it has, so at most 448).
 """
 
 from itertools import pairwise
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from muxrt.kernels.packing import Packed, unpack
-from muxrt.kernels.types import AttentionMeta, KvCache
+from muxrt.kernels.types import AttentionMeta, DeviceMeta, KvCache
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST_FLOAT8 = 448.0
 
 
 def plane_offsets(kv: KvCache, layer: int, slots: Tensor, positions: Tensor) -> Tensor:
     """Element offset of K, int64. slots, positions [T] -> [T, kv_heads]."""
-    heads = torch.arange(kv.num_kv_heads)
+    heads = torch.arange(kv.num_kv_heads, device=slots.device)
     plane = layer * kv.num_kv_heads + heads  # [kv_heads]
     group = positions // kv.block_tokens
     column = group[:, None] * kv.blocks_per_group + (plane // kv.planes_per_block)[None, :]
@@ -24,21 +28,39 @@ def plane_offsets(kv: KvCache, layer: int, slots: Tensor, positions: Tensor) -> 
     return planes * kv.plane_elems + rows[:, None]
 
 
-def write_kv(k: Tensor, v: Tensor, meta: AttentionMeta, kv: KvCache, layer: int) -> None:
+def write_kv(
+    k: Tensor, v: Tensor, meta: AttentionMeta | DeviceMeta, kv: KvCache, layer: int
+) -> None:
     """Store K and V of the new tokens. k, v [T, kv_heads, head_dim]."""
-    slots = meta.slots[meta.token_sequence.long()]
-    start = plane_offsets(kv, layer, slots, meta.positions)
-    index = start[:, :, None] + torch.arange(kv.head_dim)  # [T, kv_heads, head_dim]
-    kv.arena[index] = k.to(kv.arena.dtype)
-    kv.arena[index + kv.plane_elems // 2] = v.to(kv.arena.dtype)
+    num_tokens = int(meta.query_starts[-1])
+    slots = meta.slots[meta.token_sequence[:num_tokens].long()]
+    start = plane_offsets(kv, layer, slots, meta.positions[:num_tokens])
+    index = start[:, :, None] + torch.arange(kv.head_dim, device=start.device)
+    arena = _elements(kv.arena)
+    arena[index] = _elements(_rounded(k[:num_tokens], kv.arena.dtype))
+    arena[index + kv.plane_elems // 2] = _elements(_rounded(v[:num_tokens], kv.arena.dtype))
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers too large for float8 become its largest: it has no infinity to say so."""
+    if dtype == FLOAT8:
+        x = x.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return x.to(dtype)
+
+
+def _elements(x: Tensor) -> Tensor:
+    """The same memory in a dtype that torch can index: it cannot index float8."""
+    return x.view(torch.uint8) if x.dtype == FLOAT8 else x
 
 
 def gather_kv(kv: KvCache, layer: int, slot: int, num_tokens: int) -> tuple[Tensor, Tensor]:
     """K and V of the first `num_tokens` tokens of a slot, each [num_tokens, kv_heads, head_dim]."""
-    positions = torch.arange(num_tokens)
+    positions = torch.arange(num_tokens, device=kv.arena.device)
     start = plane_offsets(kv, layer, torch.full_like(positions, slot), positions)
-    index = start[:, :, None] + torch.arange(kv.head_dim)
-    return kv.arena[index], kv.arena[index + kv.plane_elems // 2]
+    index = start[:, :, None] + torch.arange(kv.head_dim, device=start.device)
+    arena = _elements(kv.arena)
+    k, v = arena[index], arena[index + kv.plane_elems // 2]
+    return k.view(kv.arena.dtype), v.view(kv.arena.dtype)
 
 
 def attention(
@@ -50,12 +72,26 @@ def attention(
     """
     write_kv(k, v, meta, kv, layer)
     out = torch.empty_like(q)
+    attend(q, meta, kv, layer, scale, out)
+    return out
+
+
+def attend(
+    q: Tensor,
+    meta: AttentionMeta | DeviceMeta,
+    kv: KvCache,
+    layer: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Attention of new tokens whose K and V are stored. q, out [T, heads, head_dim]."""
     bounds = meta.query_starts.tolist()
     for sequence, (begin, end) in enumerate(pairwise(bounds)):
+        if begin == end:
+            continue
         start = int(meta.starts[sequence])
         keys, values = gather_kv(kv, layer, int(meta.slots[sequence]), start + end - begin)
         out[begin:end] = _attend(q[begin:end], keys, values, start, scale)
-    return out
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -> Tensor:
@@ -64,9 +100,13 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float) -
     keys = keys.double().repeat_interleave(groups, dim=1)  # [context, heads, head_dim]
     values = values.double().repeat_interleave(groups, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
-    future = torch.arange(keys.shape[0])[None, :] > start + torch.arange(q.shape[0])[:, None]
+    future = _count(keys)[None, :] > start + _count(q)[:, None]
     weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -75,17 +115,21 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     q [T, heads, head_dim], k [T, kv_heads, head_dim], cos and sin [T, head_dim / 2].
     """
     for x in (q, k):
-        low, high = x.chunk(2, dim=-1)
+        low, high = x.float().chunk(2, dim=-1)
         c, s = cos[:, None, :], sin[:, None, :]
         rotated = torch.cat((low * c - high * s, high * c + low * s), dim=-1)
         x.copy_(rotated)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, add: Tensor | None = None) -> Tensor:
-    """`x += add` in place (the residual stream), then its norm. x, add [T, width] -> [T, width]."""
+    """`x += add` in place (the residual stream), then its norm. x, add [T, width] -> [T, width].
+
+    What is added is rounded to the dtype of x; the norm is float32.
+    """
     if add is not None:
         x += add
-    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps) * weight.float()
 
 
 def rms_norm_heads(x: Tensor, weight: Tensor, eps: float) -> None:
@@ -101,7 +145,7 @@ def linear(x: Tensor, packed: Packed) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up. gate_up [T, 2 * width], gate first -> [T, width]."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.float().chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 

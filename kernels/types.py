@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -90,3 +90,46 @@ class AttentionMeta:
             self.positions.numpy(),
             self.token_sequence.numpy(),
         )
+
+
+@dataclass(frozen=True)
+class DeviceMeta:
+    """A batch of up to S sequences and T new tokens on a device; its true size is on the device.
+
+    Shapes never change, so that a captured CUDA graph can be replayed for any batch that fits.
+    Sequences that are not there come last and have no tokens (`query_starts` repeats the number of
+    new tokens); of them, and of rows from `query_starts[S]` on, nothing else is ever read, nothing
+    is stored in the arena, and attention leaves their rows of `out` as they are.
+    """
+
+    slots: torch.Tensor  # [S] int32: rows of `KvCache.block_table`
+    starts: torch.Tensor  # [S] int32: tokens already in the cache before this batch
+    query_starts: torch.Tensor  # [S + 1] int32: prefix sums of new tokens per sequence
+    positions: torch.Tensor  # [T] int32: position of each new token in its sequence
+    token_sequence: torch.Tensor  # [T] int32: which of the S sequences each token belongs to
+
+    @staticmethod
+    def num_ints(num_sequences: int, num_tokens: int) -> int:
+        """Length of the buffer that a batch of this size lies in."""
+        return 3 * num_sequences + 1 + 2 * num_tokens
+
+    @classmethod
+    def over(cls, buffer: torch.Tensor, num_sequences: int, num_tokens: int) -> Self:
+        """Views of `buffer` [num_ints] int32: two such buffers are copied as one."""
+        sizes = (num_sequences, num_sequences, num_sequences + 1, num_tokens, num_tokens)
+        return cls(*buffer[: sum(sizes)].split(sizes))
+
+    def fill(self, meta: AttentionMeta) -> None:
+        """Become this batch, padded; both in the host's memory."""
+        num_sequences, num_tokens = len(meta.slots), len(meta.positions)
+        if num_sequences > len(self.slots) or num_tokens > len(self.positions):
+            raise ValueError(
+                f"found {num_sequences} sequences with {num_tokens} tokens, expected at most "
+                f"{len(self.slots)} with {len(self.positions)}"
+            )
+        self.slots[:num_sequences] = meta.slots
+        self.starts[:num_sequences] = meta.starts
+        self.query_starts[: num_sequences + 1] = meta.query_starts
+        self.query_starts[num_sequences + 1 :] = num_tokens
+        self.positions[:num_tokens] = meta.positions
+        self.token_sequence[:num_tokens] = meta.token_sequence

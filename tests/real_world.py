@@ -15,14 +15,28 @@ import torch
 
 from muxrt.config.model import load_shape
 from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, UnitModel, UnitSpec
-from muxrt.core import Copy, Output, Prompt, Request, SamplingParams, TokenLogprobs, Work
+from muxrt.core import (
+    Batch,
+    Copy,
+    Output,
+    Prompt,
+    Request,
+    Result,
+    SamplingParams,
+    TokenLogprobs,
+    Work,
+)
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done, Executor
 from muxrt.kernels import Team
+from muxrt.models.device_llama import DeviceLlama
 from muxrt.models.llama import LinearDType, Llama
 from muxrt.sim.executor import ConstantCost, SimExecutor
 from muxrt.sim.loop import FINISH, EventLoop
 from muxrt.sim.tokens import SimPrompt
+from muxrt.worker.device_runner import DeviceCopier, DeviceResident, DeviceRunner
+from muxrt.worker.device_storage import DeviceStorage
+from muxrt.worker.device_streams import open_steps, plain_share
 from muxrt.worker.kv_storage import Storage
 from muxrt.worker.runner import Copier, Resident, Runner
 
@@ -84,23 +98,41 @@ def demo_plan(
 class RunnerExecutor:
     """Computes works when they are launched, and reports them when the virtual lane is done."""
 
-    def __init__(self, loop: EventLoop, plan: UnitPlan, weights: LinearDType) -> None:
+    def __init__(self, loop: EventLoop, plan: UnitPlan, compute: Callable[[Work], Result]) -> None:
         self._loop = loop
         self._cost = ConstantCost()
-        self._storage = Storage(plan)
-        llamas = {m: demo_llama(m, weights) for m in plan.models}
-        residents = {m: Resident.of(llama, m, self._storage) for m, llama in llamas.items()}
-        self._runner = Runner(residents, Team())
-        self._copier = Copier(self._storage, plan.arena.block_bytes)
+        self._compute = compute
         self._lane_free_s: dict[int, float] = {}
 
     def launch(self, work: Work, done: Done) -> None:
         elapsed_s = self._cost(work)
         start_s = max(self._loop.now_s, self._lane_free_s.get(work.lane, 0.0))
         self._lane_free_s[work.lane] = start_s + elapsed_s
-        ran = self._copier.run(work) if isinstance(work, Copy) else self._runner.run(work)
-        result = msgspec.structs.replace(ran, elapsed_s=elapsed_s)
+        result = msgspec.structs.replace(self._compute(work), elapsed_s=elapsed_s)
         self._loop.at(start_s + elapsed_s, lambda: done(work, result), FINISH)
+
+
+def on_cores(plan: UnitPlan, weights: LinearDType) -> Callable[[Work], Result]:
+    """The CPU's engine."""
+    storage = Storage(plan)
+    llamas = {m: demo_llama(m, weights) for m in plan.models}
+    residents = {m: Resident.of(llama, m, storage) for m, llama in llamas.items()}
+    runner, copier = Runner(residents, Team()), Copier(storage, plan.arena.block_bytes)
+    return lambda work: copier.run(work) if isinstance(work, Copy) else runner.run(work)
+
+
+def on_device(plan: UnitPlan, device: torch.device) -> Callable[[Work], Result]:
+    """A GPU's engine; on a CPU its code all the same, but for the graphs."""
+    storage = DeviceStorage(plan, device)
+    residents = {
+        m: DeviceResident.of(DeviceLlama.load(DEMO / m, torch.float32, device), m, storage)
+        for m in plan.models
+    }
+    share = plain_share("all", device, 0)
+    runner = DeviceRunner(residents, open_steps(plan, device), lambda: share)
+    copier = DeviceCopier(storage, plan.arena.block_bytes, share)
+    launch = {Batch: runner.launch, Copy: copier.launch}
+    return lambda work: launch[type(work)](work).wait()
 
 
 class Recorder:
@@ -143,11 +175,13 @@ class RealWorld:
         lanes: int = 1,
         depth: int = 1,
         slo: Slo | None = None,
+        device: torch.device | None = None,
         **scheduling: object,
     ) -> None:
         """`num_groups`: sequences of maximum length per model that the arena holds.
 
-        `simulate`: output tokens by request id; the executor is then the simulator's.
+        `simulate`: output tokens by request id; the executor is then the simulator's. `device`:
+        the device's engine computes there, not the CPU's.
         """
         self.plan = demo_plan(
             models,
@@ -163,7 +197,11 @@ class RealWorld:
         self.loop = EventLoop()
         self.simulate = simulate
         inner: Executor = (
-            RunnerExecutor(self.loop, self.plan, weights)
+            RunnerExecutor(
+                self.loop,
+                self.plan,
+                on_cores(self.plan, weights) if device is None else on_device(self.plan, device),
+            )
             if simulate is None
             else SimExecutor(self.loop, ConstantCost())
         )

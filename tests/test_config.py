@@ -52,7 +52,7 @@ BROKEN = {
         "kv_bytes:",
         "kv_byte:",
         ":10: units[0].memory.kv_byte: unknown key; did you mean kv_bytes?; allowed here: kv_bytes,"
-        " swap_bytes, planes_per_block, plane_tokens",
+        " swap_bytes, graph_bytes, planes_per_block, plane_tokens",
     ),
     "unknown top-level key": (
         "endpoint:",
@@ -396,6 +396,7 @@ memories = st.builds(
     Memory,
     kv_bytes=counts,
     swap_bytes=counts,
+    graph_bytes=counts,
     planes_per_block=st.none() | st.integers(1, 16),
     plane_tokens=st.integers(1, 64),
 )

@@ -71,6 +71,8 @@ def make_plan(
     lanes: Lanes | None = None,
     kv_bytes: int = 4 << 20,
     dtype: str = "float32",
+    kv_dtype: str = "auto",
+    graph_bytes: int = 0,
     **scheduling: Any,
 ) -> UnitPlan:
     """A unit with both models; 8 and 4 tokens per block group."""
@@ -80,13 +82,17 @@ def make_plan(
         memory=Memory(
             kv_bytes=kv_bytes,
             swap_bytes=kv_bytes,
+            graph_bytes=graph_bytes,
             planes_per_block=planes_per_block,
             plane_tokens=4,
         ),
         lanes=lanes or Lanes(),
         scheduling=Scheduling(max_sequences=16, **scheduling),
     )
-    models = {name: ModelSpec(name=name, path=str(home / name), dtype=dtype) for name in SHAPES}
+    models = {
+        name: ModelSpec(name=name, path=str(home / name), dtype=dtype, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        for name in SHAPES
+    }
     return plan_unit(spec, models, {name: load_shape(home / name) for name in SHAPES})
 
 

@@ -1,7 +1,7 @@
 """Whether a configuration can be served on this machine, and what it gives each model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
 from muxrt.errors import ConfigError
 from muxrt.sched.queues import ServedModel
+from muxrt.worker.driver import NoGpu, count_gpus
 
 # Large enough for any floor, small enough that quota arithmetic in floats stays exact.
 AMPLE_BYTES = 1 << 50
 KIB = 1 << 10
+LANES = {"gpu": ("green", "stream", "mps"), "cpu": ("cores", "processes")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,25 @@ def check_file(path: Path) -> Checked:
         raise file.document.locate(problem) from None
 
 
-def check(config: ServeConfig, cores: set[int], environ: Mapping[str, str]) -> Checked:
-    """`check_file` for a configuration in memory; raises `KeyedError`."""
+def check(
+    config: ServeConfig,
+    cores: set[int],
+    environ: Mapping[str, str],
+    gpus: Callable[[], int] = count_gpus,
+) -> Checked:
+    """`check_file` for a configuration in memory; raises `KeyedError`.
+
+    `gpus` counts those of this machine, or raises NoGpu.
+    """
     _check_keys(config.endpoint.api_keys, environ)
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
     for problem in stage_problems(config.units, "`muxrt serve`"):
         raise problem
     for index, unit in enumerate(config.units):
-        _check_device(index, unit)
+        _check_lanes(index, unit)
+        if unit.mesh.device == "gpu":
+            _check_gpu(index, unit, gpus)
+        _check_dtypes(unit, config)
         _check_cores(index, unit, cores)
     plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(config.units))
     return Checked(config, shapes, plans)
@@ -107,18 +120,56 @@ def _shape(index: int, model: ModelSpec) -> ModelShape:
     return shape
 
 
-def _check_device(index: int, unit: UnitSpec) -> None:
-    """A planned placement of GPUs is for the planner and the simulator: there is no GPU worker."""
-    if unit.mesh.device != "cpu":
+def _check_lanes(index: int, unit: UnitSpec) -> None:
+    """Lanes of a kind that the device has, counted in what it is made of."""
+    device, at = unit.mesh.device, ("units", index, "lanes")
+    if unit.lanes.kind not in LANES[device]:
+        expected = " or ".join(LANES[device])
+        where = "a GPU" if device == "gpu" else "a CPU"
+        raise KeyedError((*at, "kind"), f"found {unit.lanes.kind}, expected {expected} on {where}")
+    if device == "gpu" and unit.lanes.split is not None:
         raise KeyedError(
-            ("units", index, "mesh", "device"),
-            f"found {unit.mesh.device}, expected cpu: `muxrt serve` has no worker for GPUs",
+            (*at, "split"), "found cores per lane, expected sm_pct on a GPU, such as [60, 40]"
         )
-    if unit.lanes.kind not in ("cores", "processes"):
+    shares = unit.lanes.sm_pct or ()
+    # MPS shares are limits, which may overlap; a split of the device cannot.
+    if unit.lanes.kind == "green" and sum(shares) > 100:
+        raise KeyedError((*at, "sm_pct"), f"found {sum(shares)} % in all, expected at most 100")
+
+
+def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
+    """One GPU, which is here, and nothing asked of it that only the planner knows."""
+    at = ("units", index, "mesh")
+    try:
+        count = gpus()
+    except NoGpu as reason:
+        raise KeyedError((*at, "device"), f"found gpu, expected cpu: {reason.message}") from None
+    for gpu in unit.mesh.gpus or ():
+        if gpu >= count:
+            raise KeyedError((*at, "gpus"), f"found GPU {gpu}, expected 0 to {count - 1}")
+    if len(unit.mesh.gpus or (0,)) != 1:
         raise KeyedError(
-            ("units", index, "lanes", "kind"),
-            f"found {unit.lanes.kind}, expected cores or processes on a CPU",
+            (*at, "gpus"),
+            f"found {len(unit.mesh.gpus or ())} GPUs, expected one: no tensor parallelism yet",
         )
+    for number, part in enumerate(unit.models):
+        if part.sm_pct is not None:
+            raise KeyedError(
+                ("units", index, "models", number, "sm_pct"),
+                "found shares of its own, expected none: lanes are the unit's (lanes.sm_pct)",
+            )
+
+
+def _check_dtypes(unit: UnitSpec, config: ServeConfig) -> None:
+    """Models in dtypes that the unit's device computes in."""
+    placed = {model.name for model in unit.models}
+    key, unknown, expected = {
+        "gpu": ("weights", "int8", "auto, bfloat16 or float32 on a GPU"),
+        "cpu": ("kv_dtype", "float8", "auto, bfloat16 or float32 on a CPU"),
+    }[unit.mesh.device]
+    for number, model in enumerate(config.models):
+        if model.name in placed and getattr(model, key) == unknown:
+            raise KeyedError(("models", number, key), f"found {unknown}, expected {expected}")
 
 
 def _check_cores(index: int, unit: UnitSpec, cores: set[int]) -> None:
@@ -167,17 +218,24 @@ def _check_floor(index: int, unit: UnitSpec, plan: UnitPlan) -> None:
     )
 
 
+def device_of(model: ModelSpec, config: ServeConfig) -> str:
+    """Where the first unit that has the model computes."""
+    units = (u for u in config.units if any(part.name == model.name for part in u.models))
+    return next((unit.mesh.device for unit in units), "cpu")
+
+
 def summary(checked: Checked) -> dict[str, Any]:
     """What `--check --json` prints."""
     config = checked.config
     return {
         "endpoint": {"host": config.endpoint.host, "port": config.endpoint.port},
-        "models": [_model_summary(model, checked.shapes[model.name]) for model in config.models],
+        "models": [_model_summary(model, checked) for model in config.models],
         "units": [_unit_summary(plan) for plan in checked.plans],
     }
 
 
-def _model_summary(model: ModelSpec, shape: ModelShape) -> dict[str, Any]:
+def _model_summary(model: ModelSpec, checked: Checked) -> dict[str, Any]:
+    shape, device = checked.shapes[model.name], device_of(model, checked.config)
     return {
         "name": model.name,
         "path": model.path,
@@ -188,10 +246,10 @@ def _model_summary(model: ModelSpec, shape: ModelShape) -> dict[str, Any]:
         "num_kv_heads": shape.num_kv_heads,
         "head_dim": shape.head_dim,
         "max_model_len": model.max_model_len or shape.max_positions,
-        "dtype": weight_dtype(model, shape),
-        "weights": linear_dtype(model, shape),
+        "dtype": weight_dtype(model, shape, device),
+        "weights": linear_dtype(model, shape, device),
         "num_params": num_params(shape),
-        "weight_bytes": weight_bytes(model, shape),
+        "weight_bytes": weight_bytes(model, shape, device),
     }
 
 

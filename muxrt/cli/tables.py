@@ -6,9 +6,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from muxrt.cli.check import Checked
+from muxrt.cli.check import Checked, device_of
 from muxrt.cli.show import show_bytes, show_count
 from muxrt.config.model import ModelShape
+from muxrt.config.placement import UnitSpec
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, weight_bytes
 
@@ -30,7 +31,7 @@ def models_table(checked: Checked) -> Table:
     """One line per model: its shape and its weights."""
     table = _table("model", "family", "layers", "hidden", "heads x dim", "parameters", "weights")
     for model in checked.config.models:
-        shape = checked.shapes[model.name]
+        shape, device = checked.shapes[model.name], device_of(model, checked.config)
         table.add_row(
             model.name,
             shape.family,
@@ -38,7 +39,8 @@ def models_table(checked: Checked) -> Table:
             str(shape.hidden_size),
             _heads(shape),
             show_count(num_params(shape)),
-            f"{show_bytes(weight_bytes(model, shape))} {linear_dtype(model, shape)}",
+            f"{show_bytes(weight_bytes(model, shape, device))}"
+            f" {linear_dtype(model, shape, device)}",
         )
     return table
 
@@ -52,10 +54,8 @@ def _heads(shape: ModelShape) -> str:
 
 def _unit_line(plan: UnitPlan) -> str:
     spec, arena = plan.spec, plan.arena
-    cores = "every core" if spec.mesh.cores is None else f"cores {_listed(spec.mesh.cores)}"
-    split = f" in lanes of {_listed(spec.lanes.split)}" if spec.lanes.split else ""
     line = (
-        f"unit [bold]{spec.name}[/bold]: {spec.scheduling.policy} on {cores}{split};"
+        f"unit [bold]{spec.name}[/bold]: {spec.scheduling.policy} on {_mesh(spec)};"
         f" an arena of {show_bytes(spec.memory.kv_bytes)} ="
         f" {plan.num_blocks} blocks of {show_bytes(arena.block_bytes)}"
     )
@@ -66,6 +66,14 @@ def _unit_line(plan: UnitPlan) -> str:
 
 _TRANSFERS = {"shared": "shared memory", "nixl": "NIXL"}
 _DOES = {"prefill": " (prefills)", "decode": " (decodes)", "mixed": ""}
+
+
+def _mesh(spec: UnitSpec) -> str:
+    if spec.mesh.device == "gpu":
+        shares = ", ".join(f"{share} %" for share in spec.lanes.sm_pct or (100,))
+        return f"GPU {(spec.mesh.gpus or (0,))[0]} in {spec.lanes.kind} lanes of {shares}"
+    cores = "every core" if spec.mesh.cores is None else f"cores {_listed(spec.mesh.cores)}"
+    return f"{cores} in lanes of {_listed(spec.lanes.split)}" if spec.lanes.split else cores
 
 
 def shares_table(plan: UnitPlan) -> Table:

@@ -50,7 +50,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     preset: Name | None = None  # a published shape (config/presets.py); no weights, so for plans
     sizes: Sizes | None = None  # likewise
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights and activations
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = dtype
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto = dtype
     # Of the linear layers; auto = dtype. int8 is made while loading: weight-only, a scale per
     # output feature (docs/decisions.md has its error).
     weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -108,6 +108,7 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     kv_bytes: Count
     swap_bytes: Index = 0  # host memory for preempted sequences; 0 = recompute only
+    graph_bytes: Index = 2 * GIB  # of a GPU, for CUDA graphs of decode steps; 0 = none
     planes_per_block: Count | None = None  # None = the largest power of two <= 16 wasting <= 1 %
     plane_tokens: Count = 16  # tokens per plane of the model with the widest head row
 

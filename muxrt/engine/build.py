@@ -20,7 +20,7 @@ from muxrt.sched.queues import ModelQueue, ServedModel
 from muxrt.sched.quota import Demand, initial_quotas
 from muxrt.sched.scheduler import Limits, Scheduler
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
 ONE_DEVICE = ("green", "mps", "stream")  # lanes that are parts of it, not cores of their own
 # Until the first copy was measured: memcpy of a two-channel server, read and write.
 HOST_COPY_BYTES_PER_S = 4e9
@@ -36,6 +36,12 @@ class UnitPlan:
     num_host_blocks: int
     models: dict[str, ServedModel]
     quotas: dict[str, int]
+    kv_dtypes: dict[str, str]  # of K and V in the arena, by model
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes for batches; the copy lane comes on top."""
+        return len(self.spec.lanes.split or self.spec.lanes.sm_pct or (1,))
 
 
 def weight_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str:
@@ -47,16 +53,16 @@ def weight_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str
     return shape.dtype
 
 
-def linear_dtype(spec: ModelSpec, shape: ModelShape) -> str:
+def linear_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str:
     """The dtype of the linear layers' weights."""
-    return weight_dtype(spec, shape) if spec.weights == "auto" else spec.weights
+    return weight_dtype(spec, shape, device) if spec.weights == "auto" else spec.weights
 
 
-def weight_bytes(spec: ModelSpec, shape: ModelShape) -> int:
+def weight_bytes(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> int:
     """What the model's weights take, but for padding and scales."""
     tables = shape.vocab_size * shape.hidden_size
-    linear = (num_params(shape) - tables) * DTYPE_BYTES[linear_dtype(spec, shape)]
-    return linear + tables * DTYPE_BYTES[weight_dtype(spec, shape)]
+    linear = (num_params(shape) - tables) * DTYPE_BYTES[linear_dtype(spec, shape, device)]
+    return linear + tables * DTYPE_BYTES[weight_dtype(spec, shape, device)]
 
 
 def kv_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str:
@@ -80,7 +86,8 @@ def plan_unit(
     num_blocks = memory.kv_bytes // arena.block_bytes
     quotas = initial_quotas(_demands(spec, models, served), num_blocks)
     host = memory.swap_bytes // arena.block_bytes
-    return UnitPlan(spec, arena, num_blocks, host, served, quotas)
+    kv_dtypes = {name: kv_dtype(models[name], shapes[name], spec.mesh.device) for name in names}
+    return UnitPlan(spec, arena, num_blocks, host, served, quotas, kv_dtypes)
 
 
 def _kv_shape(mesh: Mesh, spec: ModelSpec, shape: ModelShape) -> KvShape:
@@ -142,14 +149,10 @@ def build_unit(
     choose = PreemptChooser(plan, latency).choose
     memory = Memory(pool, queues, HostBlocks(plan.num_host_blocks), choose, knobs.borrow)
     policy = POLICIES[knobs.policy](knobs.quota_period_s, plan.models)
-    scheduler = Scheduler(queues, memory, policy, latency, _limits(plan.spec))
+    limits = Limits(plan.num_lanes, plan.spec.lanes.depth, knobs.prefill_tokens)
+    scheduler = Scheduler(queues, memory, policy, latency, limits)
     adapt_period_s = knobs.quota_period_s if knobs.borrow else 0.0
     return Unit(plan.spec.name, scheduler, executor, now, emit, adapt_period_s)
-
-
-def _limits(spec: UnitSpec) -> Limits:
-    lanes = spec.lanes.split or spec.lanes.sm_pct or (1,)
-    return Limits(len(lanes), spec.lanes.depth, spec.scheduling.prefill_tokens)
 
 
 class PreemptChooser:

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -55,6 +57,19 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+
+class TensorPlace(msgspec.Struct, frozen=True):
+    """Where a tensor lies in a piece of memory."""
+
+    dtype: str  # a name in torch: "float32", "bfloat16"
+    shape: tuple[int, ...]
+    offset: int  # bytes
+
+    @property
+    def num_bytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return prod(self.shape) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +203,12 @@ class Checkpoint:
     def read(self, weight: Weight) -> Tensor:
         """The parts, stacked, float32. Shape `weight.shape`."""
         out = torch.empty(weight.shape)
-        row = 0
+        for rows, tensor in zip(part_rows(weight, out), self.parts(weight), strict=True):
+            rows.copy_(tensor)
+        return out
+
+    def parts(self, weight: Weight) -> Iterator[Tensor]:
+        """The published tensors, one by one: views of the file, of which nothing is read yet."""
         for part in weight.parts:
             tensor = self._files[self._path(part.name).name].get_tensor(part.name)
             if not tensor.is_floating_point():
@@ -196,9 +216,7 @@ class Checkpoint:
                     f"{self._path(part.name)}: tensor {part.name}: found {tensor.dtype},"
                     " expected floating point: quantised weights are not supported"
                 )
-            out[row : row + part.shape[0]].copy_(tensor)
-            row += part.shape[0]
-        return out
+            yield tensor
 
     def _path(self, name: str) -> Path:
         file = self._names.get(name)
@@ -224,6 +242,12 @@ class Checkpoint:
         if not isinstance(names, dict) or not all(_is_file_name(n) for n in names.values()):
             raise ConfigError(f"{path}: weight_map: expected tensor names to *.safetensors names")
         return names
+
+
+def part_rows(weight: Weight, stacked: Tensor) -> tuple[Tensor, ...]:
+    """Where each part lies in `stacked`, a tensor of `weight.shape`."""
+    rows: tuple[Tensor, ...] = stacked.split([part.shape[0] for part in weight.parts])
+    return rows
 
 
 def _is_file_name(name: object) -> bool:

@@ -51,9 +51,9 @@ def with_split(unit: UnitSpec, num_cores: int) -> UnitSpec:
     """The unit with its lanes spelt out: two of half the cores each where nobody said otherwise.
 
     So a prefill of one model runs beside decodes of others; docs/benchmarks/lanes.md has the
-    figures.
+    figures. Lanes on a GPU are shares of it, not cores.
     """
-    if unit.lanes.split is not None:
+    if unit.lanes.split is not None or unit.mesh.device == "gpu":
         return unit
     halves = (num_cores - num_cores // 2, num_cores // 2)
     split = tuple(half for half in halves if half)

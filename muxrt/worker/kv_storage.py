@@ -21,9 +21,15 @@ from torch import Tensor
 from muxrt.engine.build import UnitPlan
 from muxrt.kernels import KvCache, map_pages
 from muxrt.kvcache.layout import ModelLayout
+from muxrt.models.weights import TensorPlace
 from muxrt.sched.queues import ServedModel
 
-KV_DTYPES = {4: torch.float32, 2: torch.bfloat16}  # by bytes of an element
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+}
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
@@ -82,7 +88,7 @@ class SlotTable:
 
     def __init__(self, model: ServedModel, segment: Segment) -> None:
         self._segment = segment
-        slots, columns = model.max_sequences, _block_columns(model)
+        slots, columns = model.max_sequences, block_columns(model)
         width = model.max_model_len + 1
         ints = segment.tensor(torch.int32)
         ends = np.cumsum([slots * width, slots * columns, slots]).tolist()
@@ -97,7 +103,7 @@ class SlotTable:
     @staticmethod
     def num_bytes(model: ServedModel) -> int:
         """Address space of a table; what no sequence uses takes no pages."""
-        return 4 * model.max_sequences * (model.max_model_len + 2 + _block_columns(model))
+        return 4 * model.max_sequences * (model.max_model_len + 2 + block_columns(model))
 
     def open(self, slot: int, tokens: npt.NDArray[np.int32]) -> None:
         """The slot starts a new sequence. tokens [prompt_tokens]."""
@@ -113,7 +119,8 @@ class SlotTable:
         self._segment.close()
 
 
-def _block_columns(model: ServedModel) -> int:
+def block_columns(model: ServedModel) -> int:
+    """Width of the model's block table: blocks of a sequence of maximum length."""
     return model.layout.num_blocks(model.max_model_len)
 
 
@@ -150,18 +157,7 @@ class Storage:
 
     def kv_cache(self, model: str) -> KvCache:
         """The model's view of the arena."""
-        layout: ModelLayout = self._plan.models[model].layout
-        shape = layout.shape
-        return KvCache(
-            arena=self.arena.tensor(KV_DTYPES[shape.dtype_bytes]),
-            block_table=self.slots[model].block_table,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            block_tokens=layout.block_tokens,
-            blocks_per_group=layout.blocks_per_group,
-            planes_per_block=self._plan.arena.planes_per_block,
-        )
+        return view_arena(self._plan, model, self.arena.tensor(), self.slots[model].block_table)
 
     def close(self) -> None:
         """Give every page back."""
@@ -171,12 +167,21 @@ class Storage:
             table.close()
 
 
-class TensorPlace(msgspec.Struct, frozen=True):
-    """Where a tensor lies in a segment."""
-
-    dtype: str  # a name in torch: "float32", "bfloat16"
-    shape: tuple[int, ...]
-    offset: int  # bytes
+def view_arena(plan: UnitPlan, model: str, arena: Tensor, block_table: Tensor) -> KvCache:
+    """A model's view of its unit's arena. arena [bytes] uint8, block_table [slots, columns]."""
+    layout: ModelLayout = plan.models[model].layout
+    shape = layout.shape
+    dtype = KV_DTYPES[plan.kv_dtypes[model]]
+    return KvCache(
+        arena=arena[: arena.numel() // dtype.itemsize * dtype.itemsize].view(dtype),
+        block_table=block_table,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_tokens=layout.block_tokens,
+        blocks_per_group=layout.blocks_per_group,
+        planes_per_block=plan.arena.planes_per_block,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
 """From a `UnitBoot` to lanes that have each run every model once."""
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import cast
 
 import msgspec
 import numpy as np
+import torch
 
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec
@@ -23,14 +25,20 @@ from muxrt.core import (
 )
 from muxrt.engine.build import UnitPlan, linear_dtype, weight_dtype
 from muxrt.engine.messages import Loading, UnitBoot
-from muxrt.errors import MuxrtError
+from muxrt.errors import ConfigError, MuxrtError
+from muxrt.models.device_llama import DeviceLlama
 from muxrt.models.llama import DType, LinearDType, Llama
+from muxrt.models.weights import Progress
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
+from muxrt.worker.device_build import open_device_executor
+from muxrt.worker.device_streams import check_device
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.lanes import split_cores
 from muxrt.worker.service import Opened, Tell
 from muxrt.worker.transfer import addresses
+
+log = logging.getLogger(__name__)
 
 PROGRESS_PERIOD_S = 0.1
 WARM_TOKENS = 8
@@ -44,17 +52,63 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     cores = take_cores(boot.unit)
     shapes = load_shapes(boot)
     plan = plan_boot(boot, len(cores), shapes)
-    models = {}
-    for spec in boot.models:
-        models[spec.name] = load_model(boot.unit.name, spec, shapes[spec.name], tell)
-    executor = open_executor(plan, models, cores, boot.identity)
+    is_gpu = boot.unit.mesh.device == "gpu"
+    if is_gpu:
+        executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell)
+    else:
+        executor = _open_on_cores(boot, plan, shapes, cores, tell)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
         executor.close()
         raise
-    _leave_lanes(plan, cores)
+    if not is_gpu:
+        _leave_lanes(plan, cores)
     return Opened(plan, executor, addresses=addresses(executor.exchange, plan.models))
+
+
+def _open_on_cores(
+    boot: UnitBoot,
+    plan: UnitPlan,
+    shapes: Mapping[str, ModelShape],
+    cores: Sequence[int],
+    tell: Tell,
+) -> LaneExecutor:
+    models = {}
+    for spec in boot.models:
+        models[spec.name] = load_model(boot.unit.name, spec, shapes[spec.name], tell)
+    return open_executor(plan, models, cores, boot.identity)
+
+
+def take_gpu(boot: UnitBoot) -> torch.device:
+    """The GPU of the unit's mesh, current from now on. Raises MuxrtError without one."""
+    # Where the driver cannot keep the lanes' work queues apart, more of them make it likely. Read
+    # when CUDA starts, which is below.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    device = torch.device("cuda", (boot.unit.mesh.gpus or (0,))[0])
+    check_device(device)
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_on_device(
+    boot: UnitBoot,
+    plan: UnitPlan,
+    shapes: Mapping[str, ModelShape],
+    device: torch.device,
+    tell: Tell,
+) -> LaneExecutor:
+    """Load the unit's models there and start its lanes. Raises MuxrtError with what is wrong."""
+    if plan.spec.has_roles:
+        raise ConfigError(
+            f"{plan.spec.name}: found roles on a GPU, expected mixed: K and V are fetched from and"
+            " into main memory only, so far"
+        )
+    models = {}
+    for spec in boot.models:
+        shape = shapes[spec.name]
+        models[spec.name] = load_device_model(boot.unit.name, spec, shape, device, tell)
+    return open_device_executor(plan, models, device)
 
 
 def _leave_lanes(plan: UnitPlan, cores: Sequence[int]) -> None:
@@ -70,29 +124,49 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
     Blocks and slots are not in use yet, so what this leaves in them matters to nobody. Raises
     MuxrtError where a model cannot run.
     """
-    num_lanes = len(plan.spec.lanes.split or (1,))
-    total = num_lanes * len(plan.models)
-    pairs = [(lane, model) for lane in range(num_lanes) for model in plan.models]
+    total = plan.num_lanes * len(plan.models)
+    pairs = [(lane, model) for lane in range(plan.num_lanes) for model in plan.models]
     for done, (lane, model) in enumerate(pairs):
         tell(Loading(plan.spec.name, "warm-up", model, done, total))
         _run(executor, list(_warm_works(plan, model, lane)))
     if plan.num_host_blocks:
-        _run(executor, [_warm_copy(plan, num_lanes)])
+        _run(executor, [_warm_copy(plan, plan.num_lanes)])
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
 
 
 def load_model(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
     """The model with the weights that its spec asks for. Raises ConfigError."""
+    dtype, weights = weight_dtype(spec, shape), linear_dtype(spec, shape)
+    progress = _progress(unit, spec.name, tell)
+    return Llama.load(spec.folder, cast(DType, dtype), progress, cast(LinearDType, weights))
+
+
+def load_device_model(
+    unit: str, spec: ModelSpec, shape: ModelShape, device: torch.device, tell: Tell
+) -> DeviceLlama:
+    """Likewise, on a GPU. Raises ConfigError."""
+    dtype: torch.dtype = getattr(torch, linear_dtype(spec, shape, "gpu"))
+    begun_s = monotonic()
+    llama = DeviceLlama.load(spec.folder, dtype, device, _progress(unit, spec.name, tell))
+    torch.get_device_module(device).synchronize()  # the last copies are still on their way
+    gigabytes, seconds = llama.weights.memory.numel() / 1e9, monotonic() - begun_s
+    log.info(
+        "event=weights_loaded model=%s gb=%.2f seconds=%.2f gb_per_s=%.2f",
+        *(spec.name, gigabytes, seconds, gigabytes / seconds),
+    )
+    return llama
+
+
+def _progress(unit: str, model: str, tell: Tell) -> Progress:
     last_s = 0.0
 
     def progress(done: int, total: int) -> None:
         nonlocal last_s
         if done >= total or monotonic() - last_s > PROGRESS_PERIOD_S:
             last_s = monotonic()
-            tell(Loading(unit, "weights", spec.name, done, total))
+            tell(Loading(unit, "weights", model, done, total))
 
-    dtype, weights = weight_dtype(spec, shape), linear_dtype(spec, shape)
-    return Llama.load(spec.folder, cast(DType, dtype), progress, cast(LinearDType, weights))
+    return progress
 
 
 def _warm_works(plan: UnitPlan, model: str, lane: int) -> Iterator[Batch]:

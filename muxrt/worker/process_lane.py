@@ -10,10 +10,12 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -23,8 +25,9 @@ from muxrt.core import Batch, Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
+from muxrt.models.weights import TensorPlace
 from muxrt.worker.frames import FrameReader, write_frame
-from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds, TensorPlace
+from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds
 from muxrt.worker.lanes import LaneDied, attempt, occupy
 from muxrt.worker.logs import log_to_stderr
 from muxrt.worker.runner import Resident, Runner
@@ -51,8 +54,27 @@ class SharedModel(msgspec.Struct, frozen=True):
         return Llama.from_state(self.shape, SharedWeights(segment, self.places).state())
 
 
-class LaneSetup(msgspec.Struct, frozen=True, tag="setup"):
-    """What a lane's process starts from; descriptors are inherited under the same numbers."""
+class Setup(Protocol):
+    """What a lane's process starts from: a struct, sent before the first order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> str:
+        """It runs as a program that calls `main`."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Inherited under the same numbers."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Variables of its own."""
+
+
+class LaneSetup(msgspec.Struct, frozen=True):
+    """What a lane on cores starts from."""
 
     name: str
     plan: UnitPlan
@@ -65,6 +87,14 @@ class LaneSetup(msgspec.Struct, frozen=True, tag="setup"):
         weights = (model.fd for model in self.models.values())
         return (self.storage.arena, *self.storage.slots.values(), *weights)
 
+    @property
+    def module(self) -> str:
+        return "muxrt.worker.process_lane"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return {}
+
 
 class Learn(msgspec.Struct, frozen=True, tag="learn"):
     """Another lane opens these slots."""
@@ -73,7 +103,6 @@ class Learn(msgspec.Struct, frozen=True, tag="learn"):
     opened: tuple[SlotOpen, ...]
 
 
-_SETUPS = msgspec.msgpack.Decoder(LaneSetup)
 _ORDERS: msgspec.msgpack.Decoder[Batch | Learn] = msgspec.msgpack.Decoder(Batch | Learn)
 _RESULTS = msgspec.msgpack.Decoder(Result)
 
@@ -81,7 +110,7 @@ _RESULTS = msgspec.msgpack.Decoder(Result)
 class ProcessLane:
     """The unit's end."""
 
-    def __init__(self, setup: LaneSetup) -> None:
+    def __init__(self, setup: Setup) -> None:
         """Start the process; `wait_started` tells whether it could."""
         self.name = setup.name
         down, self._orders = os.pipe()
@@ -89,10 +118,10 @@ class ProcessLane:
         self._reader = FrameReader(self._results)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "muxrt.worker.process_lane", str(down), str(up)],
+                [sys.executable, "-m", setup.module, str(down), str(up)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(down, up, *setup.descriptors),
-                env=os.environ | {"PYTHONPATH": _python_path()},
+                env=os.environ | {"PYTHONPATH": _python_path()} | setup.environ,
             )
         finally:
             os.close(down)
@@ -135,7 +164,7 @@ class ProcessLane:
         self._orders = self._results = -1
         self._process.wait()
 
-    def _send(self, order: Work | Learn | LaneSetup) -> None:
+    def _send(self, order: Any) -> None:
         try:
             # The other end reads on a thread of its own: this waits for no batch.
             write_frame(self._orders, msgspec.msgpack.encode(order))
@@ -148,15 +177,36 @@ class ProcessLane:
         return LaneDied(f"the process {self._process.pid} of lane {self.name} ended {how}")
 
 
-def main() -> None:
-    """The lane's end: `python -m muxrt.worker.process_lane ORDERS_FD RESULTS_FD`."""
+class Child(Protocol):
+    """The lane in its own process."""
+
+    def launch(self, work: Work) -> None:
+        """Run `work` behind those before it."""
+
+    def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
+        """Another lane opens these slots."""
+
+
+Give = Callable[[Result], None]
+SetupT = TypeVar("SetupT")
+
+
+def main(setup_type: type[SetupT], start: Callable[[SetupT, Give], Child]) -> None:
+    """The lane's end: `python -m MODULE ORDERS_FD RESULTS_FD`.
+
+    `start` makes the lane; what it is given takes the results, in order.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # the unit drains first, then closes the pipe
     orders, results = (int(argument) for argument in sys.argv[1:])
     inbox: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_receive, args=(orders, inbox), name="orders", daemon=True).start()
+
+    def give(result: Result) -> None:
+        write_frame(results, msgspec.msgpack.encode(result))
+
     with suppress(BrokenPipeError):  # the unit is gone
-        _serve(inbox, results)
+        _serve(inbox, give, lambda data: start(msgspec.msgpack.decode(data, type=setup_type), give))
 
 
 def _receive(orders: int, inbox: SimpleQueue[bytes]) -> None:
@@ -167,32 +217,40 @@ def _receive(orders: int, inbox: SimpleQueue[bytes]) -> None:
     os._exit(0)  # nobody is left to compute for, not even to the end of this batch
 
 
-def _serve(inbox: SimpleQueue[bytes], results: int) -> None:
-    setup = _SETUPS.decode(inbox.get())
-    log_to_stderr(setup.name)
+def _serve(inbox: SimpleQueue[bytes], give: Give, start: Callable[[bytes], Child]) -> None:
     try:
-        runner = _start(setup)
+        child = start(inbox.get())
     except Exception as error:
-        log.exception("event=lane_failed lane=%s", setup.name)
-        write_frame(results, msgspec.msgpack.encode(Result(error=repr(error))))
+        log.exception("event=lane_failed")
+        give(Result(error=repr(error)))
         return
-    write_frame(results, msgspec.msgpack.encode(Result()))
+    give(Result())
     while True:
         order = _ORDERS.decode(inbox.get())
         if isinstance(order, Learn):
-            runner.learn(order.model, order.opened)
+            child.learn(order.model, order.opened)
         else:
-            result = attempt(runner.run, order)
-            write_frame(results, msgspec.msgpack.encode(result))
+            child.launch(order)
 
 
-def _start(setup: LaneSetup) -> Runner:
-    team = occupy(setup.cores)
-    storage = Storage(setup.plan, setup.storage)
-    models = {
-        name: Resident.of(model.attach(), name, storage) for name, model in setup.models.items()
-    }
-    return Runner(models, team)
+class CoresChild:
+    """The lane in its own process, on its cores."""
+
+    def __init__(self, setup: LaneSetup, give: Give) -> None:
+        log_to_stderr(setup.name)
+        team = occupy(setup.cores)
+        storage = Storage(setup.plan, setup.storage)
+        models = {
+            name: Resident.of(model.attach(), name, storage) for name, model in setup.models.items()
+        }
+        self._runner = Runner(models, team)
+        self._give = give
+
+    def launch(self, work: Work) -> None:
+        self._give(attempt(self._runner.run, work))
+
+    def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
+        self._runner.learn(model, opened)
 
 
 def _python_path() -> str:
@@ -202,4 +260,4 @@ def _python_path() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(LaneSetup, CoresChild)

@@ -107,7 +107,7 @@ class Runner:
         hidden = session.forward(tokens, layout.meta())
         drawn = self._sample(model, session, layout, batch.entries, hidden)
         scored = _score_prompts(model, session, layout, hidden)
-        return _result(batch.entries, drawn, scored, perf_counter() - begun_s)
+        return batch_result(batch.entries, drawn, scored, perf_counter() - begun_s)
 
     def learn(self, model: str, opened: Iterable[SlotOpen]) -> None:
         """Another lane opens these slots: their tokens are its to write, how to draw is for all."""
@@ -211,23 +211,46 @@ def _score_prompts(
     model: Resident, session: Session, layout: Layout, hidden: Tensor
 ) -> dict[int, tuple[TokenLogprobs, ...]] | None:
     """Logprobs of the prompt tokens that this batch predicts, by entry; None if none asked."""
-    params = model.sampling.params[layout.slots]
-    if (params["prompt_logprobs"] < 0).all():
+    spans = prompt_spans(layout, model.sampling, model.slots.unscored)
+    if spans is None:
         return None
     scored = {}
-    for entry in np.flatnonzero(params["prompt_logprobs"] >= 0).tolist():
+    for span in spans:
+        known = model.slots.tokens[span.slot, span.positions].tolist()
+        scored[span.entry] = tuple(_score(session, hidden[span.rows], known, span.count))
+    return scored
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """Tokens of a prompt whose logprobs were asked for, and which a batch predicts."""
+
+    entry: int
+    slot: int
+    positions: slice  # of the tokens
+    rows: slice  # of the batch, that predict them
+    count: int  # of the most probable ones
+
+
+def prompt_spans(
+    layout: Layout, sampling: Sampling, unscored: npt.NDArray[np.int32]
+) -> list[PromptSpan] | None:
+    """What is to be scored of a batch, each token once: `unscored` moves on. None if none asked."""
+    params = sampling.params[layout.slots]
+    asking = np.flatnonzero(params["prompt_logprobs"] >= 0).tolist()
+    spans = []
+    for entry in asking:
         slot, begin = int(layout.slots[entry]), int(layout.bounds[entry])
         start, tokens = int(layout.starts[entry]), int(layout.bounds[entry + 1]) - begin
         # The row of position p predicts the token at p + 1.
-        first = max(start + 1, int(model.slots.unscored[slot]))
+        first = max(start + 1, int(unscored[slot]))
         end = min(start + tokens + 1, int(params["prompt_tokens"][entry]))
         if first < end:
-            rows = hidden[begin + first - 1 - start : begin + end - 1 - start]
-            known = model.slots.tokens[slot, first:end].tolist()
+            rows = slice(begin + first - 1 - start, begin + end - 1 - start)
             count = int(params["prompt_logprobs"][entry])
-            scored[entry] = tuple(_score(session, rows, known, count))
-            model.slots.unscored[slot] = end
-    return scored
+            spans.append(PromptSpan(entry, slot, slice(first, end), rows, count))
+            unscored[slot] = end
+    return spans if asking else None
 
 
 def _score(
@@ -241,7 +264,7 @@ def _score(
         yield from describe(scores, part, [count] * len(part))
 
 
-def _result(
+def batch_result(
     entries: tuple[BatchEntry, ...],
     drawn: Drawn | None,
     scored: dict[int, tuple[TokenLogprobs, ...]] | None,

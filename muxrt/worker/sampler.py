@@ -9,6 +9,7 @@ and position alone: what else is in the batch moves the edges by rounding errors
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,9 +122,17 @@ class Sampling:
             drawn, scored = self._draw(logits[part], slots[part], positions[part], history, team)
             tokens += drawn
             logprobs += scored or [None] * len(drawn)
-        pairs = zip(tokens, slots.tolist(), strict=True)
-        stopped = [token in self._stops[slot] for token, slot in pairs]
+        stopped = [token in ends for token, ends in zip(tokens, self.stops(slots), strict=True)]
         return Drawn(tokens, stopped, logprobs if any(logprobs) else None)
+
+    def stops(self, slots: Ints) -> list[frozenset[int]]:
+        """The tokens that end each slot's sequence."""
+        return [self._stops[slot] for slot in slots.tolist()]
+
+    def edits(self, slots: Ints) -> dict[int, Edits]:
+        """How logits are changed, by row, of the slots that ask for it. slots [N]"""
+        rows = np.flatnonzero(self.params["needs"][slots] & EDITS).tolist()
+        return {row: self._edits[int(slots[row])] for row in rows}
 
     def _draw(
         self,
@@ -149,7 +158,7 @@ class Sampling:
             return chosen, None
         counts = params["logprobs"][wanted]
         found = describe(scores, [chosen[row] for row in wanted], counts.tolist())
-        return chosen, _spread(found, wanted, len(chosen))
+        return chosen, spread(found, wanted, len(chosen))
 
     def _make_edits(self, params: SamplingParams, stops: frozenset[int]) -> Edits:
         # No model draws a token beyond its vocabulary: a bias there changes nothing.
@@ -173,10 +182,9 @@ class Sampling:
         history: npt.NDArray[np.int32],
     ) -> None:
         rows: npt.NDArray[np.float32] = logits.numpy()  # the same memory
-        for index in np.flatnonzero(params["needs"] & EDITS).tolist():
-            slot, position = int(slots[index]), int(positions[index])
-            prompt_tokens = int(params["prompt_tokens"][index])
-            apply_edits(rows[index], self._edits[slot], history[slot, :position], prompt_tokens)
+        for index, edits in self.edits(slots).items():
+            tokens = history[slots[index], : positions[index]]
+            apply_edits(rows[index], edits, tokens, int(params["prompt_tokens"][index]))
 
 
 def apply_edits(
@@ -204,19 +212,36 @@ def uniforms(seeds: npt.NDArray[np.uint64], positions: Ints) -> Floats:
     return (_mix(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+class TopScores(NamedTuple):
+    """Log-probabilities of chosen tokens, and of the most probable ones, most probable first."""
+
+    tokens: Tensor  # [N]
+    chosen: Tensor  # [N]
+    ids: Tensor  # [N, width]
+    values: Tensor  # [N, width]
+
+    @classmethod
+    def of(cls, scores: Tensor, tokens: Tensor, width: int) -> "TopScores":
+        """scores [N, vocab]: log-probabilities; tokens [N]."""
+        chosen = scores.gather(1, tokens.long()[:, None])[:, 0]
+        top = scores.topk(min(width, scores.shape[1]), dim=-1)
+        return cls(tokens, chosen, top.indices, top.values)
+
+    def read(self, counts: Sequence[int]) -> list[TokenLogprobs]:
+        """As the client gets them, with `counts[i]` of the most probable."""
+        columns = (column.tolist() for column in self)
+        return [
+            TokenLogprobs(token, chosen, tuple(ids[:count]), tuple(values[:count]))
+            for token, chosen, ids, values, count in zip(*columns, counts, strict=True)
+        ]
+
+
 def describe(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
     """Logprobs of `tokens[i]` and of the `counts[i]` most probable ones.
 
     scores [N, vocab]: log-probabilities.
     """
-    width = min(max(counts), scores.shape[1])
-    chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    top = scores.topk(width, dim=-1)
-    values, ids = top.values.tolist(), top.indices.tolist()
-    return [
-        TokenLogprobs(token, chosen[row], tuple(ids[row][:count]), tuple(values[row][:count]))
-        for row, (token, count) in enumerate(zip(tokens, counts, strict=True))
-    ]
+    return TopScores.of(scores, torch.tensor(tokens), max(counts)).read(counts)
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -241,7 +266,7 @@ def _count(asked: int | None) -> int:
     return -1 if asked is None else asked
 
 
-def _spread(found: list[TokenLogprobs], rows: Ints, length: int) -> list[TokenLogprobs | None]:
+def spread(found: list[TokenLogprobs], rows: Ints, length: int) -> list[TokenLogprobs | None]:
     """Put `found` at `rows` of a list of `length`."""
     spread: list[TokenLogprobs | None] = [None] * length
     for row, item in zip(rows.tolist(), found, strict=True):
