@@ -308,9 +308,8 @@ KV_DTYPES = pytest.mark.parametrize(
         (torch.float16, torch.float16),
         (torch.bfloat16, torch.bfloat16),
         (torch.bfloat16, torch.float8_e4m3fn),
-        (torch.float16, torch.float8_e4m3fn),
     ],
-    ids=["fp32", "fp16", "bf16", "bf16-fp8", "fp16-fp8"],
+    ids=["fp32", "fp16", "bf16", "bf16-fp8"],
 )
 SHAPES = pytest.mark.parametrize(
     ("groups", "head_dim", "block_tokens", "planes_per_block"),
@@ -358,7 +357,7 @@ def test_decode(
             padding=3,
         )
     )
-    for sm_count in (1, 132):  # sequences whole, and in parts of which short ones leave some empty
+    for sm_count in (1, 40):  # sequences whole, and in parts of which short ones leave some empty
         out = decode(batch, sm_count)
         assert_near(out[:7], expected(batch, 0.11), ROUNDING[dtype])
         assert out[7:].isnan().all(), "rows of padding are left as they are"
@@ -392,7 +391,7 @@ def test_prefill(
     assert out[batch.num_tokens :].isnan().all(), "rows of padding are left as they are"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_attention_of_random_batches(seed: int) -> None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -404,12 +403,12 @@ def test_attention_of_random_batches(seed: int) -> None:
     }
     groups, slots = int(rng.integers(1, 9)), rng.permutation(8)[: rng.integers(1, 9)].tolist()
     for most in (1, 90):
-        sequences = [(s, int(rng.integers(0, 250)), int(rng.integers(1, most + 1))) for s in slots]
+        sequences = [(s, int(rng.integers(0, 150)), int(rng.integers(1, most + 1))) for s in slots]
         batch = stored(cached_batch(sequences, groups, shape, **options))
         want = expected(batch, 0.11)
         assert_near(prefill(batch)[: batch.num_tokens], want, ROUNDING[torch.float32])
         if most == 1:
-            assert_near(decode(batch, 132)[: batch.num_tokens], want, ROUNDING[torch.float32])
+            assert_near(decode(batch, 20)[: batch.num_tokens], want, ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("is_decode", [True, False])
