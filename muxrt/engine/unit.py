@@ -100,7 +100,7 @@ class Unit:
         """When `tick` has something to do, on the clock of `now`; None while nothing waits."""
         if self.is_idle:
             return None
-        times = [self.scheduler.next_deadline(), self.scheduler.next_lease()]
+        times = [self.scheduler.deadlines.next_s(), self.scheduler.leases.next_s()]
         if self._quota_period_s:
             times.append(self._next_adapt_s)
         return min((time for time in times if time is not None), default=None)

@@ -5,7 +5,6 @@ Mechanism only: which model and which phase comes next is a policy's choice (`sc
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -30,6 +29,7 @@ from muxrt.core import (
 from muxrt.cost.latency import BatchShape, Latency, attention_work
 from muxrt.errors import Overloaded, TransferFailed
 from muxrt.sched.admission import Admission, Allowance, Need
+from muxrt.sched.due import DueTimes
 from muxrt.sched.entries import add_chunk, add_step, open_slot
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
@@ -108,8 +108,8 @@ class Scheduler:
         self._num_prefills = 0  # in flight
         self._orders = count()
         self.work_ids = count()
-        self._deadlines: list[tuple[float, int]] = []  # (time, request id)
-        self._leases: list[tuple[float, int]] = []  # likewise: until then its blocks are held
+        self.deadlines = DueTimes(self._is_waiting)  # of first tokens
+        self.leases = DueTimes(self._sequences.__contains__)  # until then its blocks are held
 
     # -- arrivals and departures -------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Scheduler:
         self._sequences[request.id] = sequence
         self.queues[request.model].waiting.append(sequence)
         if request.deadline_s is not None:
-            heappush(self._deadlines, (request.deadline_s, request.id))
+            self.deadlines.add(request.deadline_s, request.id)
 
     def abort(self, request_id: int) -> bool:
         """Drop a request; its blocks are free when its work in flight is done. False = unknown."""
@@ -134,31 +134,19 @@ class Scheduler:
         self._finish(sequence)
         return True
 
-    def next_deadline(self) -> float | None:
-        """When the next waiting request must be refused, if nothing happens before."""
-        while self._deadlines and not self._is_waiting(self._deadlines[0][1]):
-            heappop(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else None
-
-    def next_lease(self) -> float | None:
-        """When the blocks of the next held sequence are let go, if nobody fetched them."""
-        while self._leases and self._leases[0][1] not in self._sequences:
-            heappop(self._leases)
-        return self._leases[0][0] if self._leases else None
-
     def expire(self, now: float) -> list[Output]:
         """Refuse the waiting requests whose first token can no longer come in time.
 
         And let go of what was held for too long: whoever comes late computes it again.
         """
-        while (lease_s := self.next_lease()) is not None and lease_s <= now:
-            self._finish(self._sequences[heappop(self._leases)[1]])
+        while (request_id := self.leases.pop(now)) is not None:
+            self._finish(self._sequences[request_id])
         outputs = []
         for queue in self.queues.values():
             while queue.waiting and not queue.preempted and self._is_late(queue.waiting[0], now):
                 outputs.append(self._refuse(queue.waiting[0], now))
-        while (deadline := self.next_deadline()) is not None and deadline <= now:
-            outputs.append(self._refuse(self._sequences[heappop(self._deadlines)[1]], now))
+        while (request_id := self.deadlines.pop(now)) is not None:
+            outputs.append(self._refuse(self._sequences[request_id], now))
         return outputs
 
     def _is_waiting(self, request_id: int) -> bool:
@@ -387,7 +375,7 @@ class Scheduler:
         if work.kind is TransferKind.FETCH:
             self.memory.fetched(sequence)
             return [Output(request.id, is_fetched=True)]
-        heappush(self._leases, (now + request.hold_s, request.id))
+        self.leases.add(now + request.hold_s, request.id)
         held = Held(work.blocks, work.num_tokens, result.checksum)
         return [Output(request.id, finish=FinishReason.LENGTH, held=held)]
 

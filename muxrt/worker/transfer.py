@@ -118,15 +118,21 @@ class Exchange:
         )
 
     def run(self, transfer: Transfer) -> Result:
-        """Seal or fetch. Raises TransferFailed where the bytes are not to be had."""
+        """Seal or fetch; an error in the result where the bytes are not to be had."""
         begun_s = perf_counter()
-        checksum = 0
-        if transfer.kind is TransferKind.SEAL:
-            checksum = seal(self._arena, unpack_ids(transfer.blocks), self._block_bytes)
-        else:
-            assert transfer.source is not None, "what is fetched has a source"
-            self._fetch(transfer, transfer.source)
+        try:
+            checksum = self._run(transfer)
+        except TransferFailed as error:
+            return Result(error=error.message)
         return Result(elapsed_s=perf_counter() - begun_s, checksum=checksum)
+
+    def _run(self, transfer: Transfer) -> int:
+        """The checksum of what was sealed; 0 for a fetch. Raises TransferFailed."""
+        if transfer.kind is TransferKind.SEAL:
+            return seal(self._arena, unpack_ids(transfer.blocks), self._block_bytes)
+        assert transfer.source is not None, "what is fetched has a source"
+        self._fetch(transfer, transfer.source)
+        return 0
 
     def _fetch(self, transfer: Transfer, source: Source) -> None:
         address = msgspec.msgpack.decode(source.address, type=Address)
