@@ -9,18 +9,29 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from muxrt.config.placement import Lanes  # noqa: E402
+from muxrt.config.placement import (  # noqa: E402
+    Lanes,
+    Memory,
+    Mesh,
+    ModelSpec,
+    Scheduling,
+    UnitModel,
+    UnitSpec,
+)
 from muxrt.core import Batch, Phase, Result, Work  # noqa: E402
+from muxrt.engine.messages import Loading, UnitBoot  # noqa: E402
 from muxrt.errors import MuxrtError  # noqa: E402
+from muxrt.worker.boot import load_shapes, plan_boot  # noqa: E402
 from muxrt.worker.device_build import check_device, open_device_executor  # noqa: E402
 from muxrt.worker.device_lanes import DeviceLane, Shares  # noqa: E402
 from muxrt.worker.device_process import check_mps  # noqa: E402
 from muxrt.worker.device_streams import priorities  # noqa: E402
 from muxrt.worker.flight import Flight, Launch, Share, Span  # noqa: E402
 from muxrt.worker.lanes import LaneDied  # noqa: E402
+from muxrt.worker.load import open_on_device, warm_up  # noqa: E402
 from tests.device_world import CPU, device_llamas  # noqa: E402
 from tests.test_worker_lanes import Held  # noqa: E402
-from tests.worker_world import Desk, Reference, make_plan, write_models  # noqa: E402
+from tests.worker_world import SHAPES, Desk, Reference, make_plan, write_models  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +218,29 @@ def test_torch_without_a_gpu_is_refused() -> None:
     with pytest.raises(MuxrtError, match="mesh.device: found gpu, but torch"):
         check_device(torch.device("cuda", 0))
     check_device(CPU)
+
+
+def test_a_unit_loads_and_warms_up_on_a_device(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All that its process does before it is ready, on the CPU in the GPU's place."""
+    caplog.set_level("INFO")
+    told: list[Loading] = []
+    unit = UnitSpec(
+        name="unit",
+        models=tuple(UnitModel(name=name) for name in SHAPES),
+        memory=Memory(kv_bytes=4 << 20, swap_bytes=1 << 20),
+        mesh=Mesh(device="gpu"),
+        lanes=Lanes(kind="stream", sm_pct=(60, 40)),
+        scheduling=Scheduling(max_sequences=16),
+    )
+    specs = tuple(ModelSpec(name=name, path=str(home / name)) for name in SHAPES)
+    boot = UnitBoot(unit=unit, models=specs, endpoint="inproc://none", identity="unit#1")
+    shapes = load_shapes(boot)
+    plan = plan_boot(boot, 2, shapes)
+    with open_on_device(boot, plan, shapes, CPU, told.append) as executor:
+        warm_up(plan, executor, told.append)
+    stages = [(one.stage, one.model) for one in told if one.done == one.total]
+    assert stages == [("weights", "wide"), ("weights", "narrow"), ("warm-up", None)]
+    assert len([one for one in told if one.stage == "warm-up"]) == 5  # 2 lanes x 2 models, the end
+    assert caplog.text.count("gb_per_s=") == 2

@@ -69,7 +69,7 @@ class DeviceThreads:
         self._device = device
         self._give = give
         self._inbox: SimpleQueue[Work | None] = SimpleQueue()
-        self._flights: SimpleQueue[Flight | Result | None] = SimpleQueue()
+        self._flights: SimpleQueue[Flight | Exception | None] = SimpleQueue()
         self._started: Future[None] = Future()
         # Daemons: a forced exit does not wait for their batches.
         self._threads = (
@@ -106,28 +106,27 @@ class DeviceThreads:
             try:
                 self._flights.put(launch(work))
             except Exception as error:
-                self._flights.put(_failed(work, error))
+                self._flights.put(error)
         self._flights.put(None)
 
     def _wait_all(self) -> None:
         torch.get_device_module(self._device).set_device(self._device)
         while (flight := self._flights.get()) is not None:
-            if isinstance(flight, Result):
-                self._give(flight)
-                continue
-            try:
-                self._give(flight.wait())
-            except torch.AcceleratorError:
-                log.exception("event=device_lost")
-                self._give(None)
-            except Exception as error:
-                log.exception("event=work_failed")
-                self._give(Result(error=f"{type(error).__name__}: {error}"))
+            self._give(_land(flight))
 
 
-def _failed(work: Work, error: Exception) -> Result:
-    log.error("event=work_failed work=%d model=%s", work.id, work.model, exc_info=error)
-    return Result(error=f"{type(error).__name__}: {error}")
+def _land(flight: Flight | Exception) -> Result | None:
+    """What a work gave, or why it gave nothing; None if the device will give nothing any more."""
+    try:
+        if isinstance(flight, Exception):
+            raise flight
+        return flight.wait()
+    except torch.AcceleratorError:
+        log.exception("event=device_lost")
+        return None
+    except Exception as error:
+        log.exception("event=work_failed")
+        return Result(error=f"{type(error).__name__}: {error}")
 
 
 class DeviceLane:

@@ -64,6 +64,8 @@ class DeviceResident:
         slots, shape = storage.slots[model], llama.shape
         sampling = Sampling(slots.scratch, shape.vocab_size, shape.eos_token_ids)
         rope = rope_table(shape, slots.tokens.shape[1], storage.device)
+        # Tables and weights were made on the default stream, for which lanes' streams do not wait.
+        torch.get_device_module(storage.device).synchronize()
         return cls(llama, storage.kv_cache(model), rope, slots, sampling)
 
     def session(self, sm_count: int) -> DeviceSession:

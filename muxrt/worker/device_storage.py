@@ -5,7 +5,7 @@ device too: then nothing is pinned, and copies wait.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +36,9 @@ def own_memory(device: torch.device) -> Allocate:
 
 def upload(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """`array` on the device, behind what the current stream does; the host does not wait."""
-    host = torch.from_numpy(array.copy())
-    if device.type != "cuda":
-        return host
+    host = torch.tensor(array, pin_memory=device.type == "cuda")  # a copy, in either case
     # torch keeps pinned memory until the streams that copy from it are past it.
-    return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device, non_blocking=True)
 
 
 class Blocks(NamedTuple):
@@ -153,6 +151,6 @@ class DeviceStorage:
             segment.close()
 
 
-def _cuda(code: int) -> None:
-    if code:
+def _cuda(code: Any) -> None:
+    if int(code):  # the enumeration itself is always true
         raise MuxrtError(f"host blocks cannot be pinned: CUDA error {int(code)}")

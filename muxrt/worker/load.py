@@ -51,8 +51,10 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     shapes = load_shapes(boot)
     plan = plan_boot(boot, len(cores), shapes)
     is_gpu = boot.unit.mesh.device == "gpu"
-    open_lanes = _open_on_gpu if is_gpu else _open_on_cores
-    executor = open_lanes(boot, plan, shapes, cores, tell)
+    if is_gpu:
+        executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell)
+    else:
+        executor = _open_on_cores(boot, plan, shapes, cores, tell)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
@@ -76,22 +78,29 @@ def _open_on_cores(
     return open_executor(plan, models, cores)
 
 
-def _open_on_gpu(
-    boot: UnitBoot,
-    plan: UnitPlan,
-    shapes: Mapping[str, ModelShape],
-    cores: Sequence[int],
-    tell: Tell,
-) -> LaneExecutor:
+def take_gpu(boot: UnitBoot) -> torch.device:
+    """The GPU of the unit's mesh, current from now on. Raises MuxrtError without one."""
     # Where the driver cannot keep the lanes' work queues apart, more of them make it likely. Read
     # when CUDA starts, which is below.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = torch.device("cuda", (boot.unit.mesh.gpus or (0,))[0])
     check_device(device)
     torch.cuda.set_device(device)
+    return device
+
+
+def open_on_device(
+    boot: UnitBoot,
+    plan: UnitPlan,
+    shapes: Mapping[str, ModelShape],
+    device: torch.device,
+    tell: Tell,
+) -> LaneExecutor:
+    """Load the unit's models there and start its lanes. Raises MuxrtError with what is wrong."""
     models = {}
     for spec in boot.models:
-        models[spec.name] = load_device_model(boot.unit.name, spec, shapes[spec.name], device, tell)
+        shape = shapes[spec.name]
+        models[spec.name] = load_device_model(boot.unit.name, spec, shape, device, tell)
     return open_device_executor(plan, models, device)
 
 
