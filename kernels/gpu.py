@@ -9,30 +9,33 @@ Rows are tokens; T is what the batch's tensors hold, padding included (see `Devi
 Activations are float32, bfloat16 or float16; the arena has their dtype or is float8_e4m3fn.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from types import ModuleType
 
 from torch import Tensor
 
 from muxrt.kernels import plain
+from muxrt.kernels.device import DecodeWorkspace, decode_workspace
 from muxrt.kernels.types import DeviceMeta, KvCache
 
+_triton: ModuleType | None = None
+if find_spec("triton") is not None:
+    from muxrt.kernels import triton_kernels
 
-@dataclass(frozen=True)
-class DecodeWorkspace:
-    """Scratch memory of `decode_attention`, made once for a largest batch on a lane."""
+    _triton = triton_kernels
 
-    sm_count: int  # of the lane
-
-
-def decode_workspace(
-    kv: KvCache, num_heads: int, num_sequences: int, max_tokens: int, sm_count: int
-) -> DecodeWorkspace:
-    """For batches of `num_sequences` (padding included) that hold at most `max_tokens` tokens each.
-
-    Layers share it, and so may models that decode one after the other on one stream.
-    """
-    return DecodeWorkspace(sm_count)
+__all__ = [
+    "DecodeWorkspace",
+    "copy_blocks",
+    "decode_attention",
+    "decode_workspace",
+    "embed",
+    "prefill_attention",
+    "rms_norm",
+    "rope_and_store",
+    "sample",
+    "silu_mul",
+]
 
 
 def embed(ids: Tensor, table: Tensor, out: Tensor) -> None:
@@ -129,8 +132,13 @@ def sample(
     _kernels(out).sample(logits, temperatures, top_k, top_p, min_p, seeds, positions, out)
 
 
-def _kernels(tensor: Tensor) -> Any:
+def _kernels(tensor: Tensor) -> ModuleType:
     """The module that has them for this tensor's device."""
-    if tensor.device.type == "cuda":
-        raise NotImplementedError("found CUDA tensors, but there is no Triton kernel yet")
+    if _triton is not None and (tensor.is_cuda or _triton.IS_INTERPRETED):
+        return _triton
+    if tensor.is_cuda:
+        raise ModuleNotFoundError(
+            f"found tensors on {tensor.device} and no package triton, expected it: "
+            "pip install 'muxrt[gpu]'"
+        )
     return plain

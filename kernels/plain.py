@@ -1,11 +1,10 @@
 """The device kernels in plain torch, where Triton cannot run: what muxrt.kernels.gpu describes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from muxrt.kernels import reference, reference_sampling
+from muxrt.kernels.device import DecodeWorkspace
 from muxrt.kernels.types import DeviceMeta, KvCache
 
 
@@ -54,7 +53,7 @@ def decode_attention(
     layer: int,
     out: Tensor,
     scale: float,
-    workspace: Any,
+    workspace: DecodeWorkspace,
 ) -> None:
     prefill_attention(qkv, kv, meta, layer, out, scale)
 

@@ -7,8 +7,8 @@ BAD = -1  # instead of a token: the logits are not finite
 LEAST = -87.0  # exponents below it count as 0: exp(-87) is about the least normal float32
 TINY = 1e-30  # a temperature below it counts as it
 
-_GAMMA = 0x9E37_79B9_7F4A_7C15
-_FIRST, _SECOND = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB
+GAMMA = 0x9E37_79B9_7F4A_7C15
+FIRST, SECOND = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
 
     seeds [N] int64, the bits of uint64; positions [N] -> [N] float64.
     """
-    counters = _mix(seeds + _signed(_GAMMA)) + (positions.long() + 1) * _signed(_GAMMA)
+    counters = _mix(seeds + _signed(GAMMA)) + (positions.long() + 1) * _signed(GAMMA)
     return _shift(_mix(counters), 11).double() * 2.0**-53
 
 
@@ -58,8 +58,8 @@ def _threshold(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
-    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
+    x = (x ^ _shift(x, 30)) * _signed(FIRST)
+    x = (x ^ _shift(x, 27)) * _signed(SECOND)
     return x ^ _shift(x, 31)
 
 

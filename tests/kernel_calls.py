@@ -1,5 +1,7 @@
 """The operations of a program one at a time, tensors in and tensors out, for comparisons."""
 
+import mmap
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -63,3 +65,15 @@ def pack(weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, parts: 
     features, depth = weight.shape
     data = torch.empty(packed_elems(features, depth, parts), dtype=dtype)
     return Packed(data, pack_into(data, weight, parts), bias, features, depth, parts)
+
+
+def sparse_arena(num_elems: int, dtype: torch.dtype, count: int = -1) -> Tensor:
+    """An arena of which only the pages that are touched take memory.
+
+    With `count` the tensor is its first elements only; what lies behind them is there.
+    """
+    fd = os.memfd_create("arena")
+    os.ftruncate(fd, num_elems * dtype.itemsize)
+    memory = mmap.mmap(fd, num_elems * dtype.itemsize)
+    os.close(fd)
+    return torch.frombuffer(memory, dtype=dtype, count=count)

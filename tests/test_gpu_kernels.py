@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import kernel_calls
 import numpy as np
 import pytest
 import torch
@@ -182,8 +183,11 @@ def test_norm_of_a_residual(dtype: torch.dtype, num_tokens: int, width: int) -> 
     x, add, weight = (random(n, width, dtype=dtype) for n in (num_tokens, num_tokens, 1))
     out, want_x = poisoned(num_tokens, width, dtype=dtype), x + add
     gpu.rms_norm(x, weight[0], EPS, out, add)
-    assert torch.equal(x, want_x)
-    assert_near(out, reference.rms_norm(want_x.float(), weight[0], EPS), ROUNDING[dtype])
+    if IS_INTERPRETED and dtype == torch.bfloat16:  # the interpreter cuts bits off
+        assert_near(x, want_x, ROUNDING[dtype])
+    else:
+        assert torch.equal(x, want_x)
+    assert_near(out, reference.rms_norm(x.float(), weight[0], EPS), ROUNDING[dtype])
 
 
 @FLOATS
@@ -280,12 +284,14 @@ def test_float8_is_rounded_to_the_nearest_and_at_most_448() -> None:
         [(0, 0, 6)], 1, Planes(1, 64), dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn
     )
     values = torch.logspace(-4, 3, 6 * 64).view(6, 64) * torch.tensor([1.0, -1.0]).repeat(32)
+    if IS_INTERPRETED:  # it cuts bits off, and loses a carry into the exponent: exact numbers only
+        values = torch.where(values.abs() < 448, values.to(torch.float8_e4m3fn).float(), values)
     batch.qkv.view(6, 3, 64)[:] = values[:, None].to(DEVICE, torch.bfloat16)
     still = torch.stack((torch.ones(8, 32), torch.zeros(8, 32))).to(DEVICE)
     gpu.rope_and_store(batch.qkv, batch.kv, batch.meta, LAYER, (still[0], still[1]))
     rounded = values.bfloat16().clamp(-448, 448).to(torch.float8_e4m3fn)
     for got in reference.gather_kv(batch.kv, LAYER, 0, 6):
-        assert torch.equal(bits(got[:, 0].cpu()), bits(rounded))
+        assert torch.equal(got[:, 0].float().cpu(), rounded.float())
 
 
 # -- attention -------------------------------------------------------------------------------------
@@ -309,11 +315,13 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-def decode(batch: Batch, max_tokens: int = 200, sm_count: int = 8) -> Tensor:
+def decode(batch: Batch, sm_count: int) -> Tensor:
     out = batch.attended.to(batch.qkv.dtype)
     heads = out.shape[1] // batch.head_dim
-    sequences = len(batch.meta.slots)
-    workspace = gpu.decode_workspace(batch.kv, heads, sequences, max_tokens, sm_count)
+    workspace = gpu.decode_workspace(batch.kv, heads, len(batch.meta.slots), 300, sm_count)
+    assert (workspace.splits > 1) == (sm_count > 1)
+    workspace.parts.fill_(torch.nan)
+    workspace.weights.fill_(torch.nan)
     gpu.decode_attention(batch.qkv, batch.kv, batch.meta, LAYER, out, 0.11, workspace)
     return out
 
@@ -347,9 +355,10 @@ def test_decode(
             padding=3,
         )
     )
-    out = decode(batch)
-    assert_near(out[:7], expected(batch, 0.11), ROUNDING[dtype])
-    assert out[7:].isnan().all(), "rows of padding are left as they are"
+    for sm_count in (1, 132):  # sequences whole, and in parts of which short ones leave some empty
+        out = decode(batch, sm_count)
+        assert_near(out[:7], expected(batch, 0.11), ROUNDING[dtype])
+        assert out[7:].isnan().all(), "rows of padding are left as they are"
 
 
 @KV_DTYPES
@@ -378,6 +387,45 @@ def test_prefill(
     out = prefill(batch)
     assert_near(out[: batch.num_tokens], expected(batch, 0.11), ROUNDING[dtype])
     assert out[batch.num_tokens :].isnan().all(), "rows of padding are left as they are"
+
+
+def far_arena(num_elems: int, dtype: torch.dtype) -> Tensor:
+    """Of which only the pages that are touched take memory, on the CPU.
+
+    The interpreter copies a tensor's whole storage back after a kernel: there the tensor is only
+    the first elements, and kernels address what lies behind them.
+    """
+    if DEVICE == "cuda":
+        return torch.empty(num_elems, dtype=dtype, device=DEVICE)
+    return kernel_calls.sparse_arena(num_elems, dtype, 64 if IS_INTERPRETED else -1)
+
+
+@pytest.mark.parametrize(("new", "block_tokens"), [(1, 16), (20, 32)])
+def test_offsets_beyond_31_bits(new: int, block_tokens: int) -> None:
+    """The last blocks of an arena of more than 2**32 elements: the same as in a small one."""
+    shape = Planes(2, 64, num_layers=2)
+    near = cached_batch(
+        [(0, 0, 40 + new)], 2, shape, dtype=torch.float16, block_tokens=block_tokens
+    )
+    block_elems = 8 * near.kv.plane_elems
+    num_blocks = 2**32 // block_elems + 64
+    blocks = near.kv.block_table.shape[1]
+    table = torch.arange(num_blocks - 1, num_blocks - 1 - blocks, -1, dtype=torch.int32)
+    arena = far_arena(num_blocks * block_elems, torch.float16)
+    far = replace(near.kv, arena=arena, block_table=table.view(1, -1).to(DEVICE))
+    still = torch.stack((torch.ones(80, 32), torch.zeros(80, 32))).to(DEVICE)
+    results = []
+    for kv in (near.kv, far):
+        for start, end in ((0, 40), (40, 40 + new)):
+            meta = make_meta([0], [start], [end - start])
+            batch = Batch(near.qkv[start:end].clone(), kv, on_device(meta), meta)
+            gpu.rope_and_store(batch.qkv, kv, batch.meta, LAYER, (still[0], still[1]))
+            results.append(prefill(batch))
+        if new == 1:
+            results.append(decode(batch, 132))
+    half = len(results) // 2
+    for one, other in zip(results[:half], results[half:], strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -423,3 +471,27 @@ def test_logits_that_are_not_finite() -> None:
     got, want = draw_both(logits, 0)
     assert got == want
     assert got[:4] == [-1, -1, -1, 299]
+
+
+def test_a_batch_that_does_not_fit_is_refused() -> None:
+    buffer = torch.zeros(DeviceMeta.num_ints(2, 3), dtype=torch.int32)
+    found = "found 1 sequences with 4 tokens, expected at most 2 with 3"
+    with pytest.raises(ValueError, match=found):
+        DeviceMeta.over(buffer, 2, 3).fill(make_meta([0], [0], [4]))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs Triton")
+def test_without_triton_everything_is_plain_torch() -> None:
+    """As where it is not installed: nothing of it is imported."""
+    code = """
+import importlib.util, sys, torch
+find_spec = importlib.util.find_spec
+sys.modules["triton"] = None
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find_spec(name)
+from muxrt.kernels import gpu, plain
+out = torch.zeros(2, 4)
+gpu.silu_mul(torch.ones(2, 8), out)
+assert gpu._kernels(out) is plain and out.min() > 0.7
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

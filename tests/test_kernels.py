@@ -1,6 +1,5 @@
 """The numba kernels against their definition in plain torch."""
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -152,7 +151,7 @@ def test_offsets_beyond_31_bits(dtype: torch.dtype, groups: int, new: int) -> No
     shape = Planes(2, 64, num_layers=2)
     block_elems = 4 * 2 * 16 * 64
     num_blocks = 2**31 // block_elems + 64
-    arena = sparse_arena(num_blocks * block_elems, dtype)
+    arena = kernel_calls.sparse_arena(num_blocks * block_elems, dtype)
     table = torch.arange(num_blocks - 1, num_blocks - 9, -1, dtype=torch.int32).view(1, 8)
     high = KvCache(arena, table, 2, 2, 64, 16, 1, 4)
     low = make_kv(shape, slots=1, max_tokens=128, planes_per_block=4, dtype=dtype)
@@ -164,14 +163,6 @@ def test_offsets_beyond_31_bits(dtype: torch.dtype, groups: int, new: int) -> No
             got = kernel_calls.attention(*part, high, LAYER, 0.1, team)
             want = kernel_calls.attention(*part, low, LAYER, 0.1, team)
             assert torch.equal(got, want)
-
-
-def sparse_arena(num_elems: int, dtype: torch.dtype) -> Tensor:
-    fd = os.memfd_create("arena")
-    os.ftruncate(fd, num_elems * dtype.itemsize)
-    memory = mmap.mmap(fd, num_elems * dtype.itemsize)
-    os.close(fd)
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 def test_bfloat16_is_rounded_to_nearest_even() -> None:
