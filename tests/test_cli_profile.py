@@ -12,12 +12,12 @@ import pytest
 from command_line import CommandLine
 from tiny_folder import write_model
 
-from muxrt.cli import profile_run
+from muxrt.cli import profile_run, profile_target
 from muxrt.core import Phase
 from muxrt.cost.grid import Pass, levels
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import load_profile
-from muxrt.worker.probe import Beside, Probe
+from muxrt.worker.probe import Beside, OnCores, Probe
 
 CORES = len(os.sched_getaffinity(0))
 SERVE = """\
@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_was_measured(
 ) -> None:
     handler = signal.getsignal(signal.SIGINT)
     counted = Probe.burst
-    load_model = profile_run.load_model
+    load_model = profile_target.load_model
 
     def burst(self: Probe, lane: int, model: str, one: Pass) -> float:
         if len(steady) + 1 == presses_at:
@@ -152,7 +152,7 @@ def test_ctrl_c_keeps_what_was_measured(
         return load_model(*args)
 
     monkeypatch.setattr(Probe, "burst", burst)
-    monkeypatch.setattr(profile_run, "load_model", load)
+    monkeypatch.setattr(profile_target, "load_model", load)
     out = tmp_path / "p.yaml"
     answer = muxrt("profile", home / "tiny", "--out", out, "--lanes", 1, "--json")
     assert answer.code == code and "interrupted" in answer.err
@@ -239,9 +239,8 @@ def test_a_probe_runs_the_passes_that_it_times(home: Path, monkeypatch: pytest.M
     model = load_model("test", subject.specs[0], subject.shapes["tiny"], lambda _: None)
     decode, prefill = Pass(Phase.DECODE, 3, 40), Pass(Phase.PREFILL, 2, 30)
     cores = sorted(os.sched_getaffinity(0))
-    with Probe(
-        subject.specs, subject.shapes, {"tiny": model}, [cores[:1]], {"tiny": [decode, prefill]}
-    ) as probe:
+    place = OnCores({"tiny": model}, [cores[:1]])
+    with Probe(subject.specs, subject.shapes, place, {"tiny": [decode, prefill]}) as probe:
         ids = [i for batch in ran for e in batch.entries for i in unpack_ids(e.blocks).tolist()]
         assert sorted(ids) == list(range(probe.plan.num_blocks))
         ran.clear()

@@ -18,9 +18,10 @@ from muxrt.core import Work  # noqa: E402
 from muxrt.models.device_llama import DeviceLlama  # noqa: E402
 from muxrt.worker.device_build import open_device_executor  # noqa: E402
 from muxrt.worker.device_process import PIPE_DIRECTORY  # noqa: E402
-from muxrt.worker.device_streams import open_green  # noqa: E402
+from muxrt.worker.device_streams import device_sms, open_green  # noqa: E402
 from muxrt.worker.driver import open_driver  # noqa: E402
 from muxrt.worker.graphs import CudaGraph  # noqa: E402
+from muxrt.worker.green import share_out  # noqa: E402
 from tests.real_world import MODELS, RealWorld, prompts  # noqa: E402
 from tests.test_worker_lanes import Held  # noqa: E402
 from tests.worker_world import SHAPES, Desk, Reference, make_plan, write_models  # noqa: E402
@@ -179,7 +180,8 @@ def note_sm(out, spins):  # type: ignore[no-untyped-def]
 def test_green_lanes_run_on_disjoint_sms(device: Any, percents: tuple[int, ...]) -> None:
     with ExitStack() as stack:
         urgent = [0] + [-1] * (len(percents) - 1)
-        shares = open_green(open_driver(), device, percents, urgent, stack)
+        counts = share_out(*device_sms(device), percents)
+        shares = open_green(open_driver(), device, counts, urgent, stack)
         outs = []
         for share in shares:
             out = torch.full((64 * share.sm_count,), -1, dtype=torch.int32, device=device)
@@ -198,7 +200,8 @@ def test_green_lanes_run_on_disjoint_sms(device: Any, percents: tuple[int, ...])
 def test_a_graph_keeps_the_sms_of_its_capture(device: Any) -> None:
     """Replayed on a stream of the whole device, it stays where it was captured."""
     with ExitStack() as stack:
-        first, _ = open_green(open_driver(), device, (50, 50), [0, 0], stack)
+        counts = share_out(*device_sms(device), (50, 50))
+        first, _ = open_green(open_driver(), device, counts, [0, 0], stack)
         out = torch.full((64 * 132,), -1, dtype=torch.int32, device=device)
         note_sm[(len(out),)](out, 10)  # compiled before the capture
         torch.cuda.synchronize()

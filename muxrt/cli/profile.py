@@ -15,7 +15,12 @@ def profile(
     ] = Path("profile.yaml"),
     lanes: Annotated[
         str | None,
-        typer.Option(help="Cores of the lanes to measure: 1,2. Left out: a quarter, half, all."),
+        typer.Option(
+            help="Cores, or SMs, of the lanes to measure: 1,2. Left out: a quarter, half, all."
+        ),
+    ] = None,
+    gpu: Annotated[
+        int | None, typer.Option(min=0, help="Measure this GPU, not the cores.", metavar="NUMBER")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cells, fewer repeats: a rough picture.")
@@ -26,11 +31,16 @@ def profile(
     ] = "1GiB",
     memory: Annotated[
         str | None,
-        typer.Option(help="What plans may give to weights and KV; left out, half of the machine."),
+        typer.Option(
+            help="What plans may give to weights and KV; left out, half of the machine or 90 % of"
+            " the GPU."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Measure prefills and decode steps of each model on the cores that this process may use.
+
+    Or on a GPU, at several shares of its SMs.
 
     Every cell is measured several times, far apart, the most telling cells first. Ctrl-C ends the
     measuring and writes what there is.
@@ -41,23 +51,24 @@ def profile(
 
     from muxrt.cli.profile_file import write
     from muxrt.cli.profile_run import Effort, measure
-    from muxrt.cli.profile_source import load_source, parse_lanes, parse_size
+    from muxrt.cli.profile_source import load_source, parse_size
     from muxrt.cli.profile_tables import as_data, print_found
+    from muxrt.cli.profile_target import cpu_target, gpu_target, parse_lanes
     from muxrt.cli.show import console
     from muxrt.errors import ConfigError
 
     if out.suffix not in (".yaml", ".yml") or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out: found {out}, expected *.yaml in a folder that exists")
-    cores = tuple(sorted(os.sched_getaffinity(0)))
+    target = cpu_target(sorted(os.sched_getaffinity(0))) if gpu is None else gpu_target(gpu)
     effort = Effort(
-        lanes=parse_lanes(lanes, len(cores)),
+        lanes=parse_lanes(lanes, target),
         budget_s=budget,
         kv_bytes=parse_size("--kv", kv),
         is_quick=quick,
     )
     memory_bytes = None if memory is None else parse_size("--memory", memory)
-    subject = load_source(source)
-    found = measure(subject, cores, effort, console(stderr=True))
+    subject = load_source(source, target.device)
+    found = measure(subject, target, effort, console(stderr=True))
     written = write(out, subject, found, memory_bytes)
     if as_json:
         import msgspec

@@ -1,13 +1,10 @@
 """From what was measured to the files of a profile."""
 
-import os
-import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -33,8 +30,6 @@ from muxrt.cost.profile import Cell, Profile, load_profile, table_of
 from muxrt.engine.build import DTYPE_BYTES, kv_dtype, linear_dtype, weight_bytes, weight_dtype
 from muxrt.metrics import percentile
 
-VERSIONS = ("numba", "numpy", "torch")
-
 
 def write(out: Path, subject: Subject, found: Found, memory_bytes: int | None) -> Profile:
     """Write `out` and its table beside it; the profile as a reader gets it.
@@ -43,7 +38,7 @@ def write(out: Path, subject: Subject, found: Found, memory_bytes: int | None) -
     are not there.
     """
     table = out.with_suffix(".csv")
-    file = _file(table.name, subject, found, memory_bytes or _half_of_memory())
+    file = _file(table.name, subject, found, memory_bytes or found.target.memory_bytes)
     for path, text in ((table, table_of(found.cells())), (out, dump_profile(file))):
         beside = path.with_name(path.name + ".part")
         beside.write_text(text, encoding="utf-8")
@@ -51,46 +46,45 @@ def write(out: Path, subject: Subject, found: Found, memory_bytes: int | None) -
     return load_profile(out)
 
 
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> ProfileFile:
-    device, cores, cells = cpu_name(), found.num_cores, found.cells()
-    kind = f"cpu-{cores}c"
+    target, cells = found.target, found.cells()
+    parts, kind = f"{target.parts} {target.word}", target.kind
     return ProfileFile(
-        title=f"{', '.join(spec.name for spec in subject.specs)} on {cores} cores of {device}",
+        title=f"{', '.join(spec.name for spec in subject.specs)} on {parts} of {target.name}",
         source=f"muxrt profile, {subject.source.name}",
         licence="measured here: yours",
         gpu=kind,
         table=table,
-        models=tuple(_model(spec, subject.shapes[spec.name], cells) for spec in subject.specs),
+        models=tuple(
+            _model(spec, subject.shapes[spec.name], cells, target.device) for spec in subject.specs
+        ),
         kind=GpuKind(
             name=kind,
-            device="cpu",
+            device="gpu" if target.device == "gpu" else "cpu",
             memory_bytes=memory_bytes,
             bandwidth_bytes_per_s=round(_most_bytes_per_s(subject, found)),
             flops=round(_most_flops(subject, found)),
-            sms=cores,
+            sms=target.parts,
             link_bytes_per_s=round(_most_bytes_per_s(subject, found)),
         ),
         sm_percent=(
-            f"cores of the lane over the {cores} of the mesh; kind.sms are cores, its bandwidth and"
-            " flops the most that a measured decode step read and a measured prefill computed"
+            f"{target.word} of the lane over the {target.parts} of the mesh, which are kind.sms;"
+            " its bandwidth and flops are the most that a measured decode step read and a measured"
+            " prefill computed; its link is not measured: one device has none"
         ),
         engine=_engine(found),
         side_by_side=found.side_by_side,
-        measured=_measured(device, found),
+        measured=_measured(found),
     )
 
 
-def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell]) -> ProfiledModel:
+def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell], device: str) -> ProfiledModel:
     return ProfiledModel(
         name=spec.name,
         sizes=sizes_of(shape),
-        weights=cast(Dtype, linear_dtype(spec, shape)),
-        dtype=cast(Dtype, weight_dtype(spec, shape)),
-        kv_dtype=cast(Dtype, kv_dtype(spec, shape)),
+        weights=cast(Dtype, linear_dtype(spec, shape, device)),
+        dtype=cast(Dtype, weight_dtype(spec, shape, device)),
+        kv_dtype=cast(Dtype, kv_dtype(spec, shape, device)),
         prefill_granularity=find_granularity([c for c in cells if c.model == spec.name], shape),
     )
 
@@ -106,18 +100,16 @@ def _engine(found: Found) -> ProfiledEngine:
     )
 
 
-def _measured(device: str, found: Found) -> Measured:
+def _measured(found: Found) -> Measured:
     spreads = found.spreads()
     return Measured(
-        device=device,
-        cores=found.num_cores,
+        device=found.target.name,
+        cores=found.target.parts,
         lanes=found.lanes,
         date=datetime.now(UTC).date().isoformat(),
         muxrt=muxrt.__version__,
         commit=_commit(),
-        versions=", ".join(
-            [f"python {platform.python_version()}", *(f"{n} {version(n)}" for n in VERSIONS)]
-        ),
+        versions=", ".join(found.target.versions),
         load_average=round(found.load_average, 2),
         seconds=round(max(found.elapsed_s, 0.1), 1),
         bursts=round(statistics.median(len(bursts) for bursts in found.bursts.values())),
@@ -129,16 +121,6 @@ def _measured(device: str, found: Found) -> Measured:
         spread_p90=round(percentile(spreads, 90) or 0.0, 4),
         is_whole=found.is_whole,
     )
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
@@ -194,23 +176,24 @@ def _figures(spec: ModelSpec, shape: ModelShape, cores: int, found: Found) -> Fi
         max(prefills)[1] if prefills else None,
         {batch: decodes.get((batch, context)) for batch in FIGURE_BATCHES},
         context,
-        step_bytes(spec, shape, context) / alone_s if alone_s else None,
+        step_bytes(spec, shape, context, found.target.device) / alone_s if alone_s else None,
     )
 
 
-def step_bytes(spec: ModelSpec, shape: ModelShape, context: int) -> int:
+def step_bytes(spec: ModelSpec, shape: ModelShape, context: int, device: str) -> int:
     """What a decode step of one sequence reads: weights (of the input table a row), and KV."""
-    weights = weight_bytes(spec, shape)
+    weights = weight_bytes(spec, shape, device)
     if not shape.tied_embeddings:
         table = shape.vocab_size * shape.hidden_size
-        weights -= table * DTYPE_BYTES[weight_dtype(spec, shape)]
-    return weights + context * kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+        weights -= table * DTYPE_BYTES[weight_dtype(spec, shape, device)]
+    return weights + context * kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape, device)])
 
 
 def _most_bytes_per_s(subject: Subject, found: Found) -> float:
     specs = {spec.name: spec for spec in subject.specs}
     rates = [
-        step_bytes(specs[model], subject.shapes[model], one.seq_len) / min(bursts)
+        step_bytes(specs[model], subject.shapes[model], one.seq_len, found.target.device)
+        / min(bursts)
         for (model, _, one), bursts in found.bursts.items()
         if one.phase is Phase.DECODE and one.batch == 1
     ]

@@ -13,16 +13,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from muxrt.cli.profile_control import Control, measure_control
 from muxrt.cli.profile_source import Subject
+from muxrt.cli.profile_target import Target
 from muxrt.config.profile import SideBySide
 from muxrt.core import Phase
 from muxrt.cost.grid import Pass, levels
 from muxrt.cost.memory import kv_token_bytes
 from muxrt.cost.profile import Cell
 from muxrt.engine.build import DTYPE_BYTES, kv_dtype
-from muxrt.engine.messages import Loading
 from muxrt.errors import ConfigError, MuxrtError
 from muxrt.metrics import percentile
-from muxrt.worker.load import load_model
 from muxrt.worker.probe import Beside, Probe, Slots
 
 BURSTS, QUICK_BURSTS = 9, 3  # of each cell, if the time allows
@@ -36,7 +35,7 @@ BESIDE_BATCH = 8
 class Effort:
     """How much to measure."""
 
-    lanes: tuple[int, ...]  # cores of each
+    lanes: tuple[int, ...]  # cores, or SMs, of each
     budget_s: float
     kv_bytes: int
     is_quick: bool = False
@@ -50,14 +49,14 @@ class Effort:
         return QUICK_BURSTS if self.is_quick else BURSTS
 
 
-Key = tuple[str, int, Pass]  # model, cores of the lane, pass
+Key = tuple[str, int, Pass]  # model, cores or SMs of the lane, pass
 
 
 @dataclass(slots=True)
 class Found:
     """What was measured; times in seconds."""
 
-    num_cores: int
+    target: Target
     lanes: tuple[int, ...]
     load_average: float
     num_planned: int  # cells
@@ -70,9 +69,9 @@ class Found:
     def is_whole(self) -> bool:
         return len(self.bursts) == self.num_planned
 
-    def share_pct(self, cores: int) -> int:
-        """The part of the mesh's cores, as the profile's `sm_percent`."""
-        return max(1, round(100 * cores / self.num_cores))
+    def share_pct(self, parts: int) -> int:
+        """The part of the mesh's cores or SMs, as the profile's `sm_percent`."""
+        return max(1, round(100 * parts / self.target.parts))
 
     def cells(self) -> tuple[Cell, ...]:
         """The table's rows: a prefill and a decode of the same sizes share one."""
@@ -99,29 +98,28 @@ def _estimate(bursts: list[float]) -> float:
     return statistics.median(bursts)
 
 
-def measure(subject: Subject, cores: tuple[int, ...], effort: Effort, console: Console) -> Found:
+def measure(subject: Subject, target: Target, effort: Effort, console: Console) -> Found:
     """Load the models, measure until all is known, the budget is over or Ctrl-C.
 
     Raises ConfigError for models that cannot be run here, MuxrtError where nothing was measured.
     """
-    grids = _grids(subject, effort)
+    grids = _grids(subject, effort, target)
     planned = len(effort.lanes) * sum(len(level) for grid in grids.values() for level in grid)
-    found = Found(len(cores), effort.lanes, os.getloadavg()[0], planned)
+    found = Found(target, effort.lanes, os.getloadavg()[0], planned)
     with _showing(console, effort.budget_s) as show, _interruptible() as is_interrupted:
         models = {}
         for spec in subject.specs:
             show(f"loading {spec.name}", 0.0)
-            models[spec.name] = load_model("profile", spec, subject.shapes[spec.name], _quiet)
-        halves = (cores[: len(cores) - len(cores) // 2], cores[len(cores) - len(cores) // 2 :])
-        lanes = [*(cores[:size] for size in effort.lanes), *(half for half in halves if half)]
+            models[spec.name] = target.load(spec, subject.shapes[spec.name])
         show("warming up", 0.0)
         passes = {name: [one for level in grid for one in level] for name, grid in grids.items()}
-        with Probe(subject.specs, subject.shapes, models, lanes, passes) as probe:
+        place = target.place(models, effort.lanes)
+        with Probe(subject.specs, subject.shapes, place, passes) as probe:
             begun_s = monotonic()
             clock = _Clock(begun_s, effort.budget_s, is_interrupted, show)
             _measure_cells(probe, grids, effort, clock, found)
-            if len(cores) > 1:
-                _measure_beside(probe, grids, halves, effort, clock, found)
+            if len(target.halves) > 1:
+                _measure_beside(probe, grids, effort, clock, found)
             found.elapsed_s = monotonic() - begun_s
         if not is_interrupted():
             show("the endpoint beside the steps", effort.budget_s)
@@ -141,10 +139,6 @@ def _control(subject: Subject, console: Console) -> Control | None:
         return None
 
 
-def _quiet(_: Loading) -> None:
-    """Weights load in a moment beside the measuring."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Clock:
     """When to stop, and whom to tell."""
@@ -161,12 +155,12 @@ class _Clock:
         return used_s < share * self.budget_s and not self.is_interrupted()
 
 
-def _grids(subject: Subject, effort: Effort) -> dict[str, list[list[Pass]]]:
+def _grids(subject: Subject, effort: Effort, target: Target) -> dict[str, list[list[Pass]]]:
     """Levels of passes by model. Raises ConfigError where KV memory holds no useful ones."""
     found = {}
     for spec in subject.specs:
         shape = subject.shapes[spec.name]
-        token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+        token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape, target.device)])
         room = effort.kv_bytes // len(subject.specs) // token_bytes
         longest = spec.max_model_len or shape.max_positions
         grid = _grid(longest, room)[: effort.num_levels]
@@ -225,12 +219,11 @@ def _measure_cells(
 def _measure_beside(
     probe: Probe,
     grids: dict[str, list[list[Pass]]],
-    halves: tuple[tuple[int, ...], tuple[int, ...]],
     effort: Effort,
     clock: _Clock,
     found: Found,
 ) -> None:
-    """Each model's prefill beside decodes of the next one, on two halves of the cores."""
+    """Each model's prefill beside decodes of the next one, on two halves of the mesh."""
     first_lane = len(effort.lanes)
     names = list(grids)
     pairs = list(zip(names, [*names[1:], names[0]], strict=True))
@@ -246,7 +239,7 @@ def _measure_beside(
             )
             rounds.setdefault(pair, []).append(times)
     found.side_by_side = tuple(
-        _side_by_side(pair, several, grids, halves) for pair, several in rounds.items()
+        _side_by_side(pair, several, grids, found.target) for pair, several in rounds.items()
     )
 
 
@@ -265,7 +258,7 @@ def _side_by_side(
     pair: tuple[str, str],
     rounds: list[Beside],
     grids: dict[str, list[list[Pass]]],
-    halves: tuple[tuple[int, ...], tuple[int, ...]],
+    target: Target,
 ) -> SideBySide:
     decode = _beside_decode(grids[pair[1]])
     times = Beside(*(_estimate(list(column)) for column in zip(*rounds, strict=True)))
@@ -275,7 +268,7 @@ def _side_by_side(
         decode=pair[1],
         batch=decode.batch,
         context=decode.seq_len,
-        lanes=(len(halves[0]), len(halves[1])),
+        lanes=target.halves,
         prefill_slowdown=round(times.first_s / times.first_alone_s, 4),
         decode_slowdown=round(times.second_s / times.second_alone_s, 4),
     )

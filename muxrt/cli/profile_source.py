@@ -25,7 +25,7 @@ class Subject:
     alike: dict[str, str]
 
 
-def load_source(path: Path) -> Subject:
+def load_source(path: Path, device: str = "cpu") -> Subject:
     """The models of a file of `muxrt serve`, or of one Hugging Face folder. Raises ConfigError."""
     if path.is_dir():
         spec = ModelSpec(name=path.absolute().name, path=str(path.absolute()))
@@ -37,25 +37,12 @@ def load_source(path: Path) -> Subject:
     alike = {}
     for spec in checked.config.models:
         shape = checked.shapes[spec.name]
-        dtypes = (linear_dtype(spec, shape), weight_dtype(spec, shape), kv_dtype(spec, shape))
+        dtypes = tuple(of(spec, shape, device) for of in (linear_dtype, weight_dtype, kv_dtype))
         kept = first.setdefault((arithmetic(shape), dtypes), spec)
         if kept is not spec:
             alike[spec.name] = kept.name
     specs = tuple(first.values())
     return Subject(path, specs, {spec.name: checked.shapes[spec.name] for spec in specs}, alike)
-
-
-def parse_lanes(text: str | None, num_cores: int) -> tuple[int, ...]:
-    """Cores of each lane, ascending; None: a quarter, half and all. Raises ConfigError."""
-    if text is None:
-        return tuple(sorted({max(1, num_cores // 4), max(1, num_cores // 2), num_cores}))
-    sizes = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if not all(1 <= size <= num_cores for size in sizes):
-        raise ConfigError(
-            f"--lanes: found {text!r}, expected numbers of cores such as 1,{num_cores}:"
-            f" this process may use {num_cores}"
-        )
-    return tuple(sorted(set(sizes)))
 
 
 def parse_size(option: str, text: str) -> int:

@@ -118,7 +118,7 @@ def _slower(ratio: float) -> str:
 def _figures_table(subject: Subject, found: Found) -> Table:
     table = _table(
         "model",
-        "lane\ncores",
+        f"lane\n{found.target.word}",
         "prefill\ntokens/s",
         *(f"decode {batch}\nms" for batch in FIGURE_BATCHES),
         "at\ncontext",
@@ -127,7 +127,7 @@ def _figures_table(subject: Subject, found: Found) -> Table:
     for row in figures(subject, found):
         table.add_row(
             row.model,
-            f"{row.cores} of {found.num_cores}",
+            f"{row.cores} of {found.target.parts}",
             _number(row.prefill_tokens_per_s, 1, 0),
             *(_number(row.decode_s[batch], 1e3, 2) for batch in FIGURE_BATCHES),
             str(row.context),

@@ -17,7 +17,7 @@ from muxrt.config.presets import preset, shape_of_sizes
 from muxrt.config.schema import convert
 from muxrt.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -36,8 +36,8 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """How the cells came about."""
 
     device: Name  # for people
-    cores: Count  # of the mesh
-    lanes: tuple[Count, ...]  # cores of the lanes that were measured
+    cores: Count  # of the mesh; of a GPU its SMs
+    lanes: tuple[Count, ...]  # cores, or SMs, of the lanes that were measured
     date: Name
     muxrt: Name
     commit: Name | None = None  # of a checkout

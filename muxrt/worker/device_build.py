@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import torch
 
@@ -87,3 +88,5 @@ def check_device(device: torch.device) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         why = "was built without CUDA" if torch.version.cuda is None else "finds no GPU it can use"
         raise MuxrtError(f"mesh.device: found gpu, but torch {torch.__version__} {why}")
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise MuxrtError("mesh.device: found gpu, but no package triton: pip install 'muxrt[gpu]'")

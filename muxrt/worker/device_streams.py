@@ -59,7 +59,9 @@ def open_shares(plan: UnitPlan, device: torch.device, stack: ExitStack) -> Share
         driver = open_driver()
         if driver.version < GREEN_SINCE:
             raise DriverError(f"found a driver for CUDA {driver.version}, expected {GREEN_SINCE}")
-        own = open_green(driver, device, plan.spec.lanes.sm_pct or (), urgent, stack)
+        total, granule = device_sms(device)
+        counts = share_out(total, granule, plan.spec.lanes.sm_pct or ())
+        own = open_green(driver, device, counts, urgent, stack)
     except DriverError as error:
         log.warning("event=lanes kind=stream wanted=green reason=%r", error.message)
         return Shares(whole, whole)
@@ -67,17 +69,24 @@ def open_shares(plan: UnitPlan, device: torch.device, stack: ExitStack) -> Share
     return Shares(whole, own)
 
 
+def device_sms(device: torch.device) -> tuple[int, Granule]:
+    """How many SMs the GPU has, and in what pieces they can be handed out."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, Granule.of((properties.major, properties.minor))
+
+
 def open_green(
     driver: Driver,
     device: torch.device,
-    percents: Sequence[int],
+    counts: Sequence[int],
     urgent: Sequence[int],
     stack: ExitStack,
 ) -> list[Share]:
-    """A share of disjoint SMs per lane; `stack` destroys them. Raises ConfigError, DriverError."""
-    properties: Any = torch.cuda.get_device_properties(device)
-    granule = Granule.of((properties.major, properties.minor))
-    counts = share_out(properties.multi_processor_count, granule, percents)
+    """Shares of disjoint SMs, so many each (see `share_out`); `stack` destroys them.
+
+    Raises DriverError.
+    """
+    _, granule = device_sms(device)
     split = GreenSplit(driver, device.index or 0, counts, granule.step, urgent)
     stack.callback(split.close)
     return [

@@ -8,15 +8,17 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import (
     Lanes,
     Memory,
+    Mesh,
     ModelSpec,
     Scheduling,
     UnitModel,
@@ -30,6 +32,7 @@ from muxrt.models.llama import Llama
 from muxrt.worker.build import thread_lanes
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.kv_storage import KV_DTYPES, Storage
+from muxrt.worker.lanes import Lane
 
 AMPLE_BYTES = 1 << 50  # to lay an arena out before its size is known
 BURST_S = 0.04  # of steps in a row
@@ -70,6 +73,43 @@ def _lengths(passes: Sequence[Pass]) -> list[int]:
     return [max(one.seq_len for one in passes if one.batch > i) for i in range(most)]
 
 
+class Opened(NamedTuple):
+    """Lanes that a probe may launch on, and the arena behind them."""
+
+    lanes: Sequence[Lane]
+    arena: Tensor  # [bytes] uint8
+
+
+class Place(Protocol):
+    """Where a probe's lanes are."""
+
+    num_lanes: int
+    mesh: Mesh
+    warm_runs: int  # of a pass on a lane, before its time counts
+
+    def open(self, plan: UnitPlan, stack: ExitStack) -> Opened:
+        """Start the lanes; `stack` gives everything back."""
+
+
+class OnCores:
+    """Lanes on sets of cores."""
+
+    mesh = Mesh()
+    warm_runs = 1  # records programs of this size
+
+    def __init__(self, models: dict[str, Llama], lanes: Sequence[Sequence[int]]) -> None:
+        """Sets may overlap: one is used at a time, or disjoint ones. `models` is emptied."""
+        self.num_lanes = len(lanes)
+        self._models = models
+        self._lanes = lanes
+
+    def open(self, plan: UnitPlan, stack: ExitStack) -> Opened:
+        storage = Storage(plan)
+        stack.callback(storage.close)
+        lanes = list(thread_lanes(plan, self._models, self._lanes, storage))
+        return Opened(lanes, storage.arena.tensor())
+
+
 class Probe:
     """Models on lanes, every slot open, each lane warm for every pass that comes."""
 
@@ -77,31 +117,28 @@ class Probe:
         self,
         specs: Sequence[ModelSpec],
         shapes: Mapping[str, ModelShape],
-        models: dict[str, Llama],
-        lanes: Sequence[Sequence[int]],
+        place: Place,
         passes: Mapping[str, Sequence[Pass]],
     ) -> None:
-        """`lanes` are sets of cores, which may overlap: one is used at a time, or disjoint ones.
+        """`passes` of each model are all that will be asked for.
 
-        `passes` of each model are all that will be asked for; `models` is emptied. Raises
-        ConfigError where the models cannot share an arena, MuxrtError where one cannot run.
+        Raises ConfigError where the models cannot share an arena, MuxrtError where one cannot run.
         """
         self._slots = {name: Slots(passes[name]) for name in passes}
         self._decode = {name: _least_decode(passes[name]) for name in passes}
-        self.plan = _plan(specs, shapes, self._slots, len(lanes))
+        self.plan = _plan(specs, shapes, self._slots, place)
+        self._warm_runs = place.warm_runs
         self._ids = count()
         self._warm: set[tuple[int, str, Pass]] = set()
         with ExitStack() as stack:
-            storage = Storage(self.plan)
-            stack.callback(storage.close)
-            opened = list(thread_lanes(self.plan, models, lanes, storage))
-            for lane in opened:
+            opened = place.open(self.plan, stack)
+            for lane in opened.lanes:
                 stack.callback(lane.close)
-            for lane in opened:
+            for lane in opened.lanes:
                 lane.wait_started()
-            self._executor = LaneExecutor(opened, stack.pop_all())
+            self._executor = LaneExecutor(opened.lanes, stack.pop_all())
         try:
-            _fill(self.plan, storage, self._slots)
+            _fill(self.plan, opened.arena, self._slots)
             for name in self._slots:
                 self._run(list(self._openings(name, shapes[name].vocab_size)))
         except BaseException:
@@ -115,8 +152,8 @@ class Probe:
         prefill comes after a decode step, as in service.
         """
         key = (lane, model, one)
-        if key not in self._warm:  # records programs of this size
-            self._run([self._batch(lane, model, one)])
+        if key not in self._warm:
+            self._run([self._batch(lane, model, one)] * self._warm_runs)
             self._warm.add(key)
         if one.phase is not Phase.DECODE:
             return self._prefill(lane, model, one)
@@ -199,7 +236,7 @@ def _plan(
     specs: Sequence[ModelSpec],
     shapes: Mapping[str, ModelShape],
     slots: Mapping[str, Slots],
-    num_lanes: int,
+    place: Place,
 ) -> UnitPlan:
     """An arena that holds exactly what the slots need."""
     short = {
@@ -210,7 +247,8 @@ def _plan(
         name=UNIT,
         models=tuple(UnitModel(name=spec.name) for spec in specs),
         memory=Memory(kv_bytes=AMPLE_BYTES),
-        lanes=Lanes(split=(1,) * num_lanes),
+        mesh=place.mesh,
+        lanes=Lanes(split=(1,) * place.num_lanes),
         scheduling=Scheduling(max_sequences=max(len(s.tokens) for s in slots.values())),
     )
     ample = plan_unit(unit, short, shapes)
@@ -230,13 +268,13 @@ def _blocks(plan: UnitPlan, slots: Mapping[str, Slots]) -> dict[str, np.ndarray]
     return found
 
 
-def _fill(plan: UnitPlan, storage: Storage, slots: Mapping[str, Slots]) -> None:
+def _fill(plan: UnitPlan, arena: Tensor, slots: Mapping[str, Slots]) -> None:
     """Random K and V: pages that were never written are one page of zeros, too quick to read."""
     block_bytes = plan.arena.block_bytes
     for name, ids in _blocks(plan, slots).items():
         dtype = KV_DTYPES[plan.kv_dtypes[name]]
-        elements = len(ids) * block_bytes // dtype.itemsize
-        storage.arena.tensor(dtype, int(ids.min()) * block_bytes, elements).normal_()
+        begin = int(ids.min()) * block_bytes
+        arena[begin : begin + len(ids) * block_bytes].view(dtype).normal_()
 
 
 def _within(times_s: Sequence[float], limit_s: float) -> list[float]:

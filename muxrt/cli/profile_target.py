@@ -1,0 +1,143 @@
+"""What `muxrt profile` measures on: the cores of this machine, or the SMs of a GPU."""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muxrt.config.model import ModelShape
+from muxrt.config.placement import ModelSpec
+from muxrt.engine.messages import Loading
+from muxrt.errors import ConfigError
+from muxrt.worker.device_build import check_device
+from muxrt.worker.device_probe import OnGpu
+from muxrt.worker.device_streams import device_sms
+from muxrt.worker.driver import open_driver
+from muxrt.worker.green import Granule, share_out
+from muxrt.worker.load import load_device_model, load_model
+from muxrt.worker.probe import OnCores, Place
+
+GPU_MEMORY_SHARE = 0.9  # of a GPU: the rest is for activations, graphs and CUDA itself
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A mesh whose parts, cores or SMs, lanes share."""
+
+    device: str  # "cpu" or "gpu"
+    name: str  # of the hardware, for people
+    kind: str  # in plans
+    parts: int
+    word: str  # for one part in the plural
+    lanes: tuple[int, ...]  # parts of each lane, if nobody says otherwise
+    halves: tuple[int, ...]  # of the lanes that run beside each other; one where it cannot be split
+    memory_bytes: int  # what plans may give to weights and KV
+    versions: tuple[str, ...]
+    check_lane: Callable[[int], bool]  # whether a lane may have so many parts
+    load: Callable[[ModelSpec, ModelShape], Any]
+    place: Callable[[dict[str, Any], Sequence[int]], Place]  # lanes, then halves
+
+
+def cpu_target(cores: Sequence[int]) -> Target:
+    """These cores."""
+    total = len(cores)
+    first = total - total // 2
+    halves = tuple(half for half in (first, total - first) if half)
+
+    def place(models: dict[str, Any], lanes: Sequence[int]) -> Place:
+        beside = [cores[:first], cores[first:]][: len(halves)]
+        return OnCores(models, [*(cores[:size] for size in lanes), *beside])
+
+    return Target(
+        device="cpu",
+        name=cpu_name(),
+        kind=f"cpu-{total}c",
+        parts=total,
+        word="cores",
+        lanes=tuple(sorted({max(1, total // 4), max(1, total // 2), total})),
+        halves=halves,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2,
+        versions=_versions("numba", "numpy", "torch"),
+        check_lane=lambda size: 1 <= size <= total,
+        load=lambda spec, shape: load_model("profile", spec, shape, _quiet),
+        place=place,
+    )
+
+
+def gpu_target(ordinal: int) -> Target:
+    """That GPU. Raises MuxrtError where it cannot be computed on, or not be split."""
+    device = torch.device("cuda", ordinal)
+    check_device(device)
+    torch.cuda.set_device(device)
+    properties = torch.cuda.get_device_properties(device)
+    total, granule = device_sms(device)
+    driver = open_driver().version
+    halves = share_out(total, granule, (50, 50))
+    return Target(
+        device="gpu",
+        name=properties.name,
+        kind=properties.name.lower().replace(" ", "-"),
+        parts=total,
+        word="SMs",
+        lanes=sm_lanes(total, granule),
+        halves=halves,
+        memory_bytes=round(properties.total_memory * GPU_MEMORY_SHARE),
+        versions=(
+            *_versions("numpy", "torch", "triton"),
+            f"CUDA {torch.version.cuda}",
+            f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}",
+        ),
+        check_lane=lambda size: size == total or _can_split(size, total, granule),
+        load=lambda spec, shape: load_device_model("profile", spec, shape, device, _quiet),
+        place=lambda models, lanes: OnGpu(models, device, lanes, halves),
+    )
+
+
+def sm_lanes(total: int, granule: Granule) -> tuple[int, ...]:
+    """SMs of lanes that show how speed grows with them: a quarter, a half, three quarters, all."""
+    parts = {share_out(total, granule, (pct, 100 - pct))[0] for pct in (25, 50, 75)}
+    return (*sorted(parts), total)
+
+
+def _can_split(size: int, total: int, granule: Granule) -> bool:
+    return size % granule.step == 0 and granule.least <= size <= total - granule.least
+
+
+def parse_lanes(text: str | None, target: Target) -> tuple[int, ...]:
+    """Parts of each lane, ascending; None: the target's own. Raises ConfigError."""
+    if text is None:
+        return target.lanes
+    sizes = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(target.check_lane(size) for size in sizes):
+        example = ",".join(str(size) for size in target.lanes)
+        raise ConfigError(
+            f"--lanes: found {text!r}, expected numbers of {target.word} such as {example}:"
+            f" there are {target.parts}"
+        )
+    return tuple(sorted(set(sizes)))
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions(*packages: str) -> tuple[str, ...]:
+    return (
+        f"python {platform.python_version()}",
+        *(f"{package} {version(package)}" for package in packages),
+    )
+
+
+def _quiet(_: Loading) -> None:
+    """Weights load in a moment beside the measuring."""
