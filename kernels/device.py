@@ -29,6 +29,11 @@ class Tiling:
     stages: int  # iterations whose loads are under way at a time
     warps: int
 
+    def shared_bytes(self, head_dim: int, dtype_bytes: int, kv_bytes: int) -> int:
+        """Of a program: its queries, and K and V of the iterations under way."""
+        per_dim = self.rows * dtype_bytes + 2 * self.tokens * self.stages * kv_bytes
+        return _power_of_two(head_dim) * per_dim
+
 
 INTERPRETED = Chip(
     sm_count=1, shared_bytes=96 << 10, shared_bytes_per_sm=96 << 10, capability=(9, 0)
@@ -75,7 +80,6 @@ def prefill_tiling(
     chip: Chip, head_dim: int, group: int, dtype_bytes: int, kv_bytes: int
 ) -> Tiling:
     """For any number of new tokens: as large as shared memory lets q, K and V be together."""
-    dim = _power_of_two(head_dim)
     for rows, tokens, stages, warps in (
         (128, 128, 3, 8),
         (128, 64, 3, 8),
@@ -83,9 +87,10 @@ def prefill_tiling(
         (64, 64, 2, 4),
         (64, 32, 2, 4),
     ):
-        needed = dim * (rows * dtype_bytes + 2 * tokens * stages * kv_bytes)
+        tiling = Tiling(rows, tokens, stages, warps)
+        needed = tiling.shared_bytes(head_dim, dtype_bytes, kv_bytes)
         if needed <= chip.shared_bytes and rows >= _power_of_two(group):
-            return Tiling(rows, tokens, stages, warps)
+            return tiling
     return Tiling(max(16, _power_of_two(group)), 32, 1, 4)
 
 
@@ -103,7 +108,7 @@ def decode_splits(
 
 def programs_per_sm(chip: Chip, tiling: Tiling, head_dim: int, kv_bytes: int) -> int:
     """Programs of `decode_attention` that run on an SM at a time, by their shared memory."""
-    needed = 2 * tiling.tokens * _power_of_two(head_dim) * kv_bytes * tiling.stages
+    needed = tiling.shared_bytes(head_dim, 0, kv_bytes)  # its few queries lie in registers
     return max(1, min(8, chip.shared_bytes_per_sm // needed))
 
 

@@ -15,13 +15,22 @@ from muxrt.kernels.types import DeviceMeta, KvCache
 
 
 def prefill_attention(
-    qkv: Tensor, kv: KvCache, meta: DeviceMeta, layer: int, out: Tensor, scale: float
+    qkv: Tensor,
+    kv: KvCache,
+    meta: DeviceMeta,
+    layer: int,
+    out: Tensor,
+    scale: float,
+    tiling: device.Tiling | None = None,
 ) -> None:
+    """`tiling` instead of the one for the chip, for comparisons."""
     num_sequences, num_tokens = len(meta.slots), len(qkv)
     group = out.shape[1] // kv.head_dim // kv.num_kv_heads
     padded_group = triton.next_power_of_2(group)
     chip = device.chip_of(qkv.device)
-    tiling = device.prefill_tiling(chip, kv.head_dim, group, qkv.itemsize, kv.arena.itemsize)
+    tiling = tiling or device.prefill_tiling(
+        chip, kv.head_dim, group, qkv.itemsize, kv.arena.itemsize
+    )
     # Tiles do not cross sequences: each may begin one more than its tokens fill.
     tiles = num_tokens // (tiling.rows // padded_group) + num_sequences
     _prefill[(tiles, kv.num_kv_heads)](

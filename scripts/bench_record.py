@@ -36,9 +36,12 @@ def provenance() -> dict[str, Any]:
 class Record:
     """A JSON file that is rewritten after every case: a killed run keeps what it has."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], kept: dict[str, Any] | None = None
+    ) -> None:
+        """`kept`: sections of an earlier run to go on from."""
         self.path = path
-        self.data: dict[str, Any] = {**provenance(), "settings": settings}
+        self.data: dict[str, Any] = {**(kept or {}), **provenance(), "settings": settings}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 

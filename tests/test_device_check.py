@@ -85,6 +85,16 @@ def test_int8_weights_are_for_cpus(folder: Path) -> None:
     assert raised.value.key == ("models", 0, "weights")
 
 
+def test_float8_kv_is_for_gpus(folder: Path) -> None:
+    """There a block of the same bytes holds twice the tokens of bfloat16."""
+    narrow = plan(config(folder, model=", dtype: bfloat16, kv_dtype: float8"))
+    wide = plan(config(folder, model=", dtype: bfloat16"))
+    assert narrow.arena.block_bytes * 2 == wide.arena.block_bytes
+    with pytest.raises(KeyedError, match="found float8, expected auto") as raised:
+        plan(config(folder, "cpu", "cores", model=", kv_dtype: float8"))
+    assert raised.value.key == ("models", 0, "kv_dtype")
+
+
 def test_shares_of_mps_are_limits_that_may_overlap(folder: Path) -> None:
     assert plan(config(folder, kind="mps", lanes=", sm_pct: [100, 50]")).num_lanes == 2
 

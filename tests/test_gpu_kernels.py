@@ -7,7 +7,7 @@ Triton's interpreter runs. With one, `pytest -m gpu tests/test_gpu_kernels.py` r
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -387,6 +387,79 @@ def test_prefill(
     out = prefill(batch)
     assert_near(out[: batch.num_tokens], expected(batch, 0.11), ROUNDING[dtype])
     assert out[batch.num_tokens :].isnan().all(), "rows of padding are left as they are"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_attention_of_random_batches(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    shape = Planes(int(rng.integers(1, 4)), int(rng.choice([64, 80, 128])))
+    options = {
+        "block_tokens": int(rng.choice([8, 16, 32, 48])),
+        "planes_per_block": int(rng.choice([1, 3, 8, 16])),
+        "padding": int(rng.integers(0, 3)),
+    }
+    groups, slots = int(rng.integers(1, 9)), rng.permutation(8)[: rng.integers(1, 9)].tolist()
+    for most in (1, 90):
+        sequences = [(s, int(rng.integers(0, 250)), int(rng.integers(1, most + 1))) for s in slots]
+        batch = stored(cached_batch(sequences, groups, shape, **options))
+        want = expected(batch, 0.11)
+        assert_near(prefill(batch)[: batch.num_tokens], want, 3e-6)
+        if most == 1:
+            assert_near(decode(batch, 132)[: batch.num_tokens], want, 3e-6)
+
+
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_large_scores_do_not_overflow(is_decode: bool) -> None:
+    batch = cached_batch([(0, 150, 1), (1, 0, 1)], 4, Planes(1, 64))
+    batch.qkv.mul_(300)
+    stored(batch)
+    got = decode(batch, 132) if is_decode else prefill(batch)
+    assert_near(got, expected(batch, 0.11), 1e-5)
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The same as a CUDA graph; where there is no GPU, itself."""
+    step()  # compiles
+    if DEVICE == "cpu":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def test_a_captured_step_serves_any_batch_that_fits() -> None:
+    """Captured once for 7 sequences, replayed for fewer: sizes are read on the device."""
+    shape, dtype = Planes(2, 128), torch.bfloat16
+    whole = cached_batch(DECODE, 4, shape, dtype=dtype)
+    rope, before = random(2, 200, 64), whole.qkv.clone()
+    table, ids = random(50, whole.qkv.shape[1], dtype=dtype), torch.arange(7, device=DEVICE)
+    out, tokens = whole.attended.to(dtype), torch.empty(7, dtype=torch.int32, device=DEVICE)
+    workspace = gpu.decode_workspace(whole.kv, 8, 7, 300, 132)
+    zeros, ones = torch.zeros(7, device=DEVICE).double(), torch.ones(7, device=DEVICE).double()
+
+    def step() -> None:
+        gpu.embed(ids, table, whole.qkv)
+        gpu.rope_and_store(whole.qkv, whole.kv, whole.meta, LAYER, (rope[0], rope[1]))
+        gpu.decode_attention(whole.qkv, whole.kv, whole.meta, LAYER, out, 0.11, workspace)
+        gpu.sample(out, zeros, ids, ones, zeros, ids, ids, tokens)
+
+    replay = captured(step)
+    for count in (7, 3, 1):
+        slots, starts, counts = (list(column) for column in zip(*DECODE[:count], strict=True))
+        host = make_meta(slots, starts, counts)
+        fewer = on_device(host, 7 - count, 7 - count)
+        for name in ("slots", "starts", "query_starts", "positions", "token_sequence"):
+            getattr(whole.meta, name).copy_(getattr(fewer, name))
+        out.fill_(torch.nan)
+        replay()
+        want = expected(replace(whole, host_meta=host), 0.11)
+        assert_near(out[:count], want, ROUNDING[dtype])
+        assert out[count:].isnan().all()
+        assert torch.equal(tokens[:count], out[:count].argmax(dim=-1).int())
+        assert (tokens[count:] == -1).all()
+    assert not torch.equal(whole.qkv, before)
 
 
 def far_arena(num_elems: int, dtype: torch.dtype) -> Tensor:

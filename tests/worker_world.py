@@ -71,6 +71,7 @@ def make_plan(
     lanes: Lanes | None = None,
     kv_bytes: int = 4 << 20,
     dtype: str = "float32",
+    kv_dtype: str = "auto",
     graph_bytes: int = 0,
     **scheduling: Any,
 ) -> UnitPlan:
@@ -88,7 +89,10 @@ def make_plan(
         lanes=lanes or Lanes(),
         scheduling=Scheduling(max_sequences=16, **scheduling),
     )
-    models = {name: ModelSpec(name=name, path=str(home / name), dtype=dtype) for name in SHAPES}
+    models = {
+        name: ModelSpec(name=name, path=str(home / name), dtype=dtype, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        for name in SHAPES
+    }
     return plan_unit(spec, models, {name: load_shape(home / name) for name in SHAPES})
 
 

@@ -62,7 +62,8 @@ def check(
     for index, unit in enumerate(config.units):
         _check_lanes(index, unit)
         if unit.mesh.device == "gpu":
-            _check_gpu(index, unit, config, gpus)
+            _check_gpu(index, unit, gpus)
+        _check_dtypes(unit, config)
         _check_cores(index, unit, cores)
     plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(config.units))
     return Checked(config, shapes, plans)
@@ -129,8 +130,8 @@ def _check_lanes(index: int, unit: UnitSpec) -> None:
         raise KeyedError((*at, "sm_pct"), f"found {sum(shares)} % in all, expected at most 100")
 
 
-def _check_gpu(index: int, unit: UnitSpec, config: ServeConfig, gpus: Callable[[], int]) -> None:
-    """One GPU, which is here, and models in dtypes that it computes in."""
+def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
+    """One GPU, which is here, and nothing asked of it that only the planner knows."""
     at = ("units", index, "mesh")
     try:
         count = gpus()
@@ -150,13 +151,18 @@ def _check_gpu(index: int, unit: UnitSpec, config: ServeConfig, gpus: Callable[[
                 ("units", index, "models", number, "sm_pct"),
                 "found shares of its own, expected none: lanes are the unit's (lanes.sm_pct)",
             )
+
+
+def _check_dtypes(unit: UnitSpec, config: ServeConfig) -> None:
+    """Models in dtypes that the unit's device computes in."""
     placed = {model.name for model in unit.models}
+    key, unknown, expected = {
+        "gpu": ("weights", "int8", "auto, bfloat16 or float32 on a GPU"),
+        "cpu": ("kv_dtype", "float8", "auto, bfloat16 or float32 on a CPU"),
+    }[unit.mesh.device]
     for number, model in enumerate(config.models):
-        if model.name in placed and model.weights == "int8":
-            raise KeyedError(
-                ("models", number, "weights"),
-                "found int8, expected auto, bfloat16 or float32 on a GPU",
-            )
+        if model.name in placed and getattr(model, key) == unknown:
+            raise KeyedError(("models", number, key), f"found {unknown}, expected {expected}")
 
 
 def _check_cores(index: int, unit: UnitSpec, cores: set[int]) -> None:

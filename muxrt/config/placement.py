@@ -49,7 +49,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     preset: Name | None = None  # a published shape (config/presets.py); no weights, so for plans
     sizes: Sizes | None = None  # likewise
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights and activations
-    kv_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = dtype
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float8"] = "auto"  # auto = dtype
     # Of the linear layers; auto = dtype. int8 is made while loading: weight-only, a scale per
     # output feature (docs/decisions.md has its error).
     weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"

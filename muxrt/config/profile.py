@@ -17,7 +17,7 @@ from muxrt.config.presets import preset, shape_of_sizes
 from muxrt.config.schema import convert
 from muxrt.errors import ConfigError
 
-Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+Dtype = Literal["float32", "bfloat16", "float16", "float8", "int8"]
 
 
 class ProfiledModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

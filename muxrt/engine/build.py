@@ -20,7 +20,7 @@ from muxrt.sched.queues import ModelQueue, ServedModel
 from muxrt.sched.quota import Demand, initial_quotas
 from muxrt.sched.scheduler import Limits, Scheduler
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
 ONE_DEVICE = ("green", "mps", "stream")  # lanes that are parts of it, not cores of their own
 # Until the first copy was measured: memcpy of a two-channel server, read and write.
 HOST_COPY_BYTES_PER_S = 4e9

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from muxrt.kernels import AttentionMeta, DeviceMeta
+from muxrt.kernels import DeviceMeta, MetaArrays
 from muxrt.worker.runner import Layout
 
 INTS = 3  # int32 fields of a draw
@@ -71,34 +71,35 @@ class Inputs:
         asking [draws]: the entries that draw; params [draws]: how, as `Sampling.params` has it;
         scratch: the slot of padding.
         """
+        # As arrays: torch's own assignments would take several times as long.
+        given = self.meta
+        tensors = (given.slots, given.starts, given.query_starts)
+        meta = MetaArrays(*(t.numpy() for t in (*tensors, given.positions, given.token_sequence)))
+        draws = {name: column.numpy() for name, column in self.draws._asdict().items()}
         # Of padding nothing is read but what it draws for, and its ids must exist.
-        self._buffer.zero_()
-        self.meta.slots.fill_(scratch)
-        self.meta.fill(_as_tensors(layout))
+        self._buffer.numpy().fill(0)
+        meta.slots.fill(scratch)
+        draws["slots"].fill(scratch)
+        meta.query_starts.fill(layout.bounds[-1])
+        sequences, tokens = len(layout.slots), len(layout.positions)
+        meta.slots[:sequences] = layout.slots
+        meta.starts[:sequences] = layout.starts
+        meta.query_starts[: sequences + 1] = layout.bounds
+        meta.positions[:tokens] = layout.positions
+        meta.token_sequence[:tokens] = layout.owners
         rows = layout.bounds[asking + 1] - 1
-        draws, count = self.draws, len(rows)
-        draws.slots.fill_(scratch)
         columns = {
             "rows": rows,
             "slots": layout.slots[asking],
             "positions": layout.positions[rows] + 1,
-            "temperature": params["temperature"],
-            "top_p": params["top_p"],
-            "min_p": params["min_p"],
-            "top_k": params["top_k"],
             "seeds": params["seed"].view(np.int64),
-        }
+        } | {name: params[name] for name in ("temperature", "top_p", "min_p", "top_k")}
         for name, values in columns.items():
-            getattr(draws, name)[:count] = torch.from_numpy(np.ascontiguousarray(values))
+            draws[name][: len(rows)] = values
 
     def copy_from(self, host: "Inputs") -> None:
         """Become a batch of the same sizes, behind what the current stream does."""
         self._buffer.copy_(host._buffer, non_blocking=True)
-
-
-def _as_tensors(layout: Layout) -> AttentionMeta:
-    arrays = (layout.slots, layout.starts, layout.bounds, layout.positions, layout.owners)
-    return AttentionMeta(*(torch.from_numpy(array) for array in arrays))
 
 
 def download(data: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ KV_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
 }
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
