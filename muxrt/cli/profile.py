@@ -5,37 +5,43 @@ from typing import Annotated
 
 import typer
 
+Out = Annotated[Path, typer.Option(help="The profile; its table is written beside it, as .csv.")]
+Lanes = Annotated[
+    str | None,
+    typer.Option(
+        help="Cores, or SMs, of the lanes to measure: 1,2. Left out: a quarter, half, all."
+    ),
+]
+Gpu = Annotated[
+    int | None, typer.Option(min=0, metavar="NUMBER", help="Measure this GPU, not the cores.")
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Fewer cells, fewer repeats: a rough picture.")
+]
+Budget = Annotated[float, typer.Option(min=1, help="Seconds of measuring at most.")]
+Kv = Annotated[
+    str, typer.Option(help="KV memory for all models together; larger cells are left out.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="What plans may give to weights and KV; left out, half of the machine, or 90 % of"
+        " the GPU."
+    ),
+]
+
 
 def profile(
     source: Annotated[
         Path, typer.Argument(help="A file of `muxrt serve`, or a Hugging Face model folder.")
     ],
-    out: Annotated[
-        Path, typer.Option(help="The profile; its table is written beside it, as .csv.")
-    ] = Path("profile.yaml"),
-    lanes: Annotated[
-        str | None,
-        typer.Option(
-            help="Cores, or SMs, of the lanes to measure: 1,2. Left out: a quarter, half, all."
-        ),
-    ] = None,
-    gpu: Annotated[
-        int | None, typer.Option(min=0, help="Measure this GPU, not the cores.", metavar="NUMBER")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer cells, fewer repeats: a rough picture.")
-    ] = False,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds of measuring at most.")] = 180.0,
-    kv: Annotated[
-        str, typer.Option(help="KV memory for all models together; larger cells are left out.")
-    ] = "1GiB",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="What plans may give to weights and KV; left out, half of the machine or 90 % of"
-            " the GPU."
-        ),
-    ] = None,
+    out: Out = Path("profile.yaml"),
+    lanes: Lanes = None,
+    gpu: Gpu = None,
+    quick: Quick = False,
+    budget: Budget = 180.0,
+    kv: Kv = "1GiB",
+    memory: Memory = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Measure prefills and decode steps of each model on the cores that this process may use.

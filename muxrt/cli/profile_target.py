@@ -8,16 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec
 from muxrt.engine.messages import Loading
 from muxrt.errors import ConfigError
-from muxrt.worker.device_build import check_device
-from muxrt.worker.device_probe import OnGpu
-from muxrt.worker.device_streams import device_sms
-from muxrt.worker.driver import open_driver
+from muxrt.worker.device_probe import OnGpu, take_gpu
 from muxrt.worker.green import Granule, share_out
 from muxrt.worker.load import load_device_model, load_model
 from muxrt.worker.probe import OnCores, Place
@@ -71,30 +66,22 @@ def cpu_target(cores: Sequence[int]) -> Target:
 
 def gpu_target(ordinal: int) -> Target:
     """That GPU. Raises MuxrtError where it cannot be computed on, or not be split."""
-    device = torch.device("cuda", ordinal)
-    check_device(device)
-    torch.cuda.set_device(device)
-    properties = torch.cuda.get_device_properties(device)
-    total, granule = device_sms(device)
-    driver = open_driver().version
+    gpu = take_gpu(ordinal)
+    total, granule = gpu.num_sms, gpu.granule
     halves = share_out(total, granule, (50, 50))
     return Target(
         device="gpu",
-        name=properties.name,
-        kind=properties.name.lower().replace(" ", "-"),
+        name=gpu.name,
+        kind=gpu.name.lower().replace(" ", "-"),
         parts=total,
         word="SMs",
         lanes=sm_lanes(total, granule),
         halves=halves,
-        memory_bytes=round(properties.total_memory * GPU_MEMORY_SHARE),
-        versions=(
-            *_versions("numpy", "torch", "triton"),
-            f"CUDA {torch.version.cuda}",
-            f"driver for CUDA {driver // 1000}.{driver % 1000 // 10}",
-        ),
+        memory_bytes=round(gpu.memory_bytes * GPU_MEMORY_SHARE),
+        versions=(*_versions("numpy", "torch", "triton"), *gpu.versions),
         check_lane=lambda size: size == total or _can_split(size, total, granule),
-        load=lambda spec, shape: load_device_model("profile", spec, shape, device, _quiet),
-        place=lambda models, lanes: OnGpu(models, device, lanes, halves),
+        load=lambda spec, shape: load_device_model("profile", spec, shape, gpu.device, _quiet),
+        place=lambda models, lanes: OnGpu(models, gpu.device, lanes, halves),
     )
 
 

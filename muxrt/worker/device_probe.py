@@ -2,19 +2,46 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
 from muxrt.config.placement import Mesh
 from muxrt.engine.build import UnitPlan
 from muxrt.models.device_llama import DeviceLlama
+from muxrt.worker.device_build import check_device
 from muxrt.worker.device_lanes import DeviceLane
 from muxrt.worker.device_runner import DeviceResident, DeviceRunner
 from muxrt.worker.device_storage import DeviceStorage
 from muxrt.worker.device_streams import device_sms, open_green, open_steps, plain_share
 from muxrt.worker.driver import open_driver
 from muxrt.worker.flight import Launch, Share
+from muxrt.worker.green import Granule
 from muxrt.worker.probe import Opened
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that can be computed on, and split."""
+
+    device: torch.device
+    name: str
+    memory_bytes: int
+    num_sms: int
+    granule: Granule
+    versions: tuple[str, ...]  # of CUDA, here and in the driver
+
+
+def take_gpu(ordinal: int) -> Gpu:
+    """That GPU, current from now on. Raises MuxrtError without it, DriverError without green."""
+    device = torch.device("cuda", ordinal)
+    check_device(device)
+    torch.cuda.set_device(device)
+    properties = torch.cuda.get_device_properties(device)
+    num_sms, granule = device_sms(device)
+    major, minor = divmod(open_driver().version // 10, 100)
+    versions = (f"CUDA {torch.version.cuda}", f"driver for CUDA {major}.{minor}")
+    return Gpu(device, properties.name, properties.total_memory, num_sms, granule, versions)
 
 
 class OnGpu:
