@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import msgspec  # noqa: E402
+
 from muxrt.config.placement import (  # noqa: E402
     Lanes,
     Memory,
@@ -22,14 +24,22 @@ from muxrt.core import Batch, Phase, Result, Work  # noqa: E402
 from muxrt.engine.messages import Loading, UnitBoot  # noqa: E402
 from muxrt.errors import MuxrtError  # noqa: E402
 from muxrt.worker.boot import load_shapes, plan_boot  # noqa: E402
-from muxrt.worker.device_build import check_device, open_device_executor  # noqa: E402
+from muxrt.worker.device_build import open_device_executor  # noqa: E402
 from muxrt.worker.device_lanes import DeviceLane, Shares  # noqa: E402
-from muxrt.worker.device_process import check_mps  # noqa: E402
-from muxrt.worker.device_streams import priorities  # noqa: E402
+from muxrt.worker.device_process import (  # noqa: E402
+    DeviceLaneSetup,
+    check_mps,
+    lane_setups,
+)
+from muxrt.worker.device_storage import DeviceStorage  # noqa: E402
+from muxrt.worker.device_streams import check_device, priorities  # noqa: E402
+from muxrt.worker.driver import Driver  # noqa: E402
 from muxrt.worker.flight import Flight, Launch, Share, Span  # noqa: E402
 from muxrt.worker.lanes import LaneDied  # noqa: E402
 from muxrt.worker.load import open_on_device, warm_up  # noqa: E402
+from muxrt.worker.process_lane import ProcessLane  # noqa: E402
 from tests.device_world import CPU, device_llamas  # noqa: E402
+from tests.fake_driver import FakeDriver  # noqa: E402
 from tests.test_worker_lanes import Held  # noqa: E402
 from tests.worker_world import SHAPES, Desk, Reference, make_plan, write_models  # noqa: E402
 
@@ -244,3 +254,33 @@ def test_a_unit_loads_and_warms_up_on_a_device(
     assert stages == [("weights", "wide"), ("weights", "narrow"), ("warm-up", None)]
     assert len([one for one in told if one.stage == "warm-up"]) == 5  # 2 lanes x 2 models, the end
     assert caplog.text.count("gb_per_s=") == 2
+
+
+def mps_setups(home: Path) -> list[DeviceLaneSetup]:
+    plan = make_plan(home, lanes=Lanes(kind="mps", sm_pct=(70, 50)))
+    storage = DeviceStorage(plan, CPU)
+    return list(lane_setups(plan, device_llamas(home), storage, Driver(FakeDriver())))
+
+
+def test_lanes_under_mps_start_from_pieces_of_the_unit_s_memory(home: Path) -> None:
+    setups = mps_setups(home)
+    assert [setup.environ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] for setup in setups] == ["70", "50"]
+    for setup in setups:
+        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(setup), type=DeviceLaneSetup)
+        assert sent == setup
+        assert sent.memory.keys() == {"", "wide", "narrow"} == {"", *sent.models}
+        plan = sent.plan
+        assert sent.memory[""].num_bytes == plan.num_blocks * plan.arena.block_bytes
+        assert len(sent.descriptors) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_lane_process_that_has_no_gpu_says_so(home: Path) -> None:
+    before = Held.now()
+    lane = ProcessLane(mps_setups(home)[0])
+    try:
+        with pytest.raises(MuxrtError, match="lane lane-0 could not start: .*found gpu, but torch"):
+            lane.wait_started()
+    finally:
+        lane.close()
+    assert Held.now().children == before.children

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from importlib.util import find_spec
 
 import torch
 
 from muxrt.engine.build import UnitPlan
-from muxrt.errors import MuxrtError
 from muxrt.models.device_llama import DeviceLlama
 from muxrt.worker.device_lanes import DeviceLane, Shares
 from muxrt.worker.device_process import check_mps, lane_setups
@@ -81,12 +79,3 @@ def _launcher(
         return DeviceRunner(residents, steps, lambda: shares.choose(number)).launch
 
     return make
-
-
-def check_device(device: torch.device) -> None:
-    """Raise MuxrtError unless torch can compute there."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        why = "was built without CUDA" if torch.version.cuda is None else "finds no GPU it can use"
-        raise MuxrtError(f"mesh.device: found gpu, but torch {torch.__version__} {why}")
-    if device.type == "cuda" and find_spec("triton") is None:
-        raise MuxrtError("mesh.device: found gpu, but no package triton: pip install 'muxrt[gpu]'")

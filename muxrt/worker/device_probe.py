@@ -9,11 +9,16 @@ import torch
 from muxrt.config.placement import Mesh
 from muxrt.engine.build import UnitPlan
 from muxrt.models.device_llama import DeviceLlama
-from muxrt.worker.device_build import check_device
 from muxrt.worker.device_lanes import DeviceLane
 from muxrt.worker.device_runner import DeviceResident, DeviceRunner
 from muxrt.worker.device_storage import DeviceStorage
-from muxrt.worker.device_streams import device_sms, open_green, open_steps, plain_share
+from muxrt.worker.device_streams import (
+    check_device,
+    device_sms,
+    open_green,
+    open_steps,
+    plain_share,
+)
 from muxrt.worker.driver import open_driver
 from muxrt.worker.flight import Launch, Share
 from muxrt.worker.green import Granule

@@ -5,7 +5,7 @@ The GPU's twin of lanes that are processes on a CPU: the same pipes and orders
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,10 +21,12 @@ from muxrt.models.weights import TensorPlace
 from muxrt.worker.device_lanes import DeviceThreads, Shares
 from muxrt.worker.device_runner import DeviceResident, DeviceRunner
 from muxrt.worker.device_storage import ARENA, DeviceStorage
-from muxrt.worker.device_streams import open_steps, plain_share
+from muxrt.worker.device_streams import check_device, open_steps, plain_share
 from muxrt.worker.driver import Driver, open_driver
 from muxrt.worker.ipc import Imports, Piece, export
 from muxrt.worker.kv_storage import Segment
+from muxrt.worker.logs import log_to_stderr
+from muxrt.worker.process_lane import Give, main
 
 PIPE_DIRECTORY = "/tmp/nvidia-mps"  # MPS's own default
 
@@ -37,7 +39,7 @@ class SharedDeviceModel(msgspec.Struct, frozen=True):
     places: dict[str, TensorPlace]
 
 
-class DeviceLaneSetup(msgspec.Struct, frozen=True, tag="device"):
+class DeviceLaneSetup(msgspec.Struct, frozen=True):
     """What a lane's process starts from."""
 
     name: str
@@ -49,8 +51,11 @@ class DeviceLaneSetup(msgspec.Struct, frozen=True, tag="device"):
     models: dict[str, SharedDeviceModel]
 
     @property
+    def module(self) -> str:
+        return "muxrt.worker.device_process"
+
+    @property
     def descriptors(self) -> tuple[int, ...]:
-        """Inherited under the same numbers."""
         return tuple(self.unscored.values())
 
     @property
@@ -97,9 +102,11 @@ def lane_setups(
 class DeviceChild:
     """The lane in its own process."""
 
-    def __init__(self, setup: DeviceLaneSetup, give: Callable[[Result], None]) -> None:
+    def __init__(self, setup: DeviceLaneSetup, give: Give) -> None:
         """`give` gets results in order, on a thread of its own. Raises MuxrtError, DriverError."""
+        log_to_stderr(setup.name)
         device = torch.device("cuda", setup.ordinal)
+        check_device(device)
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)  # makes the context that handles are opened in
         imports, plan = Imports(open_driver()), setup.plan
@@ -137,3 +144,7 @@ def _alive(result: Result | None) -> Result:
     if result is None:
         os._exit(1)
     return result
+
+
+if __name__ == "__main__":
+    main(DeviceLaneSetup, DeviceChild)

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from muxrt.engine.build import UnitPlan
+from muxrt.errors import MuxrtError
 from muxrt.worker.device_lanes import Shares
 from muxrt.worker.driver import Driver, DriverError, open_driver
 from muxrt.worker.flight import Share
@@ -17,6 +19,15 @@ from muxrt.worker.green import Granule, GreenSplit, share_out
 log = logging.getLogger(__name__)
 
 GREEN_SINCE = 12040  # the driver's version that has green contexts
+
+
+def check_device(device: torch.device) -> None:
+    """Raise MuxrtError unless torch can compute there."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        why = "was built without CUDA" if torch.version.cuda is None else "finds no GPU it can use"
+        raise MuxrtError(f"mesh.device: found gpu, but torch {torch.__version__} {why}")
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise MuxrtError("mesh.device: found gpu, but no package triton: pip install 'muxrt[gpu]'")
 
 
 def open_steps(plan: UnitPlan, device: torch.device) -> Steps:

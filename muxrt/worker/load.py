@@ -31,7 +31,8 @@ from muxrt.models.llama import DType, LinearDType, Llama
 from muxrt.models.weights import Progress
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
-from muxrt.worker.device_build import check_device, open_device_executor
+from muxrt.worker.device_build import open_device_executor
+from muxrt.worker.device_streams import check_device
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.lanes import split_cores
 from muxrt.worker.service import Opened, Tell

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -25,7 +26,6 @@ from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
 from muxrt.models.weights import TensorPlace
-from muxrt.worker.device_process import DeviceChild, DeviceLaneSetup
 from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds
 from muxrt.worker.lanes import LaneDied, attempt, occupy
@@ -54,8 +54,27 @@ class SharedModel(msgspec.Struct, frozen=True):
         return Llama.from_state(self.shape, SharedWeights(segment, self.places).state())
 
 
-class LaneSetup(msgspec.Struct, frozen=True, tag="setup"):
-    """What a lane's process starts from; descriptors are inherited under the same numbers."""
+class Setup(Protocol):
+    """What a lane's process starts from: a struct, sent before the first order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> str:
+        """It runs as a program that calls `main`."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Inherited under the same numbers."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Variables of its own."""
+
+
+class LaneSetup(msgspec.Struct, frozen=True):
+    """What a lane on cores starts from."""
 
     name: str
     plan: UnitPlan
@@ -69,8 +88,11 @@ class LaneSetup(msgspec.Struct, frozen=True, tag="setup"):
         return (self.storage.arena, *self.storage.slots.values(), *weights)
 
     @property
+    def module(self) -> str:
+        return "muxrt.worker.process_lane"
+
+    @property
     def environ(self) -> dict[str, str]:
-        """Nothing of its own."""
         return {}
 
 
@@ -81,9 +103,6 @@ class Learn(msgspec.Struct, frozen=True, tag="learn"):
     opened: tuple[SlotOpen, ...]
 
 
-Setup = LaneSetup | DeviceLaneSetup
-
-_SETUPS: msgspec.msgpack.Decoder[Setup] = msgspec.msgpack.Decoder(Setup)
 _ORDERS: msgspec.msgpack.Decoder[Batch | Learn] = msgspec.msgpack.Decoder(Batch | Learn)
 _RESULTS = msgspec.msgpack.Decoder(Result)
 
@@ -99,7 +118,7 @@ class ProcessLane:
         self._reader = FrameReader(self._results)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "muxrt.worker.process_lane", str(down), str(up)],
+                [sys.executable, "-m", setup.module, str(down), str(up)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(down, up, *setup.descriptors),
                 env=os.environ | {"PYTHONPATH": _python_path()} | setup.environ,
@@ -145,7 +164,7 @@ class ProcessLane:
         self._orders = self._results = -1
         self._process.wait()
 
-    def _send(self, order: Work | Learn | Setup) -> None:
+    def _send(self, order: Any) -> None:
         try:
             # The other end reads on a thread of its own: this waits for no batch.
             write_frame(self._orders, msgspec.msgpack.encode(order))
@@ -158,15 +177,36 @@ class ProcessLane:
         return LaneDied(f"the process {self._process.pid} of lane {self.name} ended {how}")
 
 
-def main() -> None:
-    """The lane's end: `python -m muxrt.worker.process_lane ORDERS_FD RESULTS_FD`."""
+class Child(Protocol):
+    """The lane in its own process."""
+
+    def launch(self, work: Work) -> None:
+        """Run `work` behind those before it."""
+
+    def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
+        """Another lane opens these slots."""
+
+
+Give = Callable[[Result], None]
+SetupT = TypeVar("SetupT")
+
+
+def main(setup_type: type[SetupT], start: Callable[[SetupT, Give], Child]) -> None:
+    """The lane's end: `python -m MODULE ORDERS_FD RESULTS_FD`.
+
+    `start` makes the lane; what it is given takes the results, in order.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # the unit drains first, then closes the pipe
     orders, results = (int(argument) for argument in sys.argv[1:])
     inbox: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_receive, args=(orders, inbox), name="orders", daemon=True).start()
+
+    def give(result: Result) -> None:
+        write_frame(results, msgspec.msgpack.encode(result))
+
     with suppress(BrokenPipeError):  # the unit is gone
-        _serve(inbox, results)
+        _serve(inbox, give, lambda data: start(msgspec.msgpack.decode(data, type=setup_type), give))
 
 
 def _receive(orders: int, inbox: SimpleQueue[bytes]) -> None:
@@ -177,19 +217,11 @@ def _receive(orders: int, inbox: SimpleQueue[bytes]) -> None:
     os._exit(0)  # nobody is left to compute for, not even to the end of this batch
 
 
-def _serve(inbox: SimpleQueue[bytes], results: int) -> None:
-    setup = _SETUPS.decode(inbox.get())
-    log_to_stderr(setup.name)
-
-    def give(result: Result) -> None:
-        write_frame(results, msgspec.msgpack.encode(result))
-
+def _serve(inbox: SimpleQueue[bytes], give: Give, start: Callable[[bytes], Child]) -> None:
     try:
-        child = (
-            CoresChild(setup, give) if isinstance(setup, LaneSetup) else DeviceChild(setup, give)
-        )
+        child = start(inbox.get())
     except Exception as error:
-        log.exception("event=lane_failed lane=%s", setup.name)
+        log.exception("event=lane_failed")
         give(Result(error=repr(error)))
         return
     give(Result())
@@ -204,7 +236,8 @@ def _serve(inbox: SimpleQueue[bytes], results: int) -> None:
 class CoresChild:
     """The lane in its own process, on its cores."""
 
-    def __init__(self, setup: LaneSetup, give: Callable[[Result], None]) -> None:
+    def __init__(self, setup: LaneSetup, give: Give) -> None:
+        log_to_stderr(setup.name)
         team = occupy(setup.cores)
         storage = Storage(setup.plan, setup.storage)
         models = {
@@ -227,4 +260,4 @@ def _python_path() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(LaneSetup, CoresChild)
