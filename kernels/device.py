@@ -79,7 +79,11 @@ def decode_tiling(chip: Chip, head_dim: int, group: int, kv_bytes: int) -> Tilin
 def prefill_tiling(
     chip: Chip, head_dim: int, group: int, dtype_bytes: int, kv_bytes: int
 ) -> Tiling:
-    """For any number of new tokens: as large as shared memory lets q, K and V be together."""
+    """For any number of new tokens: as large as shared memory lets q, K and V be together.
+
+    float32 is multiplied in parts (tl.dot's tf32x3), which lie there too.
+    """
+    parts = 2 if dtype_bytes == 4 else 1
     for rows, tokens, stages, warps in (
         (128, 128, 3, 8),
         (128, 64, 3, 8),
@@ -89,7 +93,7 @@ def prefill_tiling(
     ):
         tiling = Tiling(rows, tokens, stages, warps)
         needed = tiling.shared_bytes(head_dim, dtype_bytes, kv_bytes)
-        if needed <= chip.shared_bytes and rows >= _power_of_two(group):
+        if needed * parts <= chip.shared_bytes and rows >= _power_of_two(group):
             return tiling
     return Tiling(max(16, _power_of_two(group)), 32, 1, 4)
 

@@ -205,7 +205,7 @@ def _add_parts(
 
 @triton.jit
 def _dot(a: tl.tensor, b: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """a @ b in float32. The interpreter holds bfloat16 as integers and cannot multiply it."""
-    if INTERPRETED:
+    """a @ b, as exact as float32 where they are (three products of TF32)."""
+    if INTERPRETED:  # it holds bfloat16 as integers and cannot multiply it
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision="tf32x3")

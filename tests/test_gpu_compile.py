@@ -32,11 +32,13 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         yield compiler
 
 
-def world(groups: int, kv_dtype: torch.dtype) -> tuple[torch.Tensor, KvCache, DeviceMeta]:
+def world(
+    groups: int, kv_dtype: torch.dtype, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, KvCache, DeviceMeta]:
     kv = make_kv(Planes(), slots=4)  # type: ignore[arg-type]
     kv = replace(kv, arena=kv.arena.to(kv_dtype))
     meta = DeviceMeta.over(torch.zeros(DeviceMeta.num_ints(4, 4), dtype=torch.int32), 4, 4)
-    return torch.zeros(4, 8 * (groups + 2) * 128, dtype=torch.bfloat16), kv, meta
+    return torch.zeros(4, 8 * (groups + 2) * 128, dtype=dtype), kv, meta
 
 
 def has(assembly: str, instruction: str) -> bool:
@@ -67,6 +69,25 @@ def test_prefill_multiplies_matrices(compiler: Compiler, groups: int) -> None:
     assert has(code, r"cp\.async\.cg\.shared\.global \[[^]]+\], \[[^]]+\], 0x10")
     assert has(code, r"wgmma\.mma_async" if compiler.capability == 90 else r"mma\.sync")
     assert compiler.shared_bytes["_prefill"] <= CHIPS[compiler.capability].shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float8_e4m3fn)],
+    ids=["fp32", "fp8"],
+)
+def test_attention_fits_the_chip_in_other_dtypes(
+    compiler: Compiler, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    if kv_dtype.itemsize == 1 and compiler.capability < 89:
+        pytest.skip("no float8 on this chip")
+    qkv, kv, meta = world(4, kv_dtype, dtype)
+    out = torch.zeros(4, 32 * 128, dtype=dtype)
+    workspace = device.decode_workspace(kv, 32, 4, 4096, sm_count=132)
+    triton_kernels.prefill_attention(qkv, kv, meta, 0, out, 0.1)
+    triton_kernels.decode_attention(qkv, kv, meta, 0, out, 0.1, workspace)
+    most = CHIPS[compiler.capability].shared_bytes
+    assert {name for name, size in compiler.shared_bytes.items() if size > most} == set()
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])

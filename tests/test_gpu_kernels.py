@@ -30,7 +30,10 @@ if DEVICE == "cuda":
 
 LAYER = 1
 EPS = 1e-5
-ROUNDING = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative, of results
+# Relative, of results; a GPU multiplies float32 in three parts of 10 bits.
+ROUNDING = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+if DEVICE == "cuda":
+    ROUNDING[torch.float32] = 1e-5
 FLOATS = pytest.mark.parametrize("dtype", list(ROUNDING), ids=["fp32", "fp16", "bf16"])
 
 
@@ -404,9 +407,9 @@ def test_attention_of_random_batches(seed: int) -> None:
         sequences = [(s, int(rng.integers(0, 250)), int(rng.integers(1, most + 1))) for s in slots]
         batch = stored(cached_batch(sequences, groups, shape, **options))
         want = expected(batch, 0.11)
-        assert_near(prefill(batch)[: batch.num_tokens], want, 3e-6)
+        assert_near(prefill(batch)[: batch.num_tokens], want, ROUNDING[torch.float32])
         if most == 1:
-            assert_near(decode(batch, 132)[: batch.num_tokens], want, 3e-6)
+            assert_near(decode(batch, 132)[: batch.num_tokens], want, ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("is_decode", [True, False])
