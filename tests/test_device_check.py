@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import CommandLine
 from model_folders import two_models
 
 from muxrt.cli.check import check, summary
@@ -53,6 +54,16 @@ def test_a_gpu_that_is_not_there_is_refused_by_its_key(folder: Path) -> None:
         plan(config(folder), no_gpu)
     assert raised.value.key == ("units", 0, "mesh", "device")
     assert raised.value.message.endswith("found gpu, expected cpu: there is none")
+
+
+def test_serve_says_so_in_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is a GPU, it is not shown
+    config(folder)
+    answer = CommandLine(monkeypatch, capsys)("serve", folder / "serve.yaml")
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert "serve.yaml:6: units[0].mesh.device: found gpu, expected cpu: " in answer.err
 
 
 def test_a_cpu_unit_asks_for_no_gpu(folder: Path) -> None:

@@ -156,8 +156,12 @@ def test_logits_that_are_not_finite_fail_the_batch_alone(home: Path) -> None:
         assert len(other.outputs) == 1
 
 
-def test_lanes_may_change_their_share_between_steps(home: Path, reference: Reference) -> None:
-    """Graphs are per share; the order of a lane's works is kept by events."""
+def test_lanes_may_change_their_share_between_steps(
+    home: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are per share; a work waits for the one before it on another stream."""
+    waits: list[object] = []
+    monkeypatch.setattr(torch.cpu.Event, "wait", lambda self: waits.append(self))
     shares = [Share(name, torch.cpu.Stream(), 4) for name in ("all", "part")]
     turns = iter([shares[index % 3 > 0] for index in range(40)])
     before = Repeated.made
@@ -168,6 +172,7 @@ def test_lanes_may_change_their_share_between_steps(home: Path, reference: Refer
             do(desk.decode(0, seat))
     reference.check_greedy("wide", seat.prompt, seat.outputs)
     assert Repeated.made == before + 2
+    assert len(waits) == 13  # all, part, part, all, ...: two changes in three of 21 works
 
 
 def test_a_budget_of_nothing_means_no_graphs(home: Path, reference: Reference) -> None:
