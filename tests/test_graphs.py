@@ -44,6 +44,7 @@ class World:
 
     def launch(self, number: int) -> Counted:
         step = self.steps.get(key(number), Counted)
+        self.steps.prepare(key(number))
         self.steps.launch(key(number))
         assert isinstance(step, Counted)
         return step
@@ -52,7 +53,7 @@ class World:
 def test_a_step_runs_once_then_is_captured_then_replayed() -> None:
     world = World(1000)
     steps = [world.launch(1) for _ in range(4)]
-    assert steps[0] is steps[3] and steps[0].runs == 4
+    assert steps[0] is steps[3] and steps[0].runs == 5  # the first time twice
     assert [graph.replays for graph in world.made] == [3]
     assert world.steps.num_bytes == 100
 
@@ -86,15 +87,17 @@ def test_a_graph_larger_than_the_budget_is_kept_until_the_next() -> None:
 
 def test_without_a_budget_nothing_is_captured() -> None:
     world = World(0)
-    assert [world.launch(1) for _ in range(3)][-1].runs == 3
+    assert [world.launch(1) for _ in range(3)][-1].runs == 4
     assert not world.made
 
 
 def test_a_launch_gives_the_graph_that_the_device_may_still_replay() -> None:
     world = World(1000)
     world.steps.get(key(1), Counted)
-    assert world.steps.launch(key(1)) is None
-    assert world.steps.launch(key(1)) is world.made[0]
+    prepared = [world.steps.prepare(key(1)), world.steps.launch(key(1)) is None]
+    prepared += [world.steps.prepare(key(1)), world.steps.launch(key(1)) is world.made[0]]
+    assert all(prepared)
+    assert not world.steps.prepare(key(1)), "nothing is left to prepare"
 
 
 def test_buckets_hold_the_batch_and_waste_little() -> None:

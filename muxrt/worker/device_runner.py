@@ -133,13 +133,13 @@ class DeviceRunner:
                 self._last[1].wait()  # a lane's works are done in order, whatever their share
             span = Span(device)
             _open(model, batch)
-            read = self._launch(model, share, batch)
+            read = self._launch(model, share, batch, span)
             span.end()
         self._last = (share, span.over)
         return Flight(span, read)
 
     def _launch(
-        self, model: DeviceResident, share: Share, batch: Batch
+        self, model: DeviceResident, share: Share, batch: Batch, span: Span
     ) -> Callable[[float], Result]:
         layout = Layout.of(batch.entries)
         asking = np.array([entry.samples for entry in batch.entries]).nonzero()[0]
@@ -147,11 +147,11 @@ class DeviceRunner:
         is_plain = not (params["needs"] & (EDITS | LOGPROBS)).any()
         is_plain &= bool((params["prompt_logprobs"] < 0).all())
         if is_plain and len(asking) == len(layout.positions):
-            return self._decode(model, share, batch, layout)
+            return self._decode(model, share, batch, layout, span)
         return _run_whole(model, share, batch, layout, asking)
 
     def _decode(
-        self, model: DeviceResident, share: Share, batch: Batch, layout: Layout
+        self, model: DeviceResident, share: Share, batch: Batch, layout: Layout, span: Span
     ) -> Callable[[float], Result]:
         """One token of each sequence, and nothing but tokens to report: a step that is kept."""
         sequences = batch_bucket(len(layout.slots))
@@ -162,6 +162,8 @@ class DeviceRunner:
         step.inputs.copy_from(
             _filled(model, layout, np.arange(len(layout.slots)), step.inputs.sizes)
         )
+        if self._steps.prepare(key):
+            span.begin()
         graph = self._steps.launch(key)
         tokens, stops = download(step.drawn), model.sampling.stops(layout.slots)
 

@@ -25,9 +25,13 @@ class Span:
     def __init__(self, device: torch.device) -> None:
         """It begins here."""
         self._is_cuda = device.type == "cuda"
+        self.over: Any = None
+        self.begin()
+
+    def begin(self) -> None:
+        """No, here: what came before was preparation."""
         self._begun_s = perf_counter()
         self._begun = self._record()
-        self.over: Any = None
 
     def end(self) -> None:
         """And ends here."""

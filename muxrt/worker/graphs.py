@@ -42,7 +42,7 @@ def context_bucket(tokens: int) -> int:
 
 
 class Step(Protocol):
-    """Work on buffers that stay where they are."""
+    """Work on buffers that stay where they are; done twice is as done once."""
 
     def run(self) -> None:
         """Launch it on the current stream; nothing is read back."""
@@ -102,15 +102,27 @@ class Steps:
             step = self._steps[key] = make()
         return step
 
-    def launch(self, key: Key) -> Graph | None:
-        """Launch the step as its buffers say; its graph, to be kept until the device is done."""
+    def prepare(self, key: Key) -> bool:
+        """What must go before a launch and is not to be timed: True if there was something.
+
+        The first time the step runs, to no effect but that its kernels are compiled: it is launched
+        again. The second time it is captured.
+        """
         step = self._steps[key]
-        if not self._budget_bytes or key not in self._has_run:
+        if key not in self._has_run:
             self._has_run.add(key)
             step.run()
-            return None
+            return True
+        if not self._budget_bytes or key in self._graphs:
+            return False
+        self._capture(key, step)
+        return True
+
+    def launch(self, key: Key) -> Graph | None:
+        """Launch the step as its buffers say; its graph, to be kept until the device is done."""
         if key not in self._graphs:
-            self._capture(key, step)
+            self._steps[key].run()
+            return None
         self._graphs.move_to_end(key)
         graph, _ = self._graphs[key]
         graph.replay()
