@@ -3,7 +3,7 @@
 On a CUDA device they are Triton's, on any other plain torch (muxrt.kernels.plain); with
 TRITON_INTERPRET=1 Triton's interpreter runs them on CPU tensors. On CUDA no call allocates memory,
 reads from the device or depends on anything but shapes and addresses: all may be captured in a CUDA
-graph. They run on the current stream.
+graph, once a call of the same shapes has compiled them. They run on the current stream.
 
 Rows are tokens; T is what the batch's tensors hold, padding included (see `DeviceMeta`).
 Activations are float32, bfloat16 or float16; the arena has their dtype or is float8_e4m3fn.

@@ -162,12 +162,10 @@ def _decode(
         into = out + row * (HEADS * HEAD_DIM) + heads[:, None] * HEAD_DIM + dims[None, :]
         tl.store(into, result.to(out.dtype.element_ty), mask=is_value)
     else:
-        # A part without tokens weighs nothing, and its result is not read.
+        # A part without tokens has best = -inf: it weighs nothing, and its result is not read.
         at_part = (sequence.to(tl.int64) * HEADS + heads) * SPLITS + split
-        is_empty = total == 0.0
-        total = tl.where(is_empty, 1.0, total)
-        weight = tl.where(is_empty, float("-inf"), best + tl.log2(total))
-        tl.store(weights + at_part, weight, mask=is_row)
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(weights + at_part, best + tl.log2(total), mask=is_row)
         into = parts + at_part[:, None] * HEAD_DIM + dims[None, :]
         tl.store(into, result / total[:, None], mask=is_value)
 

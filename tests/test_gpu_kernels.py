@@ -308,9 +308,8 @@ KV_DTYPES = pytest.mark.parametrize(
         (torch.float16, torch.float16),
         (torch.bfloat16, torch.bfloat16),
         (torch.bfloat16, torch.float8_e4m3fn),
-        (torch.float16, torch.float8_e4m3fn),
     ],
-    ids=["fp32", "fp16", "bf16", "bf16-fp8", "fp16-fp8"],
+    ids=["fp32", "fp16", "bf16", "bf16-fp8"],
 )
 SHAPES = pytest.mark.parametrize(
     ("groups", "head_dim", "block_tokens", "planes_per_block"),
@@ -358,7 +357,7 @@ def test_decode(
             padding=3,
         )
     )
-    for sm_count in (1, 132):  # sequences whole, and in parts of which short ones leave some empty
+    for sm_count in (1, 40):  # sequences whole, and in parts of which short ones leave some empty
         out = decode(batch, sm_count)
         assert_near(out[:7], expected(batch, 0.11), ROUNDING[dtype])
         assert out[7:].isnan().all(), "rows of padding are left as they are"
@@ -392,7 +391,7 @@ def test_prefill(
     assert out[batch.num_tokens :].isnan().all(), "rows of padding are left as they are"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_attention_of_random_batches(seed: int) -> None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -404,12 +403,12 @@ def test_attention_of_random_batches(seed: int) -> None:
     }
     groups, slots = int(rng.integers(1, 9)), rng.permutation(8)[: rng.integers(1, 9)].tolist()
     for most in (1, 90):
-        sequences = [(s, int(rng.integers(0, 250)), int(rng.integers(1, most + 1))) for s in slots]
+        sequences = [(s, int(rng.integers(0, 150)), int(rng.integers(1, most + 1))) for s in slots]
         batch = stored(cached_batch(sequences, groups, shape, **options))
         want = expected(batch, 0.11)
         assert_near(prefill(batch)[: batch.num_tokens], want, ROUNDING[torch.float32])
         if most == 1:
-            assert_near(decode(batch, 132)[: batch.num_tokens], want, ROUNDING[torch.float32])
+            assert_near(decode(batch, 20)[: batch.num_tokens], want, ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("is_decode", [True, False])
@@ -507,13 +506,19 @@ def test_offsets_beyond_31_bits(new: int, block_tokens: int) -> None:
 # -- sampling --------------------------------------------------------------------------------------
 
 
-def draw_both(logits: Tensor, seed: int) -> tuple[list[int], list[int]]:
-    """Tokens of rows with random parameters: by the device's kernel and by the CPU's."""
+def draw_both(logits: Tensor, seed: int, **params: float) -> tuple[list[int], list[int]]:
+    """Tokens of rows by the device's kernel and by the CPU's; what is not given is random."""
     rng = np.random.default_rng(seed)
     rows, vocab = logits.shape
-    temperatures = rng.choice([0.0, 1e-9, 0.3, 1.0, 2.5], rows)
-    top_k = rng.choice([0, 1, 5, 40, vocab - 1, vocab, vocab + 9], rows)
-    top_p, min_p = rng.choice([1.0, 0.9, 0.5, 1e-6], rows), rng.choice([0.0, 0.02, 0.3], rows)
+    choices = {
+        "temperature": [0.0, 1e-9, 0.3, 1.0, 2.5],
+        "top_k": [0, 1, 5, 40, vocab - 1, vocab, vocab + 9],
+        "top_p": [1.0, 0.9, 0.5, 1e-6],
+        "min_p": [0.0, 0.02, 0.3],
+    }
+    drawn = {name: rng.choice(values, rows) for name, values in choices.items()}
+    drawn |= {name: np.full(rows, value) for name, value in params.items()}
+    temperatures, top_k, top_p, min_p = drawn.values()
     seeds = rng.integers(0, 2**64, rows, dtype=np.uint64)
     positions = rng.integers(0, 5000, rows)
     with Team() as team:
@@ -525,18 +530,34 @@ def draw_both(logits: Tensor, seed: int) -> tuple[list[int], list[int]]:
     return out.tolist(), want.tolist()
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("vocab", [3, 97, 5000])
-def test_tokens_are_those_of_the_cpu(seed: int, vocab: int) -> None:
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("rows", "vocab"), [(16, 3), (16, 97), (4, 5000)])
+def test_tokens_are_those_of_the_cpu(seed: int, rows: int, vocab: int) -> None:
     torch.manual_seed(seed)
-    got, want = draw_both(torch.randn(24, vocab) * 3, seed)
+    got, want = draw_both(torch.randn(rows, vocab) * 3, seed)
     assert got == want
+
+
+def test_top_p_counts_the_mass_that_top_k_left() -> None:
+    """Five weights stay; without the fifth's own, 0.9 of the mass would be that of four."""
+    logits = (-0.1 * torch.arange(40)).repeat(40, 1)
+    got, want = draw_both(logits, 0, temperature=1.0, top_k=5, top_p=0.9, min_p=0.0)
+    assert got == want
+    assert set(got) == set(range(5))
+
+
+def test_min_p_keeps_a_share_of_the_best() -> None:
+    """exp(-0.1 x 6) is 0.549, the next 0.497."""
+    logits = (-0.1 * torch.arange(40)).repeat(40, 1)
+    got, want = draw_both(logits, 0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.5)
+    assert got == want
+    assert set(got) == set(range(7))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_logits_stay_together(seed: int) -> None:
     torch.manual_seed(seed)
-    got, want = draw_both(torch.randint(-2, 3, (24, 60)).float(), seed)
+    got, want = draw_both(torch.randint(-2, 3, (16, 60)).float(), seed)
     assert got == want
 
 
