@@ -3,6 +3,7 @@
     python scripts/compare_disagg.py example      # 512 in / 64 out: 2 prefill GPUs to 1 decode GPU
     python scripts/compare_disagg.py distserve    # OPT-13B and 66B: parallelism that is chosen
     python scripts/compare_disagg.py splitwise    # BLOOM-176B: designs at equal power and cost
+    python scripts/compare_disagg.py throughput   # the same: least power and cost for 70 requests/s
     python scripts/compare_disagg.py search       # CPU seconds for 32 GPUs
     python scripts/compare_disagg.py tables       # all of them as Markdown
 
@@ -61,6 +62,7 @@ DESIGNS = {
     "HHcap": ("H100", "H100 capped"),
 }
 NUM_H100 = 40
+RATE_RPS, MOST = 70.0, 160  # of equal throughput; machines of a kind
 
 
 def example() -> dict[str, Any]:
@@ -221,6 +223,41 @@ def _row(
     return row
 
 
+def throughput(num: int) -> list[dict[str, Any]]:
+    """The least that keeps 70 requests/s, with the released model and the repaired one."""
+    found = []
+    for released in (True, False):
+        given = provisioner("conv", released=released, num=num)
+        for name, kind in (("A100", A100), ("H100", H100)):
+            count = given.least_baseline(machine(name, released=released), RATE_RPS, MOST)
+            if count is not None:
+                for budget in Budget:
+                    takes = count * kind.takes(budget)
+                    found.append(_cheap(released, budget, f"Baseline-{name}", (count,), takes))
+        for design, kinds in DESIGNS.items():
+            prompt, token = (machine(kind, released=released) for kind in kinds)
+            for budget in Budget:
+                least = given.least(prompt, token, budget, RATE_RPS, MOST)
+                if least is not None:
+                    counts = least.num_prompt, least.num_token
+                    found.append(_cheap(released, budget, design, counts, least.takes(budget)))
+    return found
+
+
+def _cheap(
+    released: bool, budget: Budget, design: str, counts: tuple[int, ...], takes: float
+) -> dict[str, Any]:
+    row = {
+        "model": "released" if released else "repaired",
+        "least": budget.value,
+        "design": design,
+        "machines": counts,
+        "takes": round(takes, 1),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def search() -> dict[str, float]:
     """CPU seconds of both algorithms for OPT-66B on 4 nodes of 8, every tp and pp."""
     traffic = draw(_lengths(*CHATS["long chats"][0]), _lengths(*CHATS["long chats"][1]), LONGEST)
@@ -250,6 +287,7 @@ def tables(kept: dict[str, Any]) -> dict[str, list[str]]:
         "example": _example_table(kept["example"]),
         "distserve": _distserve_table(kept["distserve"]),
         "splitwise": _splitwise_table(kept["splitwise"]["cases"]),
+        "throughput": _throughput_table(kept["throughput"]),
         "search": _markdown(
             ("", "seconds"), [(name, f"{cpu_s:.1f}") for name, cpu_s in kept["search"].items()]
         ),
@@ -296,6 +334,25 @@ def _distserve_table(found: list[dict[str, Any]]) -> list[str]:
     return _markdown((*headers, "n to m, 32 GPUs"), rows)
 
 
+def _throughput_table(cases: list[dict[str, Any]]) -> list[str]:
+    base = {
+        (one["model"], one["least"]): one["takes"]
+        for one in cases
+        if one["design"] == "Baseline-H100"
+    }
+    rows = [
+        (
+            f"{one['model']}, least {one['least']}",
+            one["design"],
+            ", ".join(str(count) for count in one["machines"]),
+            f"{one['takes']:.0f}",
+            f"{one['takes'] / base[one['model'], one['least']]:.2f}",
+        )
+        for one in cases
+    ]
+    return _markdown(("decode model", "design", "machines", "takes", "of Baseline-H100"), rows)
+
+
 def _splitwise_table(cases: list[dict[str, Any]]) -> list[str]:
     rows = []
     for one in cases:
@@ -318,7 +375,9 @@ def _splitwise_table(cases: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """One part, into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("example", "distserve", "splitwise", "search", "tables"))
+    parser.add_argument(
+        "part", choices=("example", "distserve", "splitwise", "throughput", "search", "tables")
+    )
     parser.add_argument("--requests", type=int, default=10_000, help="of Splitwise's traffic")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
@@ -331,6 +390,7 @@ def main() -> None:
         "example": example,
         "distserve": distserve,
         "splitwise": lambda: splitwise(asked.requests),
+        "throughput": lambda: throughput(asked.requests),
         "search": search,
     }
     found = parts[asked.part]()

@@ -197,6 +197,7 @@ def test_figures_for_machines(muxrt: CommandLine) -> None:
         ("--strategy", "distserve", "--explain"),
         ("--strategy", "distserve", "--judge", "simulator"),
         ("--strategy", "splitwise", "--max-pp", "2"),
+        ("--strategy", "splitwise", "--compat"),
         ("--compat",),
         ("--objective", "watt"),
     ],

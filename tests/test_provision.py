@@ -116,3 +116,25 @@ def test_the_best_counts_spend_the_budget() -> None:
         if num_prompt > 0 and num_token > 0:
             other = judge.split_rps(Cluster(kinds[0], num_prompt, kinds[1], num_token))
             assert other <= best.rps * 1.02
+
+
+def test_the_least_cluster_for_a_rate() -> None:
+    judge, rate = given(True), 12.0
+    kinds = machine("H100", released=True), machine("A100", released=True)
+    for budget in Budget:
+        least = judge.least(*kinds, budget, rate, 20)
+        assert least is not None and judge.keeps(judge.split(least, rate))
+        for num_prompt in range(1, 12):
+            for num_token in range(1, 12):
+                other = Cluster(kinds[0], num_prompt, kinds[1], num_token)
+                if other.takes(budget) < 0.99 * least.takes(budget):
+                    assert not judge.keeps(judge.split(other, rate)), (num_prompt, num_token)
+    assert judge.least(*kinds, Budget.POWER, 1000.0, 3) is None
+
+
+def test_the_least_baseline_for_a_rate() -> None:
+    judge, kind = given(True), machine("H100", released=True)
+    count = judge.least_baseline(kind, 12.0, 20)
+    assert count is not None and judge.keeps(judge.baseline(kind, count, 12.0))
+    assert not judge.keeps(judge.baseline(kind, count - 1, 12.0))
+    assert judge.least_baseline(kind, 1000.0, 2) is None

@@ -64,7 +64,7 @@ Stages = Annotated[
     int, typer.Option(min=1, help="distserve: pipeline stages; more than one is a plan only.")
 ]
 Compat = Annotated[
-    bool, typer.Option("--compat", help="distserve, splitwise: with the paper's own simulator.")
+    bool, typer.Option("--compat", help="distserve: with the paper's own simulator and its flaws.")
 ]
 DISAGGREGATED = (StrategyName.DISTSERVE, StrategyName.SPLITWISE)
 
@@ -158,10 +158,10 @@ def _check_words(
                 f"they go with colocated placements, not with {strategy.value}",
                 param_hint="--picture, --explain, --judge",
             )
-        if strategy is StrategyName.SPLITWISE and (
-            phases.max_pp > 1 or phases.affinity is not AffinityName.AUTO
-        ):
-            raise typer.BadParameter("they go with distserve", param_hint="--max-pp, --affinity")
+        if strategy is StrategyName.SPLITWISE and phases != _Phases(phases.objective):
+            raise typer.BadParameter(
+                "they go with distserve", param_hint="--max-pp, --affinity, --compat"
+            )
     elif phases != _Phases():
         raise typer.BadParameter(
             "they go with distserve and splitwise",

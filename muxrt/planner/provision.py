@@ -11,6 +11,7 @@ No machine changes its pool here: at high load the paper's mixed pool would help
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from math import floor
 from typing import NamedTuple
 
@@ -193,6 +194,50 @@ class Provisioner:
         for num_prompt in range(low, high + 1):
             at(num_prompt)
         return max(kept.values(), key=lambda one: one.rps)
+
+    def least_baseline(self, machine: Machine, rate_rps: float, most: int) -> int | None:
+        """The fewest machines that do both and keep that rate; None where `most` do not."""
+        return _least(lambda count: self.keeps(self.baseline(machine, count, rate_rps)), most)
+
+    def least(
+        self, prompt: Machine, token: Machine, budget: Budget, rate_rps: float, most: int
+    ) -> Cluster | None:
+        """The cluster that keeps that rate on the least power or cost, at most `most` of a kind.
+
+        From the fewest prompt machines that do on, with as few token machines as each lets;
+        more prompt machines are tried until they alone take as much as the best.
+        """
+
+        def keeps(num_prompt: int, num_token: int) -> bool:
+            cluster = Cluster(prompt, num_prompt, token, num_token)
+            return self.keeps(self.split(cluster, rate_rps))
+
+        num_prompt = _least(lambda count: keeps(count, most), most)
+        best: Cluster | None = None
+        while num_prompt is not None and num_prompt <= most:
+            count = num_prompt
+            least = best.num_token if best is not None else most
+            num_token = _least(partial(keeps, count), least)
+            if num_token is not None:
+                found = Cluster(prompt, count, token, num_token)
+                if best is None or found.takes(budget) < best.takes(budget):
+                    best = found
+            alone = (num_prompt + 1) * prompt.takes(budget) + token.takes(budget)
+            if best is not None and alone >= best.takes(budget):
+                break
+            num_prompt += 1
+        return best
+
+
+def _least(keeps: Callable[[int], bool], most: int) -> int | None:
+    """The smallest count up to `most` that keeps the targets; more are never worse."""
+    if not keeps(most):
+        return None
+    low, enough = 0, most
+    while enough - low > 1:
+        middle = (low + enough) // 2
+        low, enough = (low, middle) if keeps(middle) else (middle, enough)
+    return enough
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def splitwise(problem: Problem, options: Options | None = None) -> PhasePlan:
 
 
 def _choose(options: Options, problem: Problem, model: str, left: Counter[int]) -> ModelPlan:
-    judge = judge_of(problem, model, options.attainment, options.rules)
+    judge = judge_of(problem, model, options.attainment)
     rate_rps = problem.demands[model].rate_rps
     machines = [_machine(problem, model, pool.index) for pool in problem.pools]
     able = [(pool, one) for pool, one in enumerate(machines) if one is not None]
