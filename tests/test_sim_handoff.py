@@ -1,11 +1,13 @@
 """Prefill and decode on different units, simulated: what can be said exactly."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
 from sim_world import GB, burst, config, setting, steps, unit
 
+from muxrt.cli.simulate_input import Facts, load_known
 from muxrt.config.placement import Role, UnitModel, UnitSpec
 from muxrt.core import FinishReason
 from muxrt.engine.build import plan_unit
@@ -14,6 +16,7 @@ from muxrt.sim.simulate import simulate
 
 NVLINK = 300e9  # of an A100, one direction
 PROMPT = 1600
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def side(role: Role, name: str, gpu: int, node: int = 0, kv_bytes: int = 40 * GB) -> UnitSpec:
@@ -100,3 +103,12 @@ def test_a_model_without_a_living_decode_unit_is_served_where_it_was_prefilled()
     world = replace(setting("a"), failures=(Failure("d", 0.0),))
     run = simulate(config(*units), world, burst("a", 3, at_s=1.0))
     assert {(one.unit, one.output_tokens) for one in run.served} == {("p", 10)}
+
+
+def test_the_network_of_a_plan_counts(tmp_path: Path) -> None:
+    plan = (CONFIGS / "plans" / "opt.yaml").read_text(encoding="utf-8")
+    plan = plan.replace("../", f"{CONFIGS}/")
+    for rate in ("3.125e9", "1.0e9"):
+        (tmp_path / "plan.yaml").write_text(plan.replace("3.125e9", rate), encoding="utf-8")
+        known = load_known(Facts((), tmp_path / "plan.yaml", None, None))
+        assert known.network_bytes_per_s == float(rate)

@@ -19,7 +19,7 @@ from muxrt.cost.memory import allowed_tps
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import Profile, load_profile
 from muxrt.errors import ConfigError
-from muxrt.sim.setting import Failure, Setting
+from muxrt.sim.setting import NETWORK_BYTES_PER_S, Failure, Setting
 from muxrt.workload.arrivals import Arrival, arrivals
 from muxrt.workload.spec import Workload, adjusted, load_workload, with_models
 from muxrt.workload.trace import read_trace
@@ -91,6 +91,7 @@ class Known:
     gpus: Mapping[str, GpuKind]
     engine: EngineFacts
     cost: CostModel
+    network_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,14 @@ def make_case(
     if not found:
         raise ConfigError(f"{load.workload}: no request comes in {workload.duration_s:g} s")
     config, slos = variant.config, _slos(variant.config, workload)
-    setting = Setting(variant.shapes, known.cost, known.engine, known.gpus, failures=load.failures)
+    setting = Setting(
+        variant.shapes,
+        known.cost,
+        known.engine,
+        known.gpus,
+        failures=load.failures,
+        network_bytes_per_s=known.network_bytes_per_s,
+    )
     if load.refuse_late:
         models = tuple(model.refusing_late(slos[model.name]) for model in config.models)
         config = msgspec.structs.replace(config, models=models)
@@ -157,10 +165,12 @@ def _check_meshes(config: ServeConfig, shapes: Mapping[str, ModelShape]) -> None
 def load_known(facts: Facts) -> Known:
     """Read plan and profiles. Raises ConfigError."""
     gpus, engine, paths = dict(KINDS), EngineFacts(), facts.profiles
+    network_bytes_per_s = NETWORK_BYTES_PER_S
     stated: Collection[str] = ()
     if facts.plan is not None:
         plan = load_plan(facts.plan)
         gpus |= {kind.name: kind for kind in plan.file.cluster.kinds}
+        network_bytes_per_s = plan.file.cluster.network_bytes_per_s
         engine, stated = plan.file.engine, plan.document.value.get("engine") or ()
         paths = paths or tuple(Path(name) for name in plan.file.profiles)
     profiles: list[Profile] = [load_profile(path) for path in paths]
@@ -177,7 +187,7 @@ def load_known(facts: Facts) -> Known:
             prefill_interference=None,
             decode_interference=None,
         )
-    return Known(gpus, engine, CostModel(profiles, gpus))
+    return Known(gpus, engine, CostModel(profiles, gpus), network_bytes_per_s)
 
 
 def _slos(config: ServeConfig, workload: Workload) -> dict[str, Slo | None]:

@@ -11,6 +11,9 @@ from muxrt.cost.model import CostModel
 from muxrt.errors import ConfigError
 
 
+NETWORK_BYTES_PER_S = 25e9  # between nodes, of each, in each direction: 200 Gb/s
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A unit's process dies."""
@@ -42,7 +45,7 @@ class Setting:
     gpus: Mapping[str, GpuKind] = field(default_factory=lambda: dict(KINDS))
     control_s: Mapping[str, float] = field(default_factory=dict)  # by model, before the engine's
     failures: tuple[Failure, ...] = ()
-    network_bytes_per_s: float = 25e9  # between nodes, of each, in each direction: 200 Gb/s
+    network_bytes_per_s: float = NETWORK_BYTES_PER_S
     # Clients say how many tokens they want and get them all, as `muxrt bench` does; otherwise an
     # answer ends by itself, and the brain cannot know when.
     asks_exactly: bool = False
