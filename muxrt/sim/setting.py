@@ -10,7 +10,6 @@ from muxrt.config.plan import EngineFacts
 from muxrt.cost.model import CostModel
 from muxrt.errors import ConfigError
 
-
 NETWORK_BYTES_PER_S = 25e9  # between nodes, of each, in each direction: 200 Gb/s
 
 
