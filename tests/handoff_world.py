@@ -23,11 +23,21 @@ from muxrt.config.placement import (
     UnitModel,
     UnitSpec,
 )
-from muxrt.core import Copy, Output, Result, SamplingParams, Transfer, TransferKind, Work
+from muxrt.core import (
+    Copy,
+    FinishReason,
+    Output,
+    Refusal,
+    Result,
+    SamplingParams,
+    Transfer,
+    TransferKind,
+    Work,
+)
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done
 from muxrt.engine.messages import Abort, ModelReady, Ready, Step, Submit, ToUnit
-from muxrt.errors import TransferFailed
+from muxrt.errors import TransferFailed, Unavailable
 from muxrt.kernels import Team
 from muxrt.server.dispatch import Dispatcher, Draft
 from muxrt.server.unit_process import UnitProcess
@@ -270,7 +280,11 @@ class SplitWorld:
         params = msgspec.convert({"temperature": 0.0, **sampling}, SamplingParams)
         tokens = np.array(prompt, dtype="<i4").tobytes()
         draft = Draft(model, tokens, len(prompt), max_tokens, params, self.loop.now_s)
-        asked.request_id = self.dispatcher.submit(draft, sink)
+        try:
+            asked.request_id = self.dispatcher.submit(draft, sink)
+        except Unavailable as error:  # every unit is dead: the client is told
+            refusal = Refusal(error.status, error.kind, error.message)
+            asked.output = Output(0, finish=FinishReason.ERROR, refusal=refusal)
         return asked
 
     def at(self, at_s: float, action: Callable[[], object]) -> None:

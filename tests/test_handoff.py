@@ -94,6 +94,23 @@ def test_who_leaves_frees_both_sides() -> None:
             assert world.loop.now_s < LEASE_S, "something was held until its lease ran out"
 
 
+def test_a_prefill_unit_that_went_on_alone_may_die_too() -> None:
+    # Found by scripts/handoff_faults.py: nobody held its blocks any more, and somebody asked who.
+    model = MODELS[0]
+    prompt = prompts(model, 1, 60, seed=4)[0]
+    plans = [split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]
+    with SplitWorld(plans) as world:
+        asked = world.ask(model, prompt, 40)
+        world.at(0.001, lambda: world.kill("d", 2.0))
+        world.at(0.3, lambda: world.kill("p", 0.1))
+        world.run()
+    assert asked.output is not None
+    if asked.output.refusal is None:
+        assert asked.tokens == colocated(model, prompt, 40)
+    else:
+        assert asked.output.refusal.status == 503  # both were dead at that moment: it is told
+
+
 def test_a_request_of_one_token_stays_where_it_is() -> None:
     model = MODELS[0]
     with SplitWorld([split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]) as w:

@@ -58,7 +58,9 @@ class Handoff:
     """One request between two units."""
 
     stage: Stage = Stage.PREFILLING
-    holder: str | None = None  # the unit that computed the prompt, while it holds the blocks
+    # The unit that computed the prompt, while it holds the blocks: name and generation, as a unit
+    # that was started again holds nothing.
+    holder: str | None = None
     held: Held | None = None
     num_recomputes: int = 0
 
@@ -70,6 +72,11 @@ class Handoff:
         self.stage, acts = step
         self.num_recomputes += Act.RECOMPUTE in acts
         return acts
+
+    @property
+    def holding_unit(self) -> str | None:
+        """The holder's name."""
+        return None if self.holder is None else self.holder.rpartition("#")[0]
 
     @property
     def is_hopeless(self) -> bool:

@@ -268,7 +268,8 @@ class Dispatcher:
         if output.held is not None:
             live = self.ledger.get(output.request_id)
             assert live is not None, "who has a waiter is live"
-            handoff.holder, handoff.held = live.unit, output.held
+            handoff.holder = self._units.units[live.unit].identity.decode()
+            handoff.held = output.held
             self._act(output.request_id, waiter, handoff.on(Event.HELD))
         elif output.is_fetched:
             self._act(output.request_id, waiter, handoff.on(Event.FETCHED))
@@ -295,7 +296,7 @@ class Dispatcher:
             if live is not None:
                 self._give_up(live, waiter, QUEUE_RETRY_S)
             return
-        if decoder.unit == handoff.holder:  # nobody else is there: it lets go and begins anew
+        if decoder.unit == handoff.holding_unit:  # nobody else is there: it lets go and begins anew
             self._release(request_id, waiter)
             source = None
         self.ledger.move(request_id, decoder.unit)
@@ -303,18 +304,19 @@ class Dispatcher:
         self._send(request, waiter, decoder.unit)
 
     def _source(self, model: str, handoff: Handoff) -> Source | None:
-        """Where the blocks are; None if the holder is gone, and they with it."""
-        assert handoff.holder is not None and handoff.held is not None
-        unit = self._units.units[handoff.holder]
-        if not unit.is_ready:
+        """Where the blocks are; None if nobody holds them any more."""
+        if handoff.holding_unit is None or handoff.holder is None or handoff.held is None:
             return None
-        return Source(unit.identity.decode(), unit.models[model].address, handoff.held)
+        unit = self._units.units[handoff.holding_unit]
+        if not unit.is_ready or unit.identity.decode() != handoff.holder:
+            return None
+        return Source(handoff.holder, unit.models[model].address, handoff.held)
 
     def _release(self, request_id: int, waiter: _Waiter) -> None:
         """Who holds blocks of the request for another unit may let go."""
         handoff = waiter.handoff
-        if handoff is not None and handoff.holder is not None:
-            self._units.send(handoff.holder, Abort(request_id))
+        if handoff is not None and handoff.holding_unit is not None:
+            self._units.send(handoff.holding_unit, Abort(request_id))
             handoff.holder = None
 
     async def drained(self, timeout_s: float) -> bool:

@@ -336,7 +336,7 @@ class Simulation:
             self.ledger.close(request_id)
             self._lose(request_id, served)
             return
-        if handoff.holder is not None and decoder.unit == handoff.holder.rpartition("#")[0]:
+        if decoder.unit == handoff.holding_unit:
             self._let_go(request_id, handoff)  # nobody else is there: it begins anew
             source = None
         self.ledger.move(request_id, decoder.unit)
@@ -365,8 +365,8 @@ class Simulation:
         )
 
     def _let_go(self, request_id: int, handoff: Handoff) -> None:
-        if handoff.holder is not None:
-            name, _, _ = handoff.holder.rpartition("#")
+        name = handoff.holding_unit
+        if name is not None:
             self.loop.at(self.loop.now_s, partial(self._release, name, request_id), FINISH)
             handoff.holder = None
 
