@@ -10,7 +10,8 @@ failure costs time, never a token. `STEPS` is all of it; what it says is done by
 from dataclasses import dataclass
 from enum import Enum
 
-from muxrt.core import Held
+from muxrt.core import Held, Output
+from muxrt.errors import TransferFailed
 
 # Held blocks are let go after so many seconds; whoever comes later computes the prompt again.
 LEASE_S = 30.0
@@ -33,6 +34,17 @@ class Event(Enum):
     FETCHED = "fetched"
     NOT_FETCHED = "not fetched"  # the holder died, the lease ran out, or bytes were damaged
     DIED = "died"  # the unit that has the request now
+
+
+def event_of(output: Output) -> Event | None:
+    """What an output of a request on its way says of the hand-over; None: it is the client's."""
+    if output.held is not None:
+        return Event.HELD
+    if output.is_fetched:
+        return Event.FETCHED
+    if output.refusal is not None and output.refusal.kind == TransferFailed.kind:
+        return Event.NOT_FETCHED
+    return None
 
 
 class Act(Enum):

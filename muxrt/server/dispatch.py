@@ -14,11 +14,11 @@ import numpy as np
 
 from muxrt.config.placement import ModelSpec, UnitModel, UnitSpec
 from muxrt.core import FinishReason, Output, Prompt, Refusal, Request, SamplingParams, Source
-from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff
+from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff, event_of
 from muxrt.engine.messages import Abort, ModelReady, Step, Submit, ToUnit
 from muxrt.engine.requests import Ledger, LiveRequest
 from muxrt.engine.router import Replica, choose_decoder, choose_route
-from muxrt.errors import MuxrtError, Overloaded, TransferFailed, Unavailable
+from muxrt.errors import MuxrtError, Overloaded, Unavailable
 from muxrt.server.unit_process import UnitProcess
 
 log = logging.getLogger(__name__)
@@ -265,19 +265,17 @@ class Dispatcher:
     def _hand_over(self, waiter: _Waiter, handoff: Handoff, output: Output) -> bool:
         """Take note of an output of a request on its way; True if its client need not know."""
         waiter.outputs += output.tokens
+        event = event_of(output)
+        if event is None:
+            return False
         if output.held is not None:
             live = self.ledger.get(output.request_id)
             assert live is not None, "who has a waiter is live"
             handoff.holder = self._units.units[live.unit].identity.decode()
             handoff.held = output.held
-            self._act(output.request_id, waiter, handoff.on(Event.HELD))
-        elif output.is_fetched:
-            self._act(output.request_id, waiter, handoff.on(Event.FETCHED))
-        elif output.refusal is not None and output.refusal.kind == TransferFailed.kind:
+        elif output.refusal is not None:
             log.warning("event=transfer_failed error=%r", output.refusal.message)
-            self._act(output.request_id, waiter, handoff.on(Event.NOT_FETCHED))
-        else:
-            return False
+        self._act(output.request_id, waiter, handoff.on(event))
         return True
 
     def _act(self, request_id: int, waiter: _Waiter, acts: Sequence[Act]) -> None:

@@ -10,10 +10,10 @@ import msgspec
 
 from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.core import FinishReason, Output, Request, Source
-from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff
+from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff, event_of
 from muxrt.engine.requests import Ledger, LiveRequest
 from muxrt.engine.router import Replica, choose_decoder, choose_route
-from muxrt.errors import BadRequest, ConfigError, Overloaded, TransferFailed, Unavailable
+from muxrt.errors import BadRequest, ConfigError, Overloaded, Unavailable
 from muxrt.sim.links import Link, Links
 from muxrt.sim.loop import ARRIVE, FINISH, PLAN, EventLoop
 from muxrt.sim.setting import Failure, Setting
@@ -307,16 +307,12 @@ class Simulation:
 
     def _hand_over(self, served: Served, handoff: Handoff, output: Output) -> bool:
         """Take note of an output of a request on its way; True if its client need not know."""
+        event = event_of(output)
+        if event is None:
+            return False
         if output.held is not None:
             assert served.unit is not None, "it was sent"
             handoff.holder, handoff.held = self.units[served.unit].identity, output.held
-            event = Event.HELD
-        elif output.is_fetched:
-            event = Event.FETCHED
-        elif output.refusal is not None and output.refusal.kind == TransferFailed.kind:
-            event = Event.NOT_FETCHED
-        else:
-            return False
         self._act(output.request_id, served, handoff.on(event))
         return True
 
