@@ -194,7 +194,10 @@ def splitwise(num: int) -> dict[str, Any]:
             bases = (("A100", num_a100), ("H100", NUM_H100))
             for name, count in bases:
                 rps = given.baseline_rps(machine(name, released=released), count)
-                found["cases"].append(_row(released, budget, f"Baseline-{name}", (count,), rps))
+                alone = _row(
+                    released, f"Baseline-{name}", (count,), equal=budget.value, rps=round(rps, 1)
+                )
+                found["cases"].append(alone)
             total = NUM_H100 * H100.takes(budget)
             for design, kinds in DESIGNS.items():
                 prompt, token = (machine(kind, released=released) for kind in kinds)
@@ -202,7 +205,7 @@ def splitwise(num: int) -> dict[str, Any]:
                                 PAPER_SPLITS[budget][design][1])  # fmt: skip
                 best = given.best(prompt, token, budget, total)
                 chosen = best.cluster.num_prompt, best.cluster.num_token
-                row = _row(released, budget, design, chosen, best.rps)
+                row = _row(released, design, chosen, equal=budget.value, rps=round(best.rps, 1))
                 row["paper_counts"] = PAPER_SPLITS[budget][design]
                 row["rps_at_paper_counts"] = round(given.split_rps(paper), 1)
                 found["cases"].append(row)
@@ -210,14 +213,13 @@ def splitwise(num: int) -> dict[str, Any]:
 
 
 def _row(
-    released: bool, budget: Budget, design: str, counts: tuple[int, ...], rps: float
+    released: bool, design: str, counts: tuple[int, ...], **figures: str | float
 ) -> dict[str, Any]:
     row = {
         "model": "released" if released else "repaired",
-        "equal": budget.value,
         "design": design,
         "machines": counts,
-        "rps": round(rps, 1),
+        **figures,
     }
     print(json.dumps(row), flush=True)
     return row
@@ -232,30 +234,19 @@ def throughput(num: int) -> list[dict[str, Any]]:
             count = given.least_baseline(machine(name, released=released), RATE_RPS, MOST)
             if count is not None:
                 for budget in Budget:
-                    takes = count * kind.takes(budget)
-                    found.append(_cheap(released, budget, f"Baseline-{name}", (count,), takes))
+                    takes = round(count * kind.takes(budget), 1)
+                    alone = (released, f"Baseline-{name}", (count,))
+                    found.append(_row(*alone, least=budget.value, takes=takes))
         for design, kinds in DESIGNS.items():
             prompt, token = (machine(kind, released=released) for kind in kinds)
             for budget in Budget:
                 least = given.least(prompt, token, budget, RATE_RPS, MOST)
                 if least is not None:
                     counts = least.num_prompt, least.num_token
-                    found.append(_cheap(released, budget, design, counts, least.takes(budget)))
+                    takes = round(least.takes(budget), 1)
+                    row = _row(released, design, counts, least=budget.value, takes=takes)
+                    found.append(row)
     return found
-
-
-def _cheap(
-    released: bool, budget: Budget, design: str, counts: tuple[int, ...], takes: float
-) -> dict[str, Any]:
-    row = {
-        "model": "released" if released else "repaired",
-        "least": budget.value,
-        "design": design,
-        "machines": counts,
-        "takes": round(takes, 1),
-    }
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def search() -> dict[str, float]:

@@ -22,13 +22,19 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the first world.")] = 100,
 ) -> None:
     """Play worlds until there were so many faults; the first wrong token ends it."""
-    from test_handoff import play_faults
+    from test_handoff import Played, play_faults
 
-    console, played = Console(), 0
+    console, total = Console(), Played()
     for world in count(seed):
-        played += play_faults(range(world, world + 1))
-        if played >= faults:
-            console.print(f"{played} faults in {world - seed + 1} worlds: no token was wrong")
+        played = play_faults(range(world, world + 1))
+        total.faults += played.faults
+        total.answered += played.answered
+        total.refused += played.refused
+        if total.faults >= faults:
+            console.print(
+                f"{total.faults} faults in {world - seed + 1} worlds: no token was wrong;"
+                f" {total.answered} requests answered, {total.refused} ended with a 503"
+            )
             return
 
 

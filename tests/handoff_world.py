@@ -5,7 +5,7 @@ or lost. Two units read each other's memory as two processes would, through desc
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 
 import msgspec
@@ -312,12 +312,6 @@ class SplitWorld:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
-
-
-def with_traffic(plan: UnitPlan, traffic: float) -> UnitPlan:
-    """The same with another weight among the replicas."""
-    models = tuple(msgspec.structs.replace(m, traffic=traffic) for m in plan.spec.models)
-    return replace(plan, spec=msgspec.structs.replace(plan.spec, models=models))
 
 
 def pick(random: Random, chances: Mapping[str, float]) -> str:

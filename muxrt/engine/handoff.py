@@ -15,8 +15,8 @@ from muxrt.errors import TransferFailed
 
 # Held blocks are let go after so many seconds; whoever comes later computes the prompt again.
 LEASE_S = 30.0
-# A request that was computed again so often is given up: it may be what its units die of.
-MAX_RECOMPUTES = 3
+# A request that was set back so often is given up: it may be what its units die of.
+MAX_SETBACKS = 3
 
 
 class Stage(Enum):
@@ -74,7 +74,7 @@ class Handoff:
     # that was started again holds nothing.
     holder: str | None = None
     held: Held | None = None
-    num_recomputes: int = 0
+    num_setbacks: int = 0  # units that died with it, transfers that failed
 
     def on(self, event: Event) -> tuple[Act, ...]:
         """Take the step; what is to be done. Nothing where the event comes too late to matter."""
@@ -82,7 +82,7 @@ class Handoff:
         if step is None:
             return ()
         self.stage, acts = step
-        self.num_recomputes += Act.RECOMPUTE in acts
+        self.num_setbacks += event in (Event.DIED, Event.NOT_FETCHED)
         return acts
 
     @property
@@ -92,5 +92,5 @@ class Handoff:
 
     @property
     def is_hopeless(self) -> bool:
-        """It was computed again too often."""
-        return self.num_recomputes > MAX_RECOMPUTES
+        """It was set back too often."""
+        return self.num_setbacks > MAX_SETBACKS
