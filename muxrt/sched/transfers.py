@@ -37,8 +37,8 @@ from muxrt.sched.due import DueTimes
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue
 
-MAX_PARTS = 16  # of a batch: what is left to move at its end is a 16th of it at least
-PART_TOKENS = 32  # a part does what so many tokens need in all layers: well above what it costs
+# A batch has at most one part for so many tokens: a part costs about a millisecond.
+PART_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +97,20 @@ class Transfers:
     def parts(self, batch: Batch, sequences: list[Sequence], ids: Iterator[int]) -> Iterator[Batch]:
         """A prefill batch as it is to be launched; parts but the first have `ids` of their own.
 
-        It is cut where it ends the prompt of a sequence that leaves piece by piece.
+        It is cut where it ends the prompt of a sequence that leaves piece by piece. Each part has
+        half of the layers that are left: a piece has half the time to move that it took to compute,
+        and what is left to move at the end is one layer.
         """
         num_layers = self._queues[batch.model].model.layout.shape.num_layers
-        num_parts = min(num_layers, MAX_PARTS, batch.num_tokens // PART_TOKENS)
-        if num_parts < 2 or not any(s.outgoing and s.is_prefilled for s in sequences):
+        cuts = halves(num_layers, batch.num_tokens // PART_TOKENS)
+        if not cuts or not any(s.outgoing and s.is_prefilled for s in sequences):
             yield batch
             return
         silent = tuple(replace(entry, samples=False) for entry in batch.entries)
-        yield replace(batch, entries=silent, layers=Layers(0, num_layers // num_parts, num_layers))
+        yield replace(batch, entries=silent, layers=Layers(0, cuts[0], num_layers))
         known = tuple(replace(entry, blocks=b"") for entry in batch.entries)
         silent = tuple(replace(entry, samples=False) for entry in known)
-        cuts = [part * num_layers // num_parts for part in range(1, num_parts + 1)]
-        for begin, end in pairwise(cuts):
+        for begin, end in pairwise([*cuts, num_layers]):
             entries, layers = known if end == num_layers else silent, Layers(begin, end, num_layers)
             yield replace(batch, id=next(ids), entries=entries, opened=(), layers=layers)
 
@@ -229,6 +230,19 @@ class Transfers:
         refusal = Refusal(TransferFailed.status, TransferFailed.kind, error)
         end = FinishReason.ERROR
         return Output(request.id, finish=end, refusal=refusal, attempt=request.attempt)
+
+
+def halves(num_layers: int, max_parts: int) -> list[int]:
+    """Where a pass is cut so that each part has half of what is left; nowhere: not at all.
+
+    8 layers, 4 parts: before layers 4, 6 and 7.
+    """
+    cuts: list[int] = []
+    left = num_layers
+    while left > 1 and len(cuts) < max_parts - 1:
+        left -= left // 2
+        cuts.append(num_layers - left)
+    return cuts
 
 
 def incoming_of(request: Request) -> Incoming | None:
