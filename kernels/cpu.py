@@ -200,8 +200,8 @@ class CpuProgram(Program):
         self.counts[TOKENS] = num_rows
         self.run()
 
-    def run_batch(self, tokens: Array, meta: MetaArrays) -> None:
-        """Run a batch: tokens [T] of the sequences that `meta` describes, T <= max_tokens."""
+    def set_batch(self, tokens: Array, meta: MetaArrays) -> None:
+        """The next run is of tokens [T] of the sequences that `meta` describes, T <= max_tokens."""
         slots, starts, query_starts, positions, owners = meta
         num_tokens, num_sequences = len(tokens), len(slots)
         self._ids[:num_tokens] = tokens
@@ -214,6 +214,10 @@ class CpuProgram(Program):
         self.counts[TILES] = cpu_attention.num_tiles(
             self._query_starts, num_sequences, self._tile_queries
         )
+
+    def run_batch(self, tokens: Array, meta: MetaArrays) -> None:
+        """Run over all of a batch; see `set_batch`."""
+        self.set_batch(tokens, meta)
         self.run()
 
 

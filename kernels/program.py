@@ -88,15 +88,20 @@ class Program:
         self._stages.append(fields)
         self._table = None
 
-    def run(self) -> None:
-        """All stages, on the whole team."""
+    @property
+    def num_stages(self) -> int:
+        """Stages so far."""
+        return len(self._stages)
+
+    def run(self, first: int = 0, end: int | None = None) -> None:
+        """Stages `first` to `end` (None: all from there on), on the whole team."""
         if self._table is None:
             self._table = np.array(self._stages, dtype=np.int64)
             self._counters = np.zeros(2 * len(self._stages) * SPACING, dtype=np.int64)
-        size = self._team.size
+        size, stages = self._team.size, self._table[first:end]
         if size > 1:
             self._counters.fill(0)
-        self._team.run(run_stages, size, self._table, self.counts, self._counters, size)
+        self._team.run(run_stages, size, stages, self.counts, self._counters, size)
 
     def _address(self, array: npt.NDArray[Any]) -> int:
         self._held.append(array)

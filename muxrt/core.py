@@ -4,9 +4,11 @@ Wire types are `msgspec.Struct`s: they round-trip through msgpack, so that a thr
 a tensor-parallel rank can execute the same `Work`. The brain never looks into `Request.payload`.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 import msgspec
 import numpy as np
@@ -65,20 +67,32 @@ class Prompt(msgspec.Struct, frozen=True):
         return np.frombuffer(self.tokens, dtype="<i4").astype(np.int32, copy=False)
 
 
-class Held(msgspec.Struct, frozen=True):
-    """The K and V of a sequence that a unit keeps for another one to fetch."""
+class Piece(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the K and V of a sequence, which a unit keeps for another one to fetch.
 
-    blocks: bytes  # ids in that unit's arena, int32 little endian, whole groups
-    num_tokens: int  # whose K and V they hold
-    checksum: int  # of their bytes, group after group
+    It is a rectangle: planes `first_plane` to `end_plane` of whole groups from `first_group` on.
+    """
+
+    number: int  # in order, from 0; what was said before that one is void
+    blocks: bytes  # of its groups, ids in that unit's arena, int32 little endian
+    first_group: int = 0
+    first_plane: int = 0
+    end_plane: int
+    num_tokens: int  # of the sequence, up to the end of its groups
+    checksum: int = 0  # of its bytes: group after group, plane after plane
+    is_last: bool = True  # nothing is missing after it
 
 
-class Source(msgspec.Struct, frozen=True):
+class Source(msgspec.Struct, frozen=True, kw_only=True):
     """Where K and V of a sequence are to be fetched from."""
 
     unit: str  # name and generation: a unit that was started again holds nothing of before
     address: bytes  # how its memory is reached (worker/transfer.py); opaque to the brain
-    held: Held
+    num_tokens: int  # whose K and V it will have held in the end
+    pieces: tuple[Piece, ...]  # those that can be fetched already
+    is_whole: bool = True  # all of them can; otherwise the others are told of later
+    attempt: int = 0  # what is said of this transfer names it
+    wait_s: float = 0.0  # so long the next piece is waited for
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -94,7 +108,12 @@ class Request(msgspec.Struct, frozen=True):
     deadline_s: float | None = None  # first token by then, or refuse (same clock)
     num_outputs: int = 0  # tokens that were generated before, in another unit; of `max_tokens`
     hold_s: float = 0.0  # after its last token its blocks are kept so long, to be fetched
-    source: Source | None = None  # K and V of its tokens but the last; None = compute them
+    source: Source | None = None  # K and V of its tokens but the one to come; None = compute them
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt to fetch it this is; 0: it is none."""
+        return self.source.attempt if self.source is not None else 0
 
 
 class BlockGroup(msgspec.Struct, eq=False, gc=False):
@@ -127,6 +146,27 @@ class SequenceState(Enum):
 
 
 @dataclass(slots=True, eq=False)
+class Outgoing:
+    """How much of a sequence's K and V was given away, to be sealed, as it became final."""
+
+    num_pieces: int = 0
+    num_groups: int = 0  # in all their planes
+    num_planes: int = 0  # of the groups behind those, as far as they are final
+    unsealed: deque[Piece] = field(default_factory=deque)  # those to be launched next
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """How much of a sequence's K and V has come, from the unit that computes it or did."""
+
+    pieces: list[Piece]
+    is_whole: bool  # none will be added
+    num_asked: int = 0  # whose fetch was launched
+    is_asking: bool = False  # one is launched, or is going to be
+    due_s: float = inf  # the next piece is waited for until then
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """The state of one request's generation inside a unit.
 
@@ -153,6 +193,8 @@ class Sequence:
     preempt: bool = False  # to be preempted as soon as no work is in flight
     num_preemptions: int = 0
     first_token_s: float | None = None  # when it was committed; TPOT counts from there
+    outgoing: Outgoing | None = None  # its pieces are told of while it is computed
+    incoming: Incoming | None = None  # its K and V come from another unit
 
     @property
     def num_tokens(self) -> int:
@@ -193,6 +235,22 @@ class BatchEntry(msgspec.Struct, frozen=True, array_like=True):
     blocks: bytes = b""  # appended block ids, int32 little endian, whole groups
 
 
+class Layers(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a forward pass: layers `begin` to `end` of `of`.
+
+    The parts of a pass are launched one behind the other on the same lane, nothing between them.
+    """
+
+    begin: int
+    end: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """In (0, 1]."""
+        return (self.end - self.begin) / self.of
+
+
 class Batch(msgspec.Struct, frozen=True, tag="batch"):
     """One forward pass of one model."""
 
@@ -202,10 +260,21 @@ class Batch(msgspec.Struct, frozen=True, tag="batch"):
     phase: Phase
     entries: tuple[BatchEntry, ...]
     opened: tuple[SlotOpen, ...] = ()
+    layers: Layers | None = None  # only these of the forward pass; None = all of it
 
     @property
     def num_tokens(self) -> int:
         return sum(entry.num_tokens for entry in self.entries)
+
+    @property
+    def ends_pass(self) -> bool:
+        """After it, the forward pass is complete."""
+        return self.layers is None or self.layers.end == self.layers.of
+
+    @property
+    def share(self) -> float:
+        """Its part of the forward pass, in (0, 1]."""
+        return self.layers.share if self.layers else 1.0
 
 
 class CopyKind(Enum):
@@ -242,10 +311,10 @@ class Transfer(msgspec.Struct, frozen=True, tag="transfer"):
     model: str
     kind: TransferKind
     slot: int
-    blocks: bytes  # ids in our arena, int32 little endian, whole groups
-    num_tokens: int  # whose K and V are moved
-    source: Source | None = None  # FETCH
-    opened: tuple[SlotOpen, ...] = ()  # FETCH
+    pieces: tuple[Piece, ...]  # SEAL: one, without its checksum; FETCH: those that are to come
+    blocks: bytes = b""  # FETCH: ids in our arena of the whole sequence, int32 little endian
+    source: Source | None = None  # FETCH: who has the pieces
+    opened: tuple[SlotOpen, ...] = ()  # FETCH: with the last piece
 
 
 Work = Batch | Copy | Transfer
@@ -291,8 +360,9 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # prompt chunk by prompt chunk
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     refusal: Refusal | None = None
-    held: Held | None = None  # it can be fetched from now on
+    held: Piece | None = None  # it can be fetched from now on
     is_fetched: bool = False  # it was: the unit that held it may let go
+    attempt: int = 0  # of a transfer, where it is about one: `Source.attempt`
 
 
 def pack_ids(groups: list[BlockGroup]) -> bytes:

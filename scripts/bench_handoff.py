@@ -4,9 +4,11 @@
     python scripts/bench_handoff.py --rounds 2 --lengths 64 --transfers shared   # does it run?
 
 One model, one request at a time. `one unit` does both phases; the others prefill in one process
-and decode in another, K and V moved by NIXL or through memory that both have mapped. All endpoints
-are up all the time and asked in turns. A prompt is moved after it was computed, so its transfer
-is not hidden behind anything.
+and decode in another, K and V moved by NIXL or through memory that both have mapped: piece by piece
+while the prompt is computed, or, where the name ends in `, serialised`, at once after it. All
+endpoints are up all the time and asked in turns. `hidden` is what moving while computing takes off
+the second token's delay, of what a hand-over adds to it: 1 - (pieces - one unit) / (serialised -
+one unit).
 """
 
 import asyncio
@@ -31,11 +33,13 @@ from muxrt.config.placement import GIB, Lanes, Memory, Mesh, Role, Scheduling, U
 from muxrt.config.serve import ServeConfig
 
 TOGETHER = "one unit"
+SERIALISED = ", serialised"
 
 
-def config_of(folder: Path, transfer: str) -> ServeConfig:
+def config_of(folder: Path, transfer: str, from_tokens: int) -> ServeConfig:
     """The model in one unit, or in one for each phase, on a core of its own each."""
-    scheduling = Scheduling(prefix_reuse=False, prefill_tokens=2048)
+    stream_tokens = 10**6 if transfer.endswith(SERIALISED) else from_tokens
+    scheduling = Scheduling(prefix_reuse=False, stream_tokens=stream_tokens)
     whole = one_unit([folder], [1.0], Memory(kv_bytes=GIB), Lanes(split=(1,)), scheduling)
     if transfer == TOGETHER:
         return whole
@@ -47,7 +51,7 @@ def config_of(folder: Path, transfer: str) -> ServeConfig:
             name=role,
             models=(UnitModel(name=folder.name, role=role),),
             mesh=Mesh(cores=(core,)),
-            transfer=transfer,
+            transfer=transfer.removesuffix(SERIALISED),
         )
         for role, core in zip(roles, cores, strict=True)
     )
@@ -68,32 +72,37 @@ async def ask(url: str, model: str, num_tokens: int) -> Outcome:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """First and second token by prompt length."""
-    table = Table("prompt", "K and V, MB", "served by", "TTFT, ms", "second token, ms", "more, ms")
+    heads = ("prompt", "K and V, MB", "served by", "TTFT, ms", "second token, ms", "more, ms")
+    table = Table(*heads, "hidden")
     for row in rows:
         figures = [row["ttft_s"], row["second_s"], row["more_s"]]
         cells = [f"{1e3 * figure:.2f}" for figure in figures]
-        table.add_row(str(row["prompt"]), f"{row['kv_bytes'] / 1e6:.1f}", row["setup"], *cells)
+        hidden = "" if row["hidden"] is None else f"{row['hidden']:.0%}"
+        size = f"{row['kv_bytes'] / 1e6:.1f}"
+        table.add_row(str(row["prompt"]), size, row["setup"], *cells, hidden)
     Console(width=100).print(table)
 
 
 def main(
     preset: Annotated[str, typer.Option(help="Of scripts/bench_models.py.")] = "27m",
     lengths: Annotated[str, typer.Option(help="Of prompts, separated by commas.")] = (
-        "32,128,512,1024,2000"
+        "32,64,128,256,512,1024,2000"
     ),
     transfers: Annotated[str, typer.Option(help="Likewise.")] = "shared,nixl",
+    from_tokens: Annotated[int, typer.Option(min=1, help="Prompts that go in pieces.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Requests of each.")] = 15,
     out: Annotated[Path, typer.Option(help="JSON.")] = FOLDER / "handoff.json",
 ) -> None:
     """Measure each way of serving at each prompt length."""
     stop_on_sigterm()
     (folder,) = preset_folders([preset])
-    names = [TOGETHER, *transfers.split(",")]
+    each = transfers.split(",")
+    names = [TOGETHER, *(name + way for name in each for way in ("", SERIALISED))]
     record = Record(out, {"preset": preset, "dtype": "float32", "rounds": rounds})
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         urls = {
-            name: stack.enter_context(muxrt_serving(config_of(folder, name))).urls[0]
+            name: stack.enter_context(muxrt_serving(config_of(folder, name, from_tokens))).urls[0]
             for name in names
         }
         for length in map(int, lengths.split(",")):
@@ -124,9 +133,19 @@ def rows_of(folder: Path, length: int, found: dict[str, list[Outcome]]) -> list[
             "ttft_s": median(o.ttft_s or 0.0 for o in done),
             "second_s": second_s[name],
             "more_s": second_s[name] - second_s[TOGETHER],
+            "hidden": _hidden(second_s, name),
         }
         for name, done in found.items()
     ]
+
+
+def _hidden(second_s: dict[str, float], name: str) -> float | None:
+    """The share of a transfer that nobody waits for; None where all of it is waited for."""
+    whole = second_s.get(name + SERIALISED)
+    if whole is None:
+        return None
+    alone = second_s[TOGETHER]
+    return 1 - (second_s[name] - alone) / (whole - alone)
 
 
 if __name__ == "__main__":

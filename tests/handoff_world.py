@@ -10,7 +10,7 @@ from random import Random
 
 import msgspec
 import numpy as np
-from real_world import DEMO, demo_llama
+from real_world import DEMO, RealWorld, demo_llama
 from torch import Tensor
 
 from muxrt.config.model import load_shape
@@ -36,7 +36,7 @@ from muxrt.core import (
 )
 from muxrt.engine.build import UnitPlan, build_unit, plan_unit
 from muxrt.engine.executor import Done
-from muxrt.engine.messages import Abort, ModelReady, Ready, Step, Submit, ToUnit
+from muxrt.engine.messages import Abort, Extend, ModelReady, Ready, Step, Submit, ToUnit
 from muxrt.errors import TransferFailed, Unavailable
 from muxrt.kernels import Team
 from muxrt.server.dispatch import Dispatcher, Draft
@@ -53,9 +53,10 @@ BATCH_S, COPY_S = 0.01, 0.005
 
 @dataclass
 class Faults:
-    """What befalls the next fetches, one each; then nothing any more."""
+    """What befalls the next transfers of a kind, one each; then nothing any more."""
 
     coming: list[str] = field(default_factory=list)  # "", "lost", "damaged", "late"
+    befall: TransferKind = TransferKind.FETCH
 
     def next(self) -> str:
         return self.coming.pop(0) if self.coming else ""
@@ -109,9 +110,10 @@ class Host:
 
     def launch(self, work: Work, done: Done) -> None:
         fault = ""
-        if isinstance(work, Transfer) and work.kind is TransferKind.FETCH:
+        if isinstance(work, Transfer) and work.kind is self._faults.befall:
             fault = self._faults.next()
-        seconds = COPY_S if isinstance(work, Copy | Transfer) else BATCH_S
+        seconds = COPY_S if isinstance(work, Copy | Transfer) else BATCH_S * work.share
+        is_lost = fault == "lost" and self._faults.befall is TransferKind.SEAL
         start_s = max(self._loop.now_s, self._lane_free_s.get(work.lane, 0.0))
         self._lane_free_s[work.lane] = start_s + seconds + (100.0 if fault == "late" else 0.0)
 
@@ -120,7 +122,7 @@ class Host:
                 return
             self.transport.fault = fault
             run = self._copier.run if isinstance(work, Copy | Transfer) else self._runner.run
-            result: Result = attempt(run, work)
+            result = Result(error="lost") if is_lost else attempt(run, work)
             done(work, msgspec.structs.replace(result, elapsed_s=seconds))
             self.arm()
 
@@ -224,6 +226,8 @@ class SplitWorld:
         self.asked: list[Asked] = []
         self.hosts: dict[str, Host] = {}
         self.lives: list[Host] = []
+        self.said: list[Output] = []
+        self.num_extends = 0  # pieces that a decode unit was told of after the first
         for name in self.plans:
             self.start(name)
 
@@ -245,6 +249,7 @@ class SplitWorld:
 
     def send(self, name: str, message: ToUnit) -> bool:
         host = self.hosts[name]
+        self.num_extends += isinstance(message, Extend)
         if not self.units[name].is_ready:
             return False
 
@@ -253,6 +258,8 @@ class SplitWorld:
                 return
             if isinstance(message, Submit):
                 host.unit.add(message.request)
+            elif isinstance(message, Extend):
+                host.unit.extend(message)
             elif isinstance(message, Abort):
                 host.unit.abort(message.request_id)
             host.arm()
@@ -264,6 +271,7 @@ class SplitWorld:
         def hear() -> None:
             name = identity.rpartition("#")[0]
             if self.units[name].is_ready and self.units[name].identity.decode() == identity:
+                self.said += outputs
                 self.dispatcher.on_step(Step(outputs))
 
         self.loop.at(self.loop.now_s, hear)
@@ -312,6 +320,13 @@ class SplitWorld:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def colocated(model: str, prompt: list[int], max_tokens: int, **sampling: object) -> list[int]:
+    """The tokens of one unit that does it all."""
+    world = RealWorld((model,))
+    rid = world.submit(model, prompt, max_tokens, **sampling)
+    return world.run().served[rid].tokens
 
 
 def pick(random: Random, chances: Mapping[str, float]) -> str:

@@ -3,22 +3,13 @@
 from dataclasses import dataclass
 from random import Random
 
-import numpy as np
 import pytest
-from handoff_world import SplitWorld, pick, split_plan
-from real_world import MODELS, RealWorld, prompts
+from handoff_world import SplitWorld, colocated, pick, split_plan
+from real_world import MODELS, prompts
 
 from muxrt.engine.handoff import LEASE_S, MAX_SETBACKS, STEPS, Act, Event, Handoff, Stage
-from muxrt.worker.transfer import Geometry
 
 LENGTHS = (1, 5, 16, 17, 40, 96, 130)
-
-
-def colocated(model: str, prompt: list[int], max_tokens: int, **sampling: object) -> list[int]:
-    """The tokens of one unit that does it all."""
-    world = RealWorld((model,))
-    rid = world.submit(model, prompt, max_tokens, **sampling)
-    return world.run().served[rid].tokens
 
 
 def cases(model: str, count: int, seed: int = 0) -> list[tuple[list[int], int]]:
@@ -144,10 +135,13 @@ def play_faults(seeds: range) -> Played:
         models = list(MODELS[: random.choice((1, 2))])
         tight = random.choice((2.0, 8.0))
         other = random.choice(({}, {"planes_per_block": 8}, {"plane_tokens": 32}))
-        plans = [split_plan("p", "prefill", models, tight)]
+        streams = random.choice(
+            ({}, {"stream_tokens": 1}, {"stream_tokens": 1, "prefill_tokens": 64})
+        )
+        plans = [split_plan("p", "prefill", models, tight, **streams)]
         plans += [split_plan(f"d{i}", "decode", models, tight, **other) for i in range(2)]
         chances = {"": 4.0, "lost": 1.0, "damaged": 1.0, "late": 0.3}
-        faults = [pick(random, chances) for _ in range(16)]
+        faults = [pick(random, chances) for _ in range(24)]
         with SplitWorld(plans, faults) as world:
             for index in range(12):
                 model = random.choice(models)
@@ -159,7 +153,7 @@ def play_faults(seeds: range) -> Played:
                 played.faults += 1
                 world.at(at_s, lambda victim=victim: world.kill(victim))
             world.run()
-            played.faults += sum(bool(f) for f in faults[: 16 - len(world.faults.coming)])
+            played.faults += sum(bool(f) for f in faults[: 24 - len(world.faults.coming)])
             for asked in world.asked:
                 assert asked.output is not None
                 key = (asked.model, tuple(asked.prompt), asked.max_tokens)
@@ -175,11 +169,15 @@ def play_faults(seeds: range) -> Played:
 
 
 def test_the_state_machine_lets_go_whatever_comes() -> None:
-    for (stage, event), (_, acts) in STEPS.items():
+    for (stage, event), (after, acts) in STEPS.items():
         handoff = Handoff(stage)
         assert handoff.on(event) == acts
-        if event in (Event.FETCHED, Event.NOT_FETCHED):
+        if stage is Stage.FETCHING and event in (Event.FETCHED, Event.NOT_FETCHED):
             assert Act.RELEASE in acts, "the holder would hold until its lease runs out"
+        if stage is Stage.STREAMING and event not in (Event.PIECE, Event.LAST, Event.NO_HEIR):
+            assert Act.DROP in acts, "the heir would wait for pieces until it gives up"
+        if after in (Stage.STREAMING, Stage.FETCHING) and stage is not after:
+            assert {Act.STREAM, Act.FETCH, Act.EXTEND} & set(acts), "nobody would go on"
     poison = Handoff(Stage.FETCHING)
     for _ in range(MAX_SETBACKS):
         poison.on(Event.DIED)
@@ -188,9 +186,3 @@ def test_the_state_machine_lets_go_whatever_comes() -> None:
     assert poison.is_hopeless, "it would kill one unit after the other, fetched or computed"
     late = Handoff(Stage.DECODING)
     assert late.on(Event.FETCHED) == () and late.stage is Stage.DECODING
-
-
-def test_rows_come_out_of_blocks_as_they_went_in() -> None:
-    ours = Geometry(2 * 4 * 8 * 2, 2, 3, 4, 5, 8)
-    rows = np.random.default_rng(0).integers(0, 255, (5, 2, 11, 8), dtype=np.uint8)
-    assert np.array_equal(ours.rows(ours.blocks(rows))[:, :, :11], rows)

@@ -1,6 +1,8 @@
 """What an executor computed is counted by model and phase."""
 
-from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Phase, Result, Work
+import msgspec
+
+from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Layers, Phase, Result, Work
 from muxrt.engine.executor import Done
 from muxrt.engine.messages import BatchStats
 from muxrt.engine.metered import Metered
@@ -45,3 +47,16 @@ def test_batches_are_counted_when_they_are_done() -> None:
         BatchStats("a", Phase.PREFILL, 2, 20, 0.625),
         BatchStats("b", Phase.DECODE, 1, 1, 0.25),
     )
+
+
+def test_the_parts_of_a_pass_are_one_batch() -> None:
+    inner = _Instant()
+    metered = Metered(inner)
+    whole = _batch("a", Phase.PREFILL, 7, 9)
+    for begin, end in ((0, 1), (1, 4)):
+        part = msgspec.structs.replace(whole, layers=Layers(begin, end, 4))
+        metered.launch(part, lambda work, result: None)
+    inner.land(Result(elapsed_s=0.25))
+    assert metered.stats() == (BatchStats("a", Phase.PREFILL, 0, 0, 0.25),)
+    inner.land(Result(elapsed_s=0.5))
+    assert metered.stats() == (BatchStats("a", Phase.PREFILL, 1, 16, 0.75),)

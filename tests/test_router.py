@@ -87,6 +87,16 @@ class LedgerMachine(RuleBasedStateMachine):
     def progress(self, request_id: int, tokens: int) -> None:
         self.ledger.add_tokens(request_id, tokens)
 
+    @rule(request_id=live, heir=st.none() | UNITS)
+    def promise(self, request_id: int, heir: str | None) -> None:
+        self.ledger.promise(request_id, heir)
+
+    @rule(request_id=live, unit=UNITS)
+    def move(self, request_id: int, unit: str) -> None:
+        if self.ledger.get(request_id) is not None:
+            self.ledger.move(request_id, unit)
+            assert all(live.request.id != request_id for live in self.ledger.promised_to(unit))
+
     @rule(request_id=consumes(live), twice=st.booleans())
     def close(self, request_id: int, twice: bool) -> None:
         self.ledger.close(request_id)
@@ -97,6 +107,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def die(self, unit: str) -> None:
         for request in self.ledger.of_unit(unit):
             self.ledger.close(request.request.id)
+        for request in self.ledger.promised_to(unit):
+            self.ledger.promise(request.request.id, None)
         assert self.ledger.load("a", unit).tokens == 0
 
     @invariant()

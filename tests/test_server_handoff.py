@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import aiohttp
@@ -12,8 +13,10 @@ from real_server import RealServer, real_config, real_server
 
 from muxrt.config.placement import Lanes, Role, UnitModel, UnitSpec
 from muxrt.config.serve import ServeConfig
+from muxrt.engine.handoff import Event, Handoff
+from muxrt.engine.relay import Relay
 
-PROMPTS = ["Once upon a time", "a", "The quick brown fox jumps over the lazy dog. " * 2]
+PROMPTS = ["Once upon a time", "a", "The quick brown fox jumps over the lazy dog. " * 8]
 NUM_TOKENS = 24
 
 
@@ -23,7 +26,11 @@ def split(config: ServeConfig) -> ServeConfig:
 
     def side(name: str, role: Role) -> UnitSpec:
         models = tuple(UnitModel(name=model.name, role=role) for model in whole.models)
-        return msgspec.structs.replace(whole, name=name, models=models, lanes=Lanes(split=(1,)))
+        # The longest prompt moves while it is computed.
+        scheduling = msgspec.structs.replace(whole.scheduling, stream_tokens=32)
+        return msgspec.structs.replace(
+            whole, name=name, models=models, lanes=Lanes(split=(1,)), scheduling=scheduling
+        )
 
     units = (side("prompts", "prefill"), side("answers", "decode"))
     return msgspec.structs.replace(config, units=units)
@@ -72,10 +79,20 @@ async def answers(endpoint: RealServer) -> dict[tuple[str, str], tuple[str, list
 
 
 def test_two_processes_give_the_tokens_of_one(
-    endpoint: RealServer, wanted: dict[tuple[str, str], tuple[str, list[str]]]
+    endpoint: RealServer,
+    wanted: dict[tuple[str, str], tuple[str, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    events, on = Counter[Event](), Relay.on
+
+    def noted(relay: Relay, request_id: int, handoff: Handoff, event: Event) -> None:
+        events[event] += 1
+        on(relay, request_id, handoff, event)
+
+    monkeypatch.setattr(Relay, "on", noted)
     assert asyncio.run(answers(endpoint)) == wanted
     endpoint.check_nothing_leaked()
+    assert events[Event.FIRST] == events[Event.LAST] == 2 and events[Event.FETCHED] == len(wanted)
     stats = {unit.name: unit.stats for unit in endpoint.server.supervisor.units.values()}
     assert stats["prompts"] is not None and stats["answers"] is not None
     for computed, decoded in zip(stats["prompts"].models, stats["answers"].models, strict=True):

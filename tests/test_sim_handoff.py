@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from sim_world import GB, burst, config, setting, steps, unit
 
 from muxrt.cli.simulate_input import Facts, load_known
-from muxrt.config.placement import Role, UnitModel, UnitSpec
+from muxrt.config.placement import Role, Scheduling, UnitModel, UnitSpec
 from muxrt.core import FinishReason
 from muxrt.engine.build import plan_unit
+from muxrt.sim.links import Links, LinkTransfer
 from muxrt.sim.setting import Failure
 from muxrt.sim.simulate import simulate
 
@@ -19,8 +21,18 @@ PROMPT = 1600
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def side(role: Role, name: str, gpu: int, node: int = 0, kv_bytes: int = 40 * GB) -> UnitSpec:
-    spec = unit(name=name, gpus=(gpu,), parts=[UnitModel(name="a", role=role)], kv_bytes=kv_bytes)
+def side(
+    role: Role,
+    name: str,
+    gpu: int,
+    node: int = 0,
+    kv_bytes: int = 40 * GB,
+    stream_tokens: int = 10**6,
+) -> UnitSpec:
+    """K and V move at once, after the prompt, unless `stream_tokens` says otherwise."""
+    scheduling = Scheduling(prefill_tokens=2048, stream_tokens=stream_tokens)
+    parts = [UnitModel(name="a", role=role)]
+    spec = unit(name=name, gpus=(gpu,), parts=parts, kv_bytes=kv_bytes, scheduling=scheduling)
     return msgspec.structs.replace(spec, mesh=msgspec.structs.replace(spec.mesh, node=node))
 
 
@@ -43,6 +55,35 @@ def test_a_request_alone_takes_its_prefill_a_transfer_and_its_steps(node: int, r
     assert one.last_s == pytest.approx(prefill_s + transfer_s + decode_s, rel=1e-3)
     assert (one.output_tokens, one.finish, one.unit) == (10, FinishReason.STOP, "d")
     assert transfer_s > 2e-3
+
+
+@pytest.mark.parametrize("prefill_tokens", [2048, 800])
+def test_all_but_the_last_layers_of_a_long_prompt_move_while_it_is_computed(
+    prefill_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, send = list[float](), Links.send
+
+    def noted(links: Links, path: Any, num_bytes: float, done: Any) -> LinkTransfer:
+        sent.append(num_bytes)
+        return send(links, path, num_bytes, done)
+
+    monkeypatch.setattr(Links, "send", noted)
+    runs = []
+    for stream_tokens in (10**6, 256):
+        prompts = side("prefill", "p", 0, stream_tokens=stream_tokens)
+        scheduling = msgspec.structs.replace(prompts.scheduling, prefill_tokens=prefill_tokens)
+        prompts = msgspec.structs.replace(prompts, scheduling=scheduling)
+        sent.clear()
+        placed = config(prompts, side("decode", "d", 1, node=1))
+        run = simulate(placed, setting("a"), burst("a", 1, prompt=PROMPT))
+        assert sum(sent) == held_bytes(prompts, PROMPT), "other bytes were moved"
+        runs.append((run.served[0], list(sent)))
+    (whole, _), (pieces, sizes) = runs
+    assert pieces.first_s == pytest.approx(whole.first_s), "a part is its share of the layers"
+    assert whole.last_s is not None and pieces.last_s is not None
+    hidden_s = (sum(sizes) - sizes[-1]) / 25e9
+    assert pieces.last_s == pytest.approx(whole.last_s - hidden_s, abs=1e-4)
+    assert sizes[-1] < sum(sizes) / 10 and pieces.output_tokens == 10
 
 
 def test_transfers_that_share_a_network_share_it() -> None:
@@ -88,8 +129,11 @@ def test_blocks_are_held_until_they_are_fetched() -> None:
 
 
 @pytest.mark.parametrize("dies", ["p", "d"])
-def test_either_side_may_die_and_nobody_loses_a_token(dies: str) -> None:
-    units = [side("prefill", "p", 0), side("prefill", "q", 1)]
+@pytest.mark.parametrize("stream_tokens", [32, 10**6])
+def test_either_side_may_die_and_nobody_loses_a_token(dies: str, stream_tokens: int) -> None:
+    units = [
+        side("prefill", name, gpu, stream_tokens=stream_tokens) for gpu, name in enumerate("pq")
+    ]
     units += [side("decode", "d", 2), side("decode", "e", 3)]
     world = replace(setting("a"), failures=(Failure(dies, 1.0, 5.0),))
     asked = [a for at in range(20) for a in burst("a", 2, at_s=at / 10, output=60)]

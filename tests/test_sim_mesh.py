@@ -10,7 +10,7 @@ from sim_world import GB, burst, config, setting, steps, unit
 from muxrt.config.cluster import GpuKind
 from muxrt.config.placement import Lanes, Mesh, UnitModel, UnitSpec
 from muxrt.config.plan import EngineFacts
-from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Phase, Result, Work
+from muxrt.core import Batch, BatchEntry, Copy, CopyKind, Layers, Phase, Result, Work
 from muxrt.cost.batch import BatchWork, batch_s
 from muxrt.errors import ConfigError
 from muxrt.sim.copies import HOST_LINK_BYTES_PER_S, CopyLane
@@ -41,6 +41,18 @@ def test_a_prefill_in_chunks_attends_to_as_much_as_whole() -> None:
     first, second = (BatchWork.of(batch(Phase.PREFILL, part)) for part in [(0, 600), (600, 400)])
     assert whole == BatchWork(prefill_tokens=1000, squares=1000**2)
     assert first.squares + second.squares == whole.squares
+
+
+def test_a_part_of_a_pass_takes_its_share_of_the_layers() -> None:
+    whole = batch(Phase.PREFILL, (0, 1000))
+    parts = [
+        msgspec.structs.replace(whole, layers=Layers(begin, end, 8))
+        for begin, end in ((0, 5), (5, 8))
+    ]
+    cost = mesh_cost(unit("a"), EngineFacts(control_step_s=0.002))
+    seconds = [cost.batch_s("a", BatchWork.of(part), 1.0, is_alone=True) for part in parts]
+    whole_s = cost.batch_s("a", BatchWork.of(whole), 1.0, is_alone=True)
+    assert seconds == pytest.approx([whole_s * 5 / 8, whole_s * 3 / 8])
 
 
 def test_a_decode_step_attends_to_all_before_it_and_itself() -> None:

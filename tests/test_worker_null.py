@@ -21,7 +21,17 @@ from real_server import RealServer, real_config, real_server
 from tiny_folder import byte_level, sentencepiece_like, write_model, write_tokenizer
 
 from muxrt.config.placement import MIB
-from muxrt.core import Batch, BatchEntry, Phase, Prompt, Result, SamplingParams, SlotOpen, Work
+from muxrt.core import (
+    Batch,
+    BatchEntry,
+    Layers,
+    Phase,
+    Prompt,
+    Result,
+    SamplingParams,
+    SlotOpen,
+    Work,
+)
 from muxrt.errors import ConfigError
 from muxrt.server.detokenize import Detokenizer
 from muxrt.server.tokenizer import load_tokenizer
@@ -79,6 +89,22 @@ def test_works_take_their_time_one_after_the_other() -> None:
     executor, start_s = NullExecutor({"m": [10]}, step_s=0.05), monotonic()
     run(executor, [batch(number, (BatchEntry(0, 0, 1, True),)) for number in range(4)])
     assert monotonic() - start_s >= 0.2
+    executor.close()
+
+
+def test_parts_of_a_pass_take_their_share_and_the_last_one_speaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept = list[float]()
+    monkeypatch.setattr("muxrt.worker.null.sleep", slept.append)
+    executor = NullExecutor({"m": [10]}, step_s=8.0)
+    silent, asking = (BatchEntry(0, 0, 4, asks) for asks in (False, True))
+    works: list[Work] = [
+        msgspec.structs.replace(batch(0, (silent,)), layers=Layers(0, 1, 4)),
+        msgspec.structs.replace(batch(1, (asking,)), layers=Layers(1, 4, 4)),
+    ]
+    assert [result.tokens for result in run(executor, works)] == [(None,), (10,)]
+    assert slept[0] <= 2.0 < slept[1] <= 8.0
     executor.close()
 
 

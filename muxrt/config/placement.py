@@ -141,6 +141,9 @@ class Scheduling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     policy: Literal["fcfs", "round-robin", "adbs", "slo"] = "adbs"
     prefill_tokens: Count = 512  # token budget of one prefill batch; longer prompts go in chunks
+    # A prompt with so many tokens to compute moves to its decode unit while it is computed, a
+    # shorter one afterwards (docs/disaggregation.md, "What a hand-over costs").
+    stream_tokens: Count = 256
     max_sequences: Count = 256  # per model: sequences with a slot (running or preempted)
     quota_period_s: NotNegative = 2.0  # 0 = quotas never move
     borrow: bool = True  # false = quotas are walls (spatial partitioning), and they never move

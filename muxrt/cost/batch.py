@@ -14,6 +14,7 @@ class BatchWork(NamedTuple):
     squares: int = 0  # of prompts: (end squared - start squared) of each chunk, added up
     decodes: int = 0  # sequences that take one step
     context: int = 0  # tokens that their steps attend to, all together
+    share: float = 1.0  # of the layers
 
     @classmethod
     def of(cls, batch: Batch) -> "BatchWork":
@@ -22,7 +23,8 @@ class BatchWork(NamedTuple):
             starts = sum([entry.start for entry in batch.entries])
             return cls(decodes=len(batch.entries), context=starts + len(batch.entries))
         if batch.phase is Phase.PREFILL:
-            return cls(sum([entry.num_tokens for entry in batch.entries]), _squares(batch.entries))
+            tokens = sum([entry.num_tokens for entry in batch.entries])
+            return cls(tokens, _squares(batch.entries), share=batch.share)
         chunks = [entry for entry in batch.entries if entry.num_tokens > 1]
         steps = [entry for entry in batch.entries if entry.num_tokens == 1]
         return cls(
@@ -39,13 +41,13 @@ def _squares(entries: Iterable[BatchEntry]) -> int:
 
 
 def batch_s(steps: Steps, work: BatchWork) -> float:
-    """Seconds of one forward pass.
+    """Seconds of one forward pass, or of its part.
 
     A mixed batch reads the weights once: its decode tokens go through the linear layers with the
     prompts', and only the reading of their KV comes on top. It takes no less than its decodes do.
     """
     if not work.decodes:
-        return steps.prefill_s(work.prefill_tokens, work.squares)
+        return steps.prefill_s(work.prefill_tokens, work.squares) * work.share
     decode_s = steps.decode_s(work.decodes, work.context)
     if not work.prefill_tokens:
         return decode_s

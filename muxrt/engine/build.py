@@ -149,7 +149,8 @@ def build_unit(
     choose = PreemptChooser(plan, latency).choose
     memory = Memory(pool, queues, HostBlocks(plan.num_host_blocks), choose, knobs.borrow)
     policy = POLICIES[knobs.policy](knobs.quota_period_s, plan.models)
-    limits = Limits(plan.num_lanes, plan.spec.lanes.depth, knobs.prefill_tokens)
+    depth, stream_tokens = plan.spec.lanes.depth, knobs.stream_tokens
+    limits = Limits(plan.num_lanes, depth, knobs.prefill_tokens, stream_tokens)
     scheduler = Scheduler(queues, memory, policy, latency, limits)
     adapt_period_s = knobs.quota_period_s if knobs.borrow else 0.0
     return Unit(plan.spec.name, scheduler, executor, now, emit, adapt_period_s)

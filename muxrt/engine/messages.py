@@ -3,7 +3,7 @@
 import msgspec
 
 from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.core import Output, Phase, Request
+from muxrt.core import Output, Phase, Piece, Request
 
 
 class UnitBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +25,18 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     request: Request
 
 
+class Extend(msgspec.Struct, frozen=True, tag="extend"):
+    """API -> unit: more of a request's K and V, which it fetches, is there.
+
+    With the last piece comes the payload to go on with: it ends in `num_outputs` tokens more.
+    """
+
+    request_id: int
+    piece: Piece
+    payload: bytes = b""
+    num_outputs: int = 0
+
+
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """API -> unit: the client left (or a stop string was found); free everything of it."""
 
@@ -37,7 +49,7 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     deadline_s: float
 
 
-ToUnit = Submit | Abort | Drain
+ToUnit = Submit | Extend | Abort | Drain
 
 
 class ModelReady(msgspec.Struct, frozen=True):

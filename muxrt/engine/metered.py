@@ -22,10 +22,11 @@ class Metered:
         if isinstance(work, Batch) and result.error is None:
             key = (work.model, work.phase)
             old = self._stats.get(key) or BatchStats(*key)
+            is_over = work.ends_pass  # or a part of it: its time counts, the rest comes at the end
             self._stats[key] = BatchStats(
                 *key,
-                old.batches + 1,
-                old.tokens + work.num_tokens,
+                old.batches + is_over,
+                old.tokens + work.num_tokens * is_over,
                 old.seconds + result.elapsed_s,
             )
         done(work, result)

@@ -14,6 +14,7 @@ class LiveRequest:
     request: Request
     unit: str
     output_tokens: int = 0
+    heir: str | None = None  # the unit that is going to take it over, and makes room for it
 
     @property
     def is_queued(self) -> bool:
@@ -32,7 +33,7 @@ class Load:
 
     queued: int = 0
     running: int = 0
-    tokens: int = 0  # prompts and outputs so far of all of them
+    tokens: int = 0  # prompts and outputs so far of all of them, and of those that are promised
 
 
 class Ledger:
@@ -73,6 +74,8 @@ class Ledger:
             load.running += 1
         live.output_tokens += num_tokens
         load.tokens += num_tokens
+        if live.heir is not None:
+            self._loads[live.request.model, live.heir].tokens += num_tokens
 
     def weigh(self, model: str, unit: str, num_tokens: int) -> None:
         """Requests of `model` that stream from `unit` gave `num_tokens` more, all together.
@@ -87,6 +90,20 @@ class Ledger:
         for request_id in request_ids:
             live[request_id].output_tokens += num_tokens
 
+    def promise(self, request_id: int, heir: str | None) -> None:
+        """`heir` takes the request over, once its prompt is computed; None: nobody does yet.
+
+        Its tokens weigh on both units until it moves.
+        """
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        for unit, sign in ((live.heir, -1), (heir, 1)):
+            if unit is not None:
+                load = self._loads.setdefault((live.request.model, unit), Load())
+                load.tokens += sign * live.num_tokens
+        live.heir = heir
+
     def move(self, request_id: int, unit: str) -> None:
         """The request goes on in `unit`; what it gave so far still counts."""
         live = self.close(request_id)
@@ -96,9 +113,10 @@ class Ledger:
 
     def close(self, request_id: int) -> LiveRequest | None:
         """The request ended, however; None if it had already."""
-        live = self._live.pop(request_id, None)
-        if live is None:
+        if request_id not in self._live:
             return None
+        self.promise(request_id, None)
+        live = self._live.pop(request_id)
         load = self._loads[live.request.model, live.unit]
         if live.is_queued:
             load.queued -= 1
@@ -110,6 +128,10 @@ class Ledger:
     def of_unit(self, unit: str) -> list[LiveRequest]:
         """What is lost if `unit` dies, oldest first."""
         return [live for live in self._live.values() if live.unit == unit]
+
+    def promised_to(self, unit: str) -> list[LiveRequest]:
+        """What `unit` was going to take over, oldest first."""
+        return [live for live in self._live.values() if live.heir == unit]
 
     def load(self, model: str, unit: str) -> Load:
         """What `model` has live in `unit`; not to be changed."""
@@ -135,5 +157,7 @@ class Ledger:
             load.queued += live.is_queued
             load.running += not live.is_queued
             load.tokens += live.num_tokens
+            if live.heir is not None:
+                counted[live.request.model, live.heir].tokens += live.num_tokens
         assert counted == self._loads, "the ledger is off"
         return True

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from muxrt.core import FinishReason, Output, Refusal, Request, Result, Work
 from muxrt.engine.executor import Executor
-from muxrt.engine.messages import ModelStats, Stats
+from muxrt.engine.messages import Extend, ModelStats, Stats
 from muxrt.errors import BadRequest, MuxrtError, Unavailable, UnknownModel
 from muxrt.sched.memory import Preempt
 from muxrt.sched.quota import Usage, adapt
@@ -60,11 +60,18 @@ class Unit:
             self._admit(request)
         except MuxrtError as error:
             refusal = Refusal(error.status, error.kind, error.message, error.retry_after_s)
-            self._send([Output(request.id, finish=FinishReason.ERROR, refusal=refusal)])
+            end = FinishReason.ERROR
+            self._send([Output(request.id, finish=end, refusal=refusal, attempt=request.attempt)])
             return
         self.scheduler.add(request)
         self._send(self.scheduler.expire(self.now()))
         self.pump()
+
+    def extend(self, more: Extend) -> None:
+        """More of a sequence that comes from another unit is there; who wants it no more, left."""
+        order = (more.request_id, more.piece, more.payload, more.num_outputs)
+        if self.scheduler.transfers.extend(*order):
+            self.pump()
 
     def abort(self, request_id: int) -> None:
         """The client left: free everything of the request. Unknown ids are late, not wrong."""
@@ -100,7 +107,7 @@ class Unit:
         """When `tick` has something to do, on the clock of `now`; None while nothing waits."""
         if self.is_idle:
             return None
-        times = [self.scheduler.deadlines.next_s(), self.scheduler.leases.next_s()]
+        times = [self.scheduler.deadlines.next_s(), self.scheduler.transfers.next_s()]
         if self._quota_period_s:
             times.append(self._next_adapt_s)
         return min((time for time in times if time is not None), default=None)

@@ -85,10 +85,20 @@ class _Body:
 
     program: Program
     hidden: npt.NDArray[np.float32]  # [max tokens, hidden]: what it leaves
+    layers: tuple[int, ...]  # where each begins among its stages; the last: where all end
     max_positions: int
 
     def fits(self, num_tokens: int, highest: int) -> bool:
         return num_tokens <= self.program.max_tokens and highest < self.max_positions
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A batch on its way through a body."""
+
+    body: _Body
+    num_tokens: int
+    next_layer: int = 0
 
 
 class Session:
@@ -103,6 +113,7 @@ class Session:
         self._decode = self._record(FIRST_TOKENS, FIRST_POSITIONS, is_prefill=False)
         self._prefill = self._record(FIRST_TOKENS, FIRST_POSITIONS, is_prefill=True)
         self._record_head(FIRST_TOKENS)
+        self._pass: _Pass | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -115,6 +126,11 @@ class Session:
         whether the batch is a decode step (one token each), whatever else is in it. Raises
         ValueError for a token outside the vocabulary.
         """
+        self.begin(tokens, meta)
+        return self.go_on(self._llama.shape.num_layers)
+
+    def begin(self, tokens: Tokens, meta: MetaArrays) -> None:
+        """A batch is computed next, in as many calls of `go_on` as it takes; see `forward`."""
         if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(f"found token ids outside the vocabulary of {self.vocab_size}")
         num_tokens, highest = len(tokens), int(meta.positions.max())
@@ -122,8 +138,28 @@ class Session:
             body = self._prefill = self._enlarged(self._prefill, num_tokens, highest, True)
         else:
             body = self._decode = self._enlarged(self._decode, num_tokens, highest, False)
-        body.program.run_batch(tokens, meta)
-        return torch.from_numpy(body.hidden[:num_tokens])
+        body.program.set_batch(tokens, meta)
+        self._pass = _Pass(body, num_tokens)
+
+    @property
+    def next_layer(self) -> int:
+        """Where the batch that is under way goes on; 0: none is."""
+        return self._pass.next_layer if self._pass is not None else 0
+
+    def go_on(self, end_layer: int) -> Tensor:
+        """Compute the batch up to layer `end_layer`: there, K and V are final.
+
+        -> [T, hidden] float32, of use after the last layer only.
+        """
+        begun, num_layers = self._pass, self._llama.shape.num_layers
+        assert begun is not None and begun.next_layer < end_layer <= num_layers, "begin, then go on"
+        body, begin_layer, self._pass = begun.body, begun.next_layer, None
+        if end_layer == num_layers:  # the last norm too
+            body.program.run(body.layers[begin_layer])
+        else:
+            body.program.run(body.layers[begin_layer], body.layers[end_layer])
+            self._pass = _Pass(body, begun.num_tokens, end_layer)
+        return torch.from_numpy(body.hidden[: begun.num_tokens])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab] float32."""
@@ -152,6 +188,7 @@ class Session:
         attended = program.floats(heads * shape.head_dim)
         gated = program.floats(shape.intermediate_size)
         program.embed(llama.embedding, residual)
+        starts = [0]
         for index, layer in enumerate(llama.layers):
             program.rms_norm(residual, layer.input_norm, eps, x)
             program.linear(x, layer.qkv, qkv)
@@ -164,9 +201,10 @@ class Session:
             program.rms_norm(residual, layer.mlp_norm, eps, x)
             program.linear_silu_mul(x, layer.gate_up, gated)
             program.add_linear(gated, layer.down, residual)
+            starts.append(program.num_stages)
         hidden = program.floats(shape.hidden_size)
         program.rms_norm(residual, llama.norm, eps, hidden)
-        return _Body(program, hidden, max_positions)
+        return _Body(program, hidden, tuple(starts), max_positions)
 
     def _record_head(self, max_rows: int) -> None:
         self._top = Program(self._team, max_rows)

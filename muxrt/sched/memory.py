@@ -24,6 +24,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 
+from msgspec.structs import replace
+
 from muxrt.core import (
     BlockGroup,
     Copy,
@@ -84,8 +86,8 @@ class Memory:
         A swapped sequence starts its way back from host memory, one whose K and V another unit
         holds is fetched. False = wait (what could be called back has been).
         """
-        if sequence.request.source is not None and not sequence.opened:
-            return self._start_fetching(sequence, sequence.request.source.held.num_tokens)
+        if sequence.incoming is not None:
+            return self._start_fetching(sequence)
         if sequence.host_blocks is None:
             return self._start_computing(sequence)
         num_groups = len(sequence.host_blocks) // self._group_blocks(sequence)
@@ -97,23 +99,31 @@ class Memory:
         self.copies.append((sequence, CopyKind.SWAP_IN))
         return True
 
-    def _start_fetching(self, sequence: Sequence, num_tokens: int) -> bool:
-        queue = self._queues[sequence.request.model]
-        num_groups = queue.model.layout.num_groups(sequence.num_tokens)
+    def _start_fetching(self, sequence: Sequence) -> bool:
+        queue, source = self._queues[sequence.request.model], sequence.request.source
+        assert source is not None, "it comes from somewhere"
+        # With room for the first token that was generated, whether it is known yet or not.
+        num_groups = queue.model.layout.num_groups(source.num_tokens + 1)
         if not self._may_start(sequence, num_groups, []):
             return False
         sequence.groups = self._take(sequence, num_groups)
-        sequence.num_scheduled = sequence.num_committed = num_tokens
+        sequence.num_scheduled = sequence.num_committed = source.num_tokens
         queue.start(sequence)
         sequence.state = SequenceState.FETCHING
-        self.copies.append((sequence, TransferKind.FETCH))
+        self.fetch(sequence)
         return True
 
-    def hold(self, sequence: Sequence) -> None:
-        """A sequence has all its tokens, and another unit is going to fetch its blocks."""
-        sequence.state = SequenceState.HELD
-        self._queues[sequence.request.model].changed()
-        self.copies.append((sequence, TransferKind.SEAL))
+    def fetch(self, sequence: Sequence) -> None:
+        """Ask for the pieces of a sequence that are there and were not asked for, if it has room.
+
+        One fetch at a time, of as many pieces as there are by then.
+        """
+        incoming = sequence.incoming
+        if incoming is None or sequence.state is not SequenceState.FETCHING or incoming.is_asking:
+            return
+        if incoming.num_asked < len(incoming.pieces):
+            incoming.is_asking = True
+            self.copies.append((sequence, TransferKind.FETCH))
 
     def _start_computing(self, sequence: Sequence) -> bool:
         queue = self._queues[sequence.request.model]
@@ -179,9 +189,8 @@ class Memory:
         """Tokens of a queue's head whose K and V are neither cached nor in host memory."""
         if head.host_blocks is not None:
             return head.num_pending
-        source = head.request.source
-        if source is not None and not head.opened:
-            return head.num_tokens - source.held.num_tokens
+        if head.incoming is not None:
+            return 1  # its K and V come; a decode step is all that it needs
         known = self.pool.prefixes.match(head.request.keys)
         layout = self._queues[head.request.model].model.layout
         return head.num_tokens - len(known) * layout.block_tokens
@@ -344,27 +353,31 @@ class Memory:
         )
 
     def transfer(self, sequence: Sequence, kind: TransferKind, work_id: int, lane: int) -> Transfer:
-        """The work that seals or fetches a sequence's blocks."""
+        """The work that seals a piece of a sequence, or fetches those that are there."""
         assert sequence.slot is not None
-        request = sequence.request
-        is_fetch = kind is TransferKind.FETCH
-        return Transfer(
-            work_id,
-            lane,
-            request.model,
-            kind,
-            sequence.slot,
-            pack_ids(sequence.groups),
-            sequence.num_committed,
-            request.source if is_fetch else None,
-            (open_slot(sequence),) if is_fetch else (),
-        )
+        request, incoming, outgoing = sequence.request, sequence.incoming, sequence.outgoing
+        model, slot = request.model, sequence.slot
+        if kind is TransferKind.SEAL:
+            assert outgoing is not None, "it leaves"
+            return Transfer(work_id, lane, model, kind, slot, (outgoing.unsealed.popleft(),))
+        assert incoming is not None and request.source is not None, "it comes"
+        pieces = tuple(incoming.pieces[incoming.num_asked :])
+        incoming.num_asked = len(incoming.pieces)
+        opened = (open_slot(sequence),) if incoming.is_whole else ()
+        source = replace(request.source, pieces=())
+        ids = pack_ids(sequence.groups)
+        return Transfer(work_id, lane, model, kind, slot, pieces, ids, source, opened)
 
-    def fetched(self, sequence: Sequence) -> None:
-        """K and V are here: the sequence goes on as if it had been computed here."""
-        if sequence.state is SequenceState.FETCHING:
-            sequence.num_groups_sent = len(sequence.groups)
-            sequence.state = SequenceState.RUNNING
+    def fetched(self, sequence: Sequence) -> bool:
+        """What was asked for is here. If that is all, it goes on as if it was computed here."""
+        incoming = sequence.incoming
+        assert incoming is not None, "it came"
+        if not incoming.is_whole or incoming.num_asked < len(incoming.pieces):
+            return False
+        sequence.incoming = None
+        sequence.num_groups_sent = len(sequence.groups)
+        sequence.state = SequenceState.RUNNING
+        return True
 
     def copied(self, sequence: Sequence, kind: CopyKind) -> None:
         """A copy is done: the sequence is on the other side."""

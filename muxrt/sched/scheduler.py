@@ -3,6 +3,7 @@
 Mechanism only: which model and which phase comes next is a policy's choice (`sched/policies`).
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -14,7 +15,6 @@ from muxrt.core import (
     Copy,
     CopyKind,
     FinishReason,
-    Held,
     Output,
     Phase,
     Refusal,
@@ -27,13 +27,14 @@ from muxrt.core import (
     Work,
 )
 from muxrt.cost.latency import BatchShape, Latency, attention_work
-from muxrt.errors import Overloaded, TransferFailed
+from muxrt.errors import Overloaded
 from muxrt.sched.admission import Admission, Allowance, Need
 from muxrt.sched.due import DueTimes
 from muxrt.sched.entries import add_chunk, add_step, open_slot
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
 from muxrt.sched.rotation import Rotation
+from muxrt.sched.transfers import Ends, Transfers, incoming_of
 
 LATENESS_MARGIN = 2.0  # of a predicted prefill: others share its batch, it may wait for the lane
 AnyWork = TypeVar("AnyWork", Batch, Copy, Transfer)
@@ -61,6 +62,7 @@ class Limits:
     num_lanes: int = 1
     depth: int = 1  # works in flight per lane
     prefill_tokens: int = 512  # of one prefill batch
+    stream_tokens: int = 256  # a prompt that leaves goes in pieces from so many tokens on
 
     @property
     def copy_lane(self) -> int:
@@ -113,7 +115,10 @@ class Scheduler:
         self._orders = count()
         self.work_ids = count()
         self.deadlines = DueTimes(self._is_waiting)  # of first tokens
-        self.leases = DueTimes(self._sequences.__contains__)  # until then its blocks are held
+        ends = Ends(self._sequences, self._finish)
+        self.transfers = Transfers(queues, memory, ends, limits.stream_tokens)
+        self._parts: deque[tuple[Batch, list[Sequence]]] = deque()  # of a pass that was begun
+        self._parts_s: dict[int, float] = {}  # what those took that are done, by lane
 
     # -- arrivals and departures -------------------------------------------------------------
 
@@ -125,6 +130,7 @@ class Scheduler:
             outputs_scheduled=request.num_outputs,
             outputs_committed=request.num_outputs,
         )
+        sequence.incoming = incoming_of(request)
         self._sequences[request.id] = sequence
         self.queues[request.model].waiting.append(sequence)
         if request.deadline_s is not None:
@@ -139,13 +145,8 @@ class Scheduler:
         return True
 
     def expire(self, now: float) -> list[Output]:
-        """Refuse the waiting requests whose first token can no longer come in time.
-
-        And let go of what was held for too long: whoever comes late computes it again.
-        """
-        while (request_id := self.leases.pop(now)) is not None:
-            self._finish(self._sequences[request_id])
-        outputs = []
+        """Refuse who can no longer be in time; let go of what was held or awaited for too long."""
+        outputs = self.transfers.expire(now)
         for queue in self.queues.values():
             while queue.waiting and not queue.preempted and self._is_late(queue.waiting[0], now):
                 outputs.append(self._refuse(queue.waiting[0], now))
@@ -196,6 +197,11 @@ class Scheduler:
 
     def schedule(self, now: float) -> Work | None:
         """The next work that fits now; None when every lane is full or nothing can run."""
+        if self._parts:
+            part, sequences = self._parts.popleft()
+            for sequence in sequences:
+                sequence.in_flight += 1
+            return self._fly(part, sequences)
         if self.memory.copies:
             return self._next_copy()
         for lane in self._idle_lanes():
@@ -231,9 +237,10 @@ class Scheduler:
         for sequence in sequences:
             if sequence.is_prefilled:
                 queue.prefilled(sequence)
-        self._num_prefills += 1
         batch = Batch(next(self.work_ids), lane, model, Phase.PREFILL, entries, opened)
-        return self._fly(batch, sequences)
+        first, *others = self.transfers.parts(batch, sequences, self.work_ids)
+        self._parts.extend((other, sequences) for other in others)
+        return self._fly(first, sequences)
 
     def _cut(self, queue: ModelQueue, lane: int, allowed: Allowance) -> list[tuple[Sequence, int]]:
         """Sequences of a prefill batch, those that it starts included, and their tokens."""
@@ -260,6 +267,7 @@ class Scheduler:
         is_new = head.slot is None
         if not self.memory.start(head):
             return False
+        self.transfers.begin(head)
         self.memory.claims.pop(queue.name, None)
         if is_new and head.state is not SequenceState.FETCHING:
             counters = self.counters[queue.name]
@@ -329,7 +337,8 @@ class Scheduler:
     def _next_copy(self) -> Copy | Transfer:
         sequence, kind = self.memory.copies.popleft()
         lane, number = self.limits.copy_lane, next(self.work_ids)
-        sequence.lane = lane
+        if kind is not TransferKind.SEAL:  # its batches go on beside it, where they are
+            sequence.lane = lane
         sequence.in_flight += 1
         if isinstance(kind, CopyKind):
             return self._fly(self.memory.copy(sequence, kind, number, lane), [sequence])
@@ -337,6 +346,7 @@ class Scheduler:
 
     def _fly(self, work: AnyWork, sequences: list[Sequence]) -> AnyWork:
         self.flights[work.id] = Flight(work, sequences)
+        self._num_prefills += _is_prefill(work)
         self.lane_load[work.lane] += 1
         self.queues[work.model].flew(work, 1)
         return work
@@ -352,36 +362,23 @@ class Scheduler:
         for sequence in flight.sequences:
             sequence.in_flight -= 1
         if isinstance(work, Transfer):
-            return self._commit_transfer(flight.sequences[0], work, result, now)
+            return self.transfers.commit(flight.sequences[0], work, result, now)
+        elapsed_s = result.elapsed_s + self._parts_s.pop(work.lane, 0.0)
         if result.error is not None:
             return self._fail(flight.sequences, result.error)
         if isinstance(work, Copy):
             self._commit_copy(flight.sequences[0], work, result)
             return []
-        self.latency.observe(work.model, BatchShape.of(work.entries), result.elapsed_s)
+        if not work.ends_pass:
+            self._parts_s[work.lane] = elapsed_s
+            self.transfers.computed_part(work, flight.sequences)
+            return []  # the other layers are in flight, and account for the rest
+        self.latency.observe(work.model, BatchShape.of(work.entries), elapsed_s)
         return self._commit_batch(work, flight.sequences, result, now)
 
     def _commit_copy(self, sequence: Sequence, work: Copy, result: Result) -> None:
         self.memory.copied(sequence, work.kind)
         self.memory.settle(sequence)
-
-    def _commit_transfer(
-        self, sequence: Sequence, work: Transfer, result: Result, now: float
-    ) -> list[Output]:
-        request = sequence.request
-        if sequence.state is SequenceState.FINISHED:
-            self.memory.settle(sequence)
-            return []
-        if result.error is not None:
-            self._finish(sequence)
-            refusal = Refusal(TransferFailed.status, TransferFailed.kind, result.error)
-            return [Output(request.id, finish=FinishReason.ERROR, refusal=refusal)]
-        if work.kind is TransferKind.FETCH:
-            self.memory.fetched(sequence)
-            return [Output(request.id, is_fetched=True)]
-        self.leases.add(now + request.hold_s, request.id)
-        held = Held(work.blocks, work.num_tokens, result.checksum)
-        return [Output(request.id, finish=FinishReason.LENGTH, held=held)]
 
     def _commit_batch(
         self, batch: Batch, sequences: list[Sequence], result: Result, now: float
@@ -404,6 +401,8 @@ class Scheduler:
             output = self._output(sequence, index, token, result)
             if output is not None:
                 outputs.append(output)
+            if sequence.outgoing is not None:
+                self.transfers.computed(sequence, sequence.outgoing, entry, None)
             if sequence.preempt and not sequence.in_flight:
                 self.memory.settle(sequence)
         self.counters[batch.model].output_tokens += num_tokens
@@ -429,7 +428,7 @@ class Scheduler:
         elif sequence.outputs_committed >= request.max_tokens and _is_prompt_done(sequence):
             finish = FinishReason.LENGTH
         if finish is FinishReason.LENGTH and request.hold_s:
-            self.memory.hold(sequence)
+            self.transfers.hold(sequence)
             finish = None  # it ends when it can be fetched
         elif finish is not None:
             self._finish(sequence)

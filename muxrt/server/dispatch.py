@@ -5,31 +5,35 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
 from muxrt.config.placement import ModelSpec, UnitModel, UnitSpec
-from muxrt.core import FinishReason, Output, Prompt, Refusal, Request, SamplingParams, Source
-from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff, event_of
-from muxrt.engine.messages import Abort, ModelReady, Step, Submit, ToUnit
+from muxrt.core import (
+    FinishReason,
+    Output,
+    Piece,
+    Prompt,
+    Refusal,
+    Request,
+    SamplingParams,
+    Source,
+)
+from muxrt.engine.handoff import LEASE_S, Event, Handoff
+from muxrt.engine.messages import Abort, Extend, ModelReady, Step, Submit, ToUnit
+from muxrt.engine.relay import Relay
 from muxrt.engine.requests import Ledger, LiveRequest
 from muxrt.engine.router import Replica, choose_decoder, choose_route
-from muxrt.errors import MuxrtError, Overloaded, Unavailable
+from muxrt.errors import Overloaded, Unavailable
 from muxrt.server.unit_process import UnitProcess
 
 log = logging.getLogger(__name__)
 
 QUEUE_RETRY_S = 1.0
-# Outputs handled at once; those of a slow client wait as outputs, not as unsent bytes.
-MAX_NEWS = 256
 
 Sink = Callable[[Output], None]
-# Takes an output of a choice at once, if it can.
-Quick = Callable[[int, Output], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class Dispatcher:
         self.is_draining = False
         self._units = units
         self._now = now
+        self._relay = Relay(self.ledger, self)
         self._waiters: dict[int, _Waiter] = {}
         self._idle = asyncio.Event()
 
@@ -196,11 +201,9 @@ class Dispatcher:
 
     def abort(self, request_id: int) -> None:
         """Nobody waits for this request any more: its units free everything of it at once."""
-        waiter = self._waiters.get(request_id)
         live = self._close(request_id)
-        if live is not None and waiter is not None:
+        if live is not None:
             self._units.send(live.unit, Abort(request_id))
-            self._release(request_id, waiter)
 
     def unit_of(self, request_id: int) -> str | None:
         """Where a live request runs."""
@@ -208,7 +211,10 @@ class Dispatcher:
         return live.unit if live else None
 
     def _close(self, request_id: int) -> LiveRequest | None:
-        self._waiters.pop(request_id, None)
+        """It has ended, however; whoever keeps something of it for another unit lets go."""
+        waiter = self._waiters.pop(request_id, None)
+        if waiter is not None and waiter.handoff is not None:
+            self._relay.let_go(request_id, waiter.handoff)
         live = self.ledger.close(request_id)
         if not self._waiters:
             self._idle.set()
@@ -222,9 +228,9 @@ class Dispatcher:
             waiter = self._waiters.get(output.request_id)
             if waiter is None:
                 continue
-            waiter.is_untouched = False
             if waiter.handoff is not None and self._hand_over(waiter, waiter.handoff, output):
                 continue
+            waiter.is_untouched = False
             self.ledger.add_tokens(output.request_id, len(output.tokens))
             # Before it is closed: what starts with it must find its unit, and no idle moment.
             waiter.sink(output)
@@ -236,12 +242,16 @@ class Dispatcher:
 
         What is handed over from unit to unit is computed again by whoever is there.
         """
+        for live in self.ledger.promised_to(unit.name):
+            handoff = self._waiters[live.request.id].handoff
+            assert handoff is not None, "it has an heir"
+            self._relay.on(live.request.id, handoff, Event.HEIR_DIED)
         lost = self.ledger.of_unit(unit.name)
         log.warning("event=requests_lost unit=%s count=%d", unit.name, len(lost))
         for live in lost:
             waiter = self._waiters[live.request.id]
             if waiter.outputs and waiter.handoff is not None:
-                self._act(live.request.id, waiter, waiter.handoff.on(Event.DIED))
+                self._relay.on(live.request.id, waiter.handoff, Event.DIED)
                 continue
             self._close(live.request.id)
             if not self._retry(live, waiter):
@@ -265,57 +275,44 @@ class Dispatcher:
     def _hand_over(self, waiter: _Waiter, handoff: Handoff, output: Output) -> bool:
         """Take note of an output of a request on its way; True if its client need not know."""
         waiter.outputs += output.tokens
-        event = event_of(output)
-        if event is None:
-            return False
-        if output.held is not None:
-            live = self.ledger.get(output.request_id)
-            assert live is not None, "who has a waiter is live"
-            handoff.holder = self._units.units[live.unit].identity.decode()
-            handoff.held = output.held
-        elif output.refusal is not None:
+        if output.refusal is not None and output.attempt:
             log.warning("event=transfer_failed error=%r", output.refusal.message)
-        self._act(output.request_id, waiter, handoff.on(event))
-        return True
+        return self._relay.hear(handoff, output)
 
-    def _act(self, request_id: int, waiter: _Waiter, acts: Sequence[Act]) -> None:
-        """Do what the state machine says (engine/handoff.py)."""
-        handoff = waiter.handoff
-        assert handoff is not None, "only what is handed over has steps"
-        source = self._source(waiter.draft.model, handoff) if Act.FETCH in acts else None
-        if Act.RELEASE in acts:
-            self._release(request_id, waiter)
-        if Act.FETCH not in acts and Act.RECOMPUTE not in acts:
-            return
-        decoder = choose_decoder(self._ready_replicas(waiter.draft.model), self.ledger)
-        if decoder is None or handoff.is_hopeless:
-            live = self._close(request_id)
-            self._release(request_id, waiter)
-            if live is not None:
-                self._give_up(live, waiter, QUEUE_RETRY_S)
-            return
-        if decoder.unit == handoff.holding_unit:  # nobody else is there: it lets go and begins anew
-            self._release(request_id, waiter)
-            source = None
-        self.ledger.move(request_id, decoder.unit)
-        request = waiter.draft.resumed(request_id, waiter.outputs, source)
-        self._send(request, waiter, decoder.unit)
+    def choose_decoder(self, model: str) -> str | None:
+        """See `Reach`; so are the others up to `give_up`."""
+        decoder = choose_decoder(self._ready_replicas(model), self.ledger)
+        return None if decoder is None else decoder.unit
 
-    def _source(self, model: str, handoff: Handoff) -> Source | None:
-        """Where the blocks are; None if nobody holds them any more."""
-        if handoff.holding_unit is None or handoff.holder is None or handoff.held is None:
-            return None
-        unit = self._units.units[handoff.holding_unit]
-        if not unit.is_ready or unit.identity.decode() != handoff.holder:
-            return None
-        return Source(handoff.holder, unit.models[model].address, handoff.held)
+    def identity(self, unit: str) -> str:
+        return self._units.units[unit].identity.decode()
 
-    def _release(self, request_id: int, waiter: _Waiter) -> None:
-        """Who holds blocks of the request for another unit may let go."""
-        handoff = waiter.handoff
-        if handoff is not None and handoff.holding_unit is not None:
-            self._units.send(handoff.holding_unit, Abort(request_id))
-            handoff.holder = None
+    def address(self, model: str, holder: str) -> bytes | None:
+        unit = self._units.units[holder.rpartition("#")[0]]
+        is_there = unit.is_ready and unit.identity.decode() == holder
+        return unit.models[model].address if is_there else None
+
+    def resume(self, request_id: int, unit: str, source: Source | None) -> None:
+        self._units.send(unit, Submit(self._resumed(request_id, source)))
+
+    def extend(self, request_id: int, unit: str, piece: Piece) -> None:
+        more = Extend(request_id, piece)
+        if piece.is_last:
+            request = self._resumed(request_id, None)
+            more = Extend(request_id, piece, request.payload, request.num_outputs)
+        self._units.send(unit, more)
+
+    def release(self, request_id: int, unit: str) -> None:
+        self._units.send(unit, Abort(request_id))
+
+    def give_up(self, request_id: int) -> None:
+        waiter, live = self._waiters[request_id], self._close(request_id)
+        if live is not None:
+            self._give_up(live, waiter, QUEUE_RETRY_S)
+
+    def _resumed(self, request_id: int, source: Source | None) -> Request:
+        waiter = self._waiters[request_id]
+        return waiter.draft.resumed(request_id, waiter.outputs, source)
 
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new; True once nothing is live, False if that takes too long."""
@@ -339,85 +336,6 @@ class Dispatcher:
         assert all(self.ledger.get(request_id) for request_id in self._waiters)
         assert len(self.ledger) == len(self._waiters), "a request is lost"
         return self.ledger.check()
-
-
-class Call:
-    """The sequences that one HTTP request waits for. Leaving the block aborts what still runs."""
-
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self._dispatcher = dispatcher
-        self._ids: dict[int, int] = {}  # choice -> request, while it is live
-        self._followers: dict[int, list[tuple[int, Draft]]] = {}
-        self._news: list[tuple[int, Output]] = []
-        self._reader: asyncio.Future[None] | None = None  # of whoever waits, or last waited
-        self.quick: Quick | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._followers.clear()
-        self.quick = None  # it knows who knows us: a cycle would wait for the collector
-        for index in list(self._ids):
-            self.abort(index)
-
-    def start(self, first: int, drafts: Sequence[Draft]) -> None:
-        """Generate choices `first`, `first` + 1, ... of one prompt. Raises Unavailable.
-
-        All but the first start with its first token: by then its prompt's blocks can be shared.
-        """
-        self._submit(first, drafts[0])
-        if len(drafts) > 1:
-            self._followers[first] = list(enumerate(drafts[1:], first + 1))
-
-    def abort(self, index: int) -> None:
-        """Choice `index` has all it needs."""
-        request_id = self._ids.pop(index, None)
-        if request_id is not None:
-            self._dispatcher.abort(request_id)
-
-    async def news(self) -> list[tuple[int, Output]]:
-        """The outputs that came since the last call, at least one, with their choices.
-
-        While this waits, `quick` may take outputs instead; they are all older than the next news.
-        """
-        if not self._news:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        news, self._news = self._news[:MAX_NEWS], self._news[MAX_NEWS:]
-        return news
-
-    def _submit(self, index: int, draft: Draft, unit: str | None = None) -> None:
-        self._ids[index] = self._dispatcher.submit(draft, partial(self._take, index), unit)
-
-    def _take(self, index: int, output: Output) -> None:
-        if self._followers and output.refusal is None and (output.tokens or output.finish):
-            self._start_followers(index)
-        if output.finish is not None:
-            self._ids.pop(index, None)
-        reader = self._reader
-        if reader is None or reader.done():
-            self._news.append((index, output))
-        elif self.quick is None or not self.quick(index, output):
-            self._news.append((index, output))
-            reader.set_result(None)
-
-    def _start_followers(self, leader: int) -> None:
-        followers = self._followers.pop(leader, None)
-        if followers is None:
-            return
-        unit = self._dispatcher.unit_of(self._ids[leader])
-        for index, draft in followers:
-            try:
-                self._submit(index, draft, unit)
-            except MuxrtError as error:
-                refusal = Refusal(error.status, error.kind, error.message, error.retry_after_s)
-                self._take(index, Output(0, finish=FinishReason.ERROR, refusal=refusal))
 
 
 def _replica(unit: UnitSpec, model: str) -> Replica:

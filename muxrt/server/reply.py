@@ -6,7 +6,7 @@ from time import monotonic
 
 from muxrt.core import Output
 from muxrt.server.answers import NUL, Frame, Usage, Writer, count_usage, split_event
-from muxrt.server.dispatch import Call
+from muxrt.server.call import Call
 from muxrt.server.event_stream import EventStream
 from muxrt.server.generation import Choice, Delta, Echo, merge
 from muxrt.server.openai import Ask

@@ -15,7 +15,8 @@ from aiohttp import web
 from muxrt.errors import BadRequest, BodyTooLarge, MuxrtError, Unavailable, UnknownModel
 from muxrt.server.answers import DONE, ChatDialect, CompletionDialect, Dialect, Writer
 from muxrt.server.auth import KeyRing
-from muxrt.server.dispatch import Call, Dispatcher
+from muxrt.server.call import Call
+from muxrt.server.dispatch import Dispatcher
 from muxrt.server.event_stream import EventStream, Outbox
 from muxrt.server.openai import Ask, parse_chat, parse_completion
 from muxrt.server.prometheus import CONTENT_TYPE, Metrics

@@ -13,13 +13,14 @@ Assumptions, each of which a measurement on GPUs may replace:
 """
 
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
 import msgspec
 
 from muxrt.config.placement import UnitSpec
-from muxrt.core import ID_BYTES, Copy, CopyKind, Transfer, TransferKind
+from muxrt.core import ID_BYTES, Copy, CopyKind, Piece, Transfer, TransferKind
 from muxrt.engine.executor import Done
 from muxrt.sim.links import Link, Links, LinkTransfer
 from muxrt.sim.loop import FINISH, EventLoop
@@ -45,8 +46,8 @@ class Peers(Protocol):
     def path(self, source: str, unit: str) -> tuple[Link, ...]:
         """The links from `source` to `unit`; none where `source` is gone."""
 
-    def block_bytes(self, source: str) -> int:
-        """Of the blocks of `source`."""
+    def num_bytes(self, source: str, model: str, pieces: Sequence[Piece]) -> int:
+        """Of these pieces of a sequence, as they lie in `source`."""
 
 
 class CopyLane:
@@ -97,8 +98,7 @@ class CopyLane:
                 error = f"{work.source.unit} is gone, and its K and V"
                 self._loop.after(0.0, partial(self._end, error), FINISH)
                 return
-            held = len(work.source.held.blocks) // ID_BYTES
-            num_bytes = held * self._peers.block_bytes(work.source.unit)
+            num_bytes = self._peers.num_bytes(work.source.unit, work.model, work.pieces)
         self._transfer = self._links.send(path, num_bytes, self._end)
 
     def _end(self, error: str | None = None) -> None:

@@ -26,7 +26,7 @@ class ConstantCost:
 
     def __call__(self, work: Work) -> float:
         if isinstance(work, Batch):
-            return self.batch_s + self.token_s * work.num_tokens
+            return (self.batch_s + self.token_s * work.num_tokens) * work.share
         return self.copy_s
 
 
@@ -59,6 +59,7 @@ class Job:
     runner: Runner
     work: BatchWork
     landed: "Landed"
+    ends_pass: bool = True  # False: a part of a batch that others follow
     started_s: float = 0.0
     since_s: float = 0.0  # when `left` was true
     left: float = 1.0  # share of the batch that is still to be computed
@@ -117,7 +118,7 @@ class MeshLanes:
     def _end(self, job: Job) -> None:
         lane, elapsed_s = job.lane, self.loop.now_s - job.started_s
         self.busy_s[lane] = self.busy_s.get(lane, 0.0) + elapsed_s
-        self.num_batches += 1
+        self.num_batches += job.ends_pass
         del self._running[lane]
         queued = self._queued.get(lane)
         if queued:
@@ -188,7 +189,15 @@ class MeshExecutor:
             return
         runner = self.lanes.cost.runner(work)
         self.lanes.launch(
-            BatchJob(work.lane, runner, BatchWork.of(work), self.land, batch=work, done=done)
+            BatchJob(
+                work.lane,
+                runner,
+                BatchWork.of(work),
+                self.land,
+                work.ends_pass,
+                batch=work,
+                done=done,
+            )
         )
 
     def busy_until_now_s(self, lane: int) -> float:

@@ -9,8 +9,10 @@ from typing import Protocol
 import msgspec
 
 from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.core import FinishReason, Output, Request, Source
-from muxrt.engine.handoff import LEASE_S, Act, Event, Handoff, event_of
+from muxrt.core import ID_BYTES, FinishReason, Output, Piece, Request, Source
+from muxrt.engine.handoff import LEASE_S, Event, Handoff
+from muxrt.engine.messages import Extend
+from muxrt.engine.relay import Relay
 from muxrt.engine.requests import Ledger, LiveRequest
 from muxrt.engine.router import Replica, choose_decoder, choose_route
 from muxrt.errors import BadRequest, ConfigError, Overloaded, Unavailable
@@ -110,6 +112,7 @@ class Simulation:
         self.loop = EventLoop()
         self.links = Links(self.loop)
         self.ledger = Ledger()
+        self._relay = Relay(self.ledger, self)
         self.served: list[Served] = []
         self._live: dict[int, Served] = {}
         self._requests: dict[int, Request] = {}  # of those, as their clients sent them
@@ -202,11 +205,16 @@ class Simulation:
         """What the endpoint does when a unit's process ends (server/dispatch.py: `on_death`)."""
         self._changes_s.popleft()
         self.units[name].die()
+        for promised in self.ledger.promised_to(name):
+            handoff = self._live[promised.request.id].handoff
+            assert handoff is not None, "it has an heir"
+            self._relay.on(promised.request.id, handoff, Event.HEIR_DIED)
         for lost in self.ledger.of_unit(name):
             served = self._live[lost.request.id]
             if served.output_tokens and served.handoff is not None:
-                self._act(lost.request.id, served, served.handoff.on(Event.DIED))
+                self._relay.on(lost.request.id, served.handoff, Event.DIED)
                 continue
+            self._let_go(lost.request.id, served)
             self.ledger.close(lost.request.id)
             if not self._retry(lost, served):
                 self._lose(lost.request.id, served)
@@ -305,70 +313,72 @@ class Simulation:
 
     # -- from unit to unit (as server/dispatch.py) -------------------------------------------
 
-    def _hand_over(self, served: Served, handoff: Handoff, output: Output) -> bool:
-        """Take note of an output of a request on its way; True if its client need not know."""
-        event = event_of(output)
-        if event is None:
-            return False
-        if output.held is not None:
-            assert served.unit is not None, "it was sent"
-            handoff.holder, handoff.held = self.units[served.unit].identity, output.held
-        self._act(output.request_id, served, handoff.on(event))
-        return True
+    def _let_go(self, request_id: int, served: Served) -> None:
+        """Whoever keeps something of it for another unit need not."""
+        if served.handoff is not None:
+            self._relay.let_go(request_id, served.handoff)
 
-    def _act(self, request_id: int, served: Served, acts: Sequence[Act]) -> None:
-        """Do what the state machine says (engine/handoff.py)."""
-        handoff = served.handoff
-        assert handoff is not None, "only what is handed over has steps"
-        source = None
-        if Act.FETCH in acts and handoff.holder is not None and handoff.held is not None:
-            source = Source(handoff.holder, b"", handoff.held)
-        if Act.RELEASE in acts:
-            self._let_go(request_id, handoff)
-        if Act.FETCH not in acts and Act.RECOMPUTE not in acts:
-            return
-        decoder = choose_decoder(self._published(served.model), self.ledger)
-        if decoder is None or handoff.is_hopeless:
-            self.ledger.close(request_id)
-            self._lose(request_id, served)
-            return
-        if decoder.unit == handoff.holding_unit:
-            self._let_go(request_id, handoff)  # nobody else is there: it begins anew
-            source = None
-        self.ledger.move(request_id, decoder.unit)
-        served.unit = decoder.unit
-        # An event of its own: the unit that spoke is in the middle of a step.
-        self.loop.at(self.loop.now_s, partial(self._resume, request_id, source), FINISH)
+    def choose_decoder(self, model: str) -> str | None:
+        """See `Reach`; so are the others up to `give_up`."""
+        decoder = choose_decoder(self._published(model), self.ledger)
+        return None if decoder is None else decoder.unit
 
-    def _resume(self, request_id: int, source: Source | None) -> None:
-        """Its decode unit gets a request with all that was generated so far."""
-        served, live = self._live.get(request_id), self.ledger.get(request_id)
-        if served is None or live is None or not self.units[live.unit].is_up:
-            return  # its unit died at this very instant: it was seen to
-        request = self._requests[request_id]
-        prompt = msgspec.msgpack.decode(request.payload, type=SimPrompt)
-        said = served.output_tokens
-        self._send(
-            msgspec.structs.replace(
-                request,
-                payload=msgspec.msgpack.encode(SimPrompt(prompt.output_tokens, said)),
-                deadline_s=None,
-                num_outputs=said,
-                source=source,
-            ),
-            served,
-            live.unit,
+    def identity(self, unit: str) -> str:
+        return self.units[unit].identity
+
+    def address(self, model: str, holder: str) -> bytes | None:
+        unit = self.units[holder.rpartition("#")[0]]
+        return b"" if unit.is_up and unit.identity == holder else None
+
+    def resume(self, request_id: int, unit: str, source: Source | None) -> None:
+        payload, said = self._payload(request_id)
+        request = msgspec.structs.replace(
+            self._requests[request_id],
+            payload=payload,
+            deadline_s=None,
+            num_outputs=said,
+            source=source,
         )
+        self._settle_in(request_id)
+        self._say(unit, partial(self.units[unit].add, request))
 
-    def _let_go(self, request_id: int, handoff: Handoff) -> None:
-        name = handoff.holding_unit
-        if name is not None:
-            self.loop.at(self.loop.now_s, partial(self._release, name, request_id), FINISH)
-            handoff.holder = None
+    def extend(self, request_id: int, unit: str, piece: Piece) -> None:
+        more = Extend(request_id, piece)
+        if piece.is_last:
+            more = Extend(request_id, piece, *self._payload(request_id))
+            self._settle_in(request_id)
+        self._say(unit, partial(self.units[unit].extend, more))
 
-    def _release(self, unit: str, request_id: int) -> None:
-        if self.units[unit].is_up:
-            self.units[unit].abort(request_id)
+    def release(self, request_id: int, unit: str) -> None:
+        self._say(unit, partial(self.units[unit].abort, request_id))
+
+    def give_up(self, request_id: int) -> None:
+        served = self._live[request_id]
+        self._let_go(request_id, served)
+        self.ledger.close(request_id)
+        self._lose(request_id, served)
+
+    def _settle_in(self, request_id: int) -> None:
+        """The request is where the ledger says; an heir does not have it yet."""
+        live = self.ledger.get(request_id)
+        assert live is not None, "who is on the way is live"
+        self._live[request_id].unit = live.unit
+
+    def _payload(self, request_id: int) -> tuple[bytes, int]:
+        """Of a request that goes on elsewhere, and how many tokens of it are said."""
+        payload, said = self._requests[request_id].payload, self._live[request_id].output_tokens
+        prompt = msgspec.msgpack.decode(payload, type=SimPrompt)
+        return msgspec.msgpack.encode(SimPrompt(prompt.output_tokens, said)), said
+
+    def _say(self, unit: str, say: Callable[[], None]) -> None:
+        """An event of its own: the unit that spoke is in the middle of a step."""
+        identity = self.units[unit].identity
+
+        def tell() -> None:
+            if self.units[unit].is_up and self.units[unit].identity == identity:
+                say()
+
+        self.loop.at(self.loop.now_s, tell, FINISH)
 
     def path(self, source: str, unit: str) -> tuple[Link, ...]:
         """The links from `source` (name and life) to `unit`; none where it is gone."""
@@ -387,10 +397,12 @@ class Simulation:
             return tuple(ends)
         return (*ends, Link(f"node {here} out", rate), Link(f"node {there} in", rate))
 
-    def block_bytes(self, source: str) -> int:
-        """Of the blocks of `source`."""
-        name, _, _ = source.rpartition("#")
-        return self.units[name].plan.arena.block_bytes
+    def num_bytes(self, source: str, model: str, pieces: Sequence[Piece]) -> int:
+        """Of these pieces of a sequence, as they lie in `source`."""
+        plan = self.units[source.rpartition("#")[0]].plan
+        group_bytes = ID_BYTES * plan.models[model].layout.blocks_per_group
+        planes = [len(p.blocks) // group_bytes * (p.end_plane - p.first_plane) for p in pieces]
+        return sum(planes) * plan.arena.plane_bytes
 
     def _turn_away(self, served: Served, status: int) -> None:
         served.finish, served.refused = FinishReason.ERROR, status
@@ -418,8 +430,10 @@ class Simulation:
         """Tokens and ends, as the client sees them."""
         now, live, replicas = self.loop.now_s, self._live, self._replicas
         for output in outputs:
-            served = live[output.request_id]
-            if served.handoff is not None and self._hand_over(served, served.handoff, output):
+            served = live.get(output.request_id)
+            if served is None:
+                continue  # what an attempt that was given up said at the very end
+            if served.handoff is not None and self._relay.hear(served.handoff, output):
                 continue
             if output.tokens:
                 num_tokens = len(output.tokens)
@@ -435,6 +449,7 @@ class Simulation:
                 served.finish = output.finish
                 if output.refusal is not None:
                     served.refused = output.refusal.status
+                self._let_go(output.request_id, served)
                 del live[output.request_id], self._requests[output.request_id]
                 self.ledger.close(output.request_id)
                 if self._watch is not None:

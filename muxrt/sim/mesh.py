@@ -168,7 +168,7 @@ class MeshCost:
         return 1 + (engine.interference if own is None else own)
 
     def _batch_control_s(self, model: str, work: BatchWork) -> float:
-        return self._control_step_s + self._control_s[model] * work.decodes
+        return self._control_step_s * work.share + self._control_s[model] * work.decodes
 
     def _steps_at(self, model: str, share: float) -> Steps:
         steps = self._at.get((model, share))

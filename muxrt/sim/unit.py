@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from muxrt.config.placement import ModelSpec, UnitSpec
-from muxrt.core import Output, Request
+from muxrt.core import Output, Piece, Request
 from muxrt.engine.build import build_unit, plan_unit
+from muxrt.engine.messages import Extend
 from muxrt.engine.unit import Unit
 from muxrt.sim.copies import CopyLane
 from muxrt.sim.executor import MeshExecutor
@@ -26,8 +27,8 @@ class Surroundings(Protocol):
     def path(self, source: str, unit: str) -> tuple[Link, ...]:
         """The links from `source` (name and life) to `unit`; none where it is gone."""
 
-    def block_bytes(self, source: str) -> int:
-        """Of the blocks of `source`."""
+    def num_bytes(self, source: str, model: str, pieces: Sequence[Piece]) -> int:
+        """Of these pieces of a sequence, as they lie in `source`."""
 
     def advance(
         self, model: str, unit: str, request_ids: Sequence[int], num_tokens: int, last_s: float
@@ -117,6 +118,12 @@ class SimUnit:
         """A request arrives; its deadline may be the next thing to look at."""
         self.settle()
         self.unit.add(request)
+        self._arm()
+
+    def extend(self, more: Extend) -> None:
+        """More of what it fetches is there."""
+        self.settle()
+        self.unit.extend(more)
         self._arm()
 
     def abort(self, request_id: int) -> None:

@@ -125,7 +125,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, batch: Work) -> Flight:
         """One forward pass: open slots, extend block tables, compute, draw."""
-        assert isinstance(batch, Batch), "copies have a lane of their own"
+        assert isinstance(batch, Batch) and batch.layers is None, "whole passes: no roles on a GPU"
         model, share = self._models[batch.model], self._choose()
         device = model.slots.tokens.device
         with torch.get_device_module(device).stream(share.stream):

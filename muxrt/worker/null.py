@@ -69,7 +69,7 @@ class NullExecutor:
         """`words` are the tokens of each model."""
         self._words = words
         self._step_s = step_s
-        self._launched: SimpleQueue[float | None] = SimpleQueue()
+        self._launched: SimpleQueue[tuple[float, float] | None] = SimpleQueue()
         self._flights: deque[tuple[Work, Done]] = deque()
         self._over = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._clock = Thread(target=self._pass_time, name="null", daemon=True)
@@ -78,7 +78,8 @@ class NullExecutor:
     def launch(self, work: Work, done: Done) -> None:
         """Queue `work`; `done` is called by a later `drain`."""
         self._flights.append((work, done))
-        self._launched.put(monotonic())
+        share = work.share if isinstance(work, Batch) else 1.0
+        self._launched.put((monotonic(), share))
 
     def fileno(self) -> int:
         """Readable while `drain` has something to do."""
@@ -99,9 +100,10 @@ class NullExecutor:
     def _pass_time(self) -> None:
         """Say of one work after the other that it is over."""
         free_s = 0.0
-        while (launched_s := self._launched.get()) is not None:
+        while (launched := self._launched.get()) is not None:
+            launched_s, share = launched
             # From when it could start, not from when we look: so the rate holds on a busy core.
-            free_s = max(free_s, launched_s) + self._step_s
+            free_s = max(free_s, launched_s) + self._step_s * share
             sleep(max(0.0, free_s - monotonic()))
             os.eventfd_write(self._over, 1)
 

@@ -17,15 +17,16 @@ from muxrt.core import (
     BatchEntry,
     Copy,
     CopyKind,
+    Layers,
     Prompt,
     Result,
     SlotOpen,
     TokenLogprobs,
     Transfer,
-    TransferKind,
     Work,
     unpack_ids,
 )
+from muxrt.errors import MuxrtError
 from muxrt.kernels import KvCache, MetaArrays, Team
 from muxrt.models.llama import Llama, Session
 from muxrt.worker.kv_storage import SlotTable, Storage
@@ -93,18 +94,24 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Work) -> Result:
-        """One forward pass: open slots, extend block tables, compute, draw."""
+        """One forward pass, or some layers of it: open slots, extend block tables, compute, draw.
+
+        Raises MuxrtError where the layers before are missing: their part failed.
+        """
         assert isinstance(batch, Batch), "copies have a lane of their own"
         begun_s = perf_counter()
-        model = self._models[batch.model]
-        for opened in batch.opened:
-            _open(model, opened)
-        for entry in batch.entries:
-            if entry.blocks:
-                model.slots.append(entry.slot, entry.first_group, unpack_ids(entry.blocks))
-        layout, session = Layout.of(batch.entries), self._sessions[batch.model]
-        tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
-        hidden = session.forward(tokens, layout.meta())
+        model, session = self._models[batch.model], self._sessions[batch.model]
+        layout, num_layers = Layout.of(batch.entries), model.llama.shape.num_layers
+        layers = batch.layers or Layers(0, num_layers, num_layers)
+        if layers.begin == 0:
+            _prepare(model, batch)
+            tokens = model.slots.tokens[layout.slots[layout.owners], layout.positions]
+            session.begin(tokens, layout.meta())
+        elif session.next_layer != layers.begin:
+            raise MuxrtError(f"layers {layers.begin} to {layers.end}: those before them failed")
+        hidden = session.go_on(layers.end)
+        if layers.end < layers.of:
+            return Result(elapsed_s=perf_counter() - begun_s)
         drawn = self._sample(model, session, layout, batch.entries, hidden)
         scored = _score_prompts(model, session, layout, hidden)
         return batch_result(batch.entries, drawn, scored, perf_counter() - begun_s)
@@ -176,7 +183,7 @@ class Copier:
             if transfer.model in self._models:
                 _learn(self._models[transfer.model], opened.slot, prompt)
         result = self._exchange.run(transfer)
-        if transfer.kind is TransferKind.FETCH:
+        if transfer.opened:
             slots.append(transfer.slot, 0, unpack_ids(transfer.blocks))
         return result
 
@@ -193,6 +200,15 @@ class Copier:
         if not is_out:
             self._slots[copy.model].append(copy.slot, 0, ids)
         return Result(elapsed_s=perf_counter() - begun_s)
+
+
+def _prepare(model: Resident, batch: Batch) -> None:
+    """Tell the slots what the batch brings: new sequences, and blocks."""
+    for opened in batch.opened:
+        _open(model, opened)
+    for entry in batch.entries:
+        if entry.blocks:
+            model.slots.append(entry.slot, entry.first_group, unpack_ids(entry.blocks))
 
 
 def _open(model: Resident, opened: SlotOpen) -> None:

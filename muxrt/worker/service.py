@@ -26,6 +26,7 @@ from muxrt.engine.executor import Executor
 from muxrt.engine.messages import (
     Abort,
     Drain,
+    Extend,
     Failed,
     FromUnit,
     Loading,
@@ -159,6 +160,8 @@ class Service:
             match order:
                 case Submit():
                     self._unit.add(order.request)
+                case Extend():
+                    self._unit.extend(order)
                 case Abort():
                     self._unit.abort(order.request_id)
                 case Drain():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from muxrt import kernels
-from muxrt.core import Result, Source, Transfer, TransferKind, unpack_ids
+from muxrt.core import Piece, Result, Source, Transfer, TransferKind, unpack_ids
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import TransferFailed
 
@@ -28,7 +28,6 @@ Ids = npt.NDArray[np.int32]
 class Geometry(msgspec.Struct, frozen=True):
     """How one model's K and V lie in the blocks of an arena."""
 
-    block_bytes: int
     planes_per_block: int
     blocks_per_group: int
     block_tokens: int
@@ -40,7 +39,6 @@ class Geometry(msgspec.Struct, frozen=True):
         layout, arena = plan.models[model].layout, plan.arena
         shape = layout.shape
         return cls(
-            arena.block_bytes,
             arena.planes_per_block,
             layout.blocks_per_group,
             layout.block_tokens,
@@ -48,23 +46,25 @@ class Geometry(msgspec.Struct, frozen=True):
             shape.head_dim * shape.dtype_bytes,
         )
 
-    def rows(self, blocks: Bytes) -> Bytes:
-        """[blocks, block_bytes] of whole groups -> [planes, 2, tokens, row_bytes], a copy."""
-        groups = len(blocks) // self.blocks_per_group
-        planes = self.blocks_per_group * self.planes_per_block
-        shape = (groups, planes, 2, self.block_tokens, self.row_bytes)
-        by_plane = blocks.reshape(shape)[:, : self.num_planes].transpose(1, 2, 0, 3, 4)
-        return by_plane.reshape(self.num_planes, 2, groups * self.block_tokens, self.row_bytes)
+    @property
+    def plane_bytes(self) -> int:
+        """K and V of a group's tokens in one plane."""
+        return 2 * self.block_tokens * self.row_bytes
 
-    def blocks(self, rows: Bytes) -> Bytes:
-        """The opposite of `rows`; the last group is filled up with zeros."""
-        groups = -(-rows.shape[2] // self.block_tokens)
-        planes = self.blocks_per_group * self.planes_per_block
-        room = groups * self.block_tokens
-        whole = np.zeros((planes, 2, room, self.row_bytes), dtype=np.uint8)
-        whole[: self.num_planes, :, : rows.shape[2]] = rows
-        shape = (planes, 2, groups, self.block_tokens, self.row_bytes)
-        return whole.reshape(shape).transpose(2, 0, 1, 3, 4).reshape(-1, self.block_bytes)
+    def planes(self, blocks: Ids, first: int, end: int) -> Ids:
+        """Planes `first` to `end` of whole groups, as numbers of planes from the arena's start on.
+
+        blocks [groups * blocks_per_group] -> [groups, end - first].
+        """
+        block, inside = np.divmod(np.arange(first, end, dtype=np.int32), self.planes_per_block)
+        by_group = blocks.reshape(-1, self.blocks_per_group)
+        planes: Ids = by_group[:, block] * self.planes_per_block + inside.astype(np.int32)
+        return planes
+
+    def view(self, arena: Bytes) -> Bytes:
+        """[bytes] -> [planes, 2, block_tokens, row_bytes], K before V."""
+        whole = arena[: len(arena) // self.plane_bytes * self.plane_bytes]
+        return whole.reshape(-1, 2, self.block_tokens, self.row_bytes)
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -87,7 +87,7 @@ class Transport(Protocol):
     def read(
         self, unit: str, peer: bytes, ids: Ids, block_bytes: int, into: Tensor, into_ids: Ids
     ) -> None:
-        """Blocks `ids` of `unit`'s arena become blocks `into_ids` of `into`.
+        """Blocks `ids` of `unit`'s arena, of any size, become blocks `into_ids` of `into`.
 
         `into` is our arena or from `scratch`. Raises TransferFailed.
         """
@@ -105,7 +105,7 @@ class Exchange:
     def __init__(self, unit: str, plan: UnitPlan, arena: Tensor, transport: Transport) -> None:
         """`unit` is our name and generation, `arena` our blocks, [bytes] uint8."""
         self._unit = unit
-        self._arena, self._block_bytes = arena, plan.arena.block_bytes
+        self._arena = arena
         self._geometries = {model: Geometry.of(plan, model) for model in plan.models}
         self._transport = transport
 
@@ -128,36 +128,54 @@ class Exchange:
 
     def _run(self, transfer: Transfer) -> int:
         """The checksum of what was sealed; 0 for a fetch. Raises TransferFailed."""
+        ours = self._geometries[transfer.model]
         if transfer.kind is TransferKind.SEAL:
-            return seal(self._arena, unpack_ids(transfer.blocks), self._block_bytes)
+            (piece,) = transfer.pieces
+            planes = ours.planes(unpack_ids(piece.blocks), piece.first_plane, piece.end_plane)
+            return seal(self._arena, planes.ravel(), ours.plane_bytes)
         assert transfer.source is not None, "what is fetched has a source"
-        self._fetch(transfer, transfer.source)
+        address = msgspec.msgpack.decode(transfer.source.address, type=Address)
+        self._refuse(address, transfer.source, ours)
+        own = unpack_ids(transfer.blocks)
+        for piece in transfer.pieces:
+            if address.geometry == ours:
+                self._fetch(address, piece, own)
+            else:
+                self._fetch_rows(address, piece, own, ours)
         return 0
 
-    def _fetch(self, transfer: Transfer, source: Source) -> None:
-        address = msgspec.msgpack.decode(source.address, type=Address)
-        theirs, ours = address.geometry, self._geometries[transfer.model]
-        self._refuse(address, source, ours)
-        ids, own = unpack_ids(source.held.blocks), unpack_ids(transfer.blocks)
-        if theirs == ours:
-            self._read(address, source, ids, self._arena, own[: len(ids)])
-            return
-        room = self._transport.scratch(len(ids) * theirs.block_bytes)
-        self._read(address, source, ids, room, np.arange(len(ids), dtype=np.int32))
-        read = room.numpy().reshape(-1, theirs.block_bytes)
-        blocks = ours.blocks(theirs.rows(read)[:, :, : transfer.num_tokens])
-        mine = self._arena.numpy()[: len(self._arena) // self._block_bytes * self._block_bytes]
-        mine.reshape(-1, self._block_bytes)[own[: len(blocks)]] = blocks
+    def _fetch(self, address: Address, piece: Piece, own: Ids) -> None:
+        """Planes lie there as here: they go straight to where they belong."""
+        geometry = address.geometry
+        theirs = geometry.planes(unpack_ids(piece.blocks), piece.first_plane, piece.end_plane)
+        begin = piece.first_group * geometry.blocks_per_group
+        groups = own[begin : begin + len(theirs) * geometry.blocks_per_group]
+        planes = geometry.planes(groups, piece.first_plane, piece.end_plane)
+        self._read(address, piece, theirs.ravel(), self._arena, planes.ravel())
+
+    def _fetch_rows(self, address: Address, piece: Piece, own: Ids, ours: Geometry) -> None:
+        """Planes have other tokens there, or lie in other blocks: row by row."""
+        theirs = address.geometry
+        planes = theirs.planes(unpack_ids(piece.blocks), piece.first_plane, piece.end_plane)
+        room = self._transport.scratch(planes.size * theirs.plane_bytes)
+        self._read(address, piece, planes.ravel(), room, np.arange(planes.size, dtype=np.int32))
+        rows = theirs.view(room.numpy()).reshape(*planes.shape, 2, theirs.block_tokens, -1)
+        # [groups, planes, 2, tokens, bytes] -> [groups * tokens, planes, 2, bytes]
+        rows = rows.transpose(0, 3, 1, 2, 4).reshape(-1, planes.shape[1], 2, theirs.row_bytes)
+        first = piece.first_group * theirs.block_tokens
+        groups, inside = np.divmod(np.arange(first, piece.num_tokens), ours.block_tokens)
+        mine = ours.planes(own, piece.first_plane, piece.end_plane)[groups]  # [tokens, planes]
+        ours.view(self._arena.numpy())[mine, :, inside[:, None]] = rows[: len(groups)]
 
     def _read(
-        self, address: Address, source: Source, ids: Ids, into: Tensor, into_ids: Ids
+        self, address: Address, piece: Piece, planes: Ids, into: Tensor, into_planes: Ids
     ) -> None:
-        """Read blocks and compare their checksum. Raises TransferFailed."""
-        size = address.geometry.block_bytes
-        self._transport.read(address.unit, address.peer, ids, size, into, into_ids)
-        if seal(into, into_ids, size) != source.held.checksum:
+        """Read planes and compare their checksum. Raises TransferFailed."""
+        size = address.geometry.plane_bytes
+        self._transport.read(address.unit, address.peer, planes, size, into, into_planes)
+        if seal(into, into_planes, size) != piece.checksum:
             raise TransferFailed(
-                f"the blocks that came from {source.unit} are not those that it sealed (the"
+                f"piece {piece.number} that came from {address.unit} is not what it sealed (the"
                 " checksum differs)"
             )
 
