@@ -77,17 +77,25 @@ class Admission:
         latency: Latency,
         num_lanes: int,
         prefill_tokens: int,
+        beside_share: float = 1.0,
     ) -> None:
+        """`beside_share`: of the tightest TPOT target that the decode steps of all models may take
+        on the lanes that a prefill leaves to them, or it has to end before somebody is behind.
+        """
         self._queues = queues
         self._latency = latency
         self._num_lanes = num_lanes
+        self._beside_share = beside_share
         self._full = Allowance(prefill_tokens, sum(q.model.max_sequences for q in queues.values()))
         self._has_targets = any(queue.model.slo for queue in queues.values())
         self._loads = {name: _Load(NEVER) for name in queues}
         self._unit = _UnitLoad(NEVER)
 
-    def allowance(self, model: str, need: Need, now: float) -> Allowance:
-        """What a prefill of `model` may have now; no tokens if it could not have what it needs."""
+    def allowance(self, model: str, need: Need, now: float, num_prefills: int = 0) -> Allowance:
+        """What a prefill of `model` may have now; no tokens if it could not have what it needs.
+
+        `num_prefills` run already, so their lanes decode nothing meanwhile.
+        """
         if not self._has_targets:
             return self._full
         unit, joining = self._unit_load(now), self._load(self._queues[model], now)
@@ -98,16 +106,18 @@ class Admission:
         sequences = self._full.sequences
         if spare_s * self._num_lanes < sequences * joining.joining_s:
             sequences = int(spare_s * self._num_lanes / joining.joining_s)
-        seconds = self._seconds(unit, target_s, now)
+        seconds = self._seconds(unit, target_s, now, num_prefills)
         return Allowance(self._tokens(model, need, seconds, now), sequences)
 
-    def _seconds(self, unit: _UnitLoad, target_s: float, now: float) -> float:
+    def _seconds(self, unit: _UnitLoad, target_s: float, now: float, num_prefills: int) -> float:
         """How long a prefill may take before somebody falls behind."""
-        others = self._num_lanes - 1
+        others = max(0, self._num_lanes - 1 - num_prefills)
         round_s = unit.round_s(max(1, others))
-        if others and round_s <= target_s:
+        if others and round_s <= self._beside_share * target_s:
             return inf  # the other lanes keep the pace meanwhile
-        loss = 1 - target_s / round_s if others else 1.0
+        # What they cannot keep is lost. Between the two bounds nothing is, but who is behind would
+        # stay so: a prompt waits unless nobody would fall behind even if nobody decoded meanwhile.
+        loss = 1 - target_s / round_s if others and round_s > target_s else 1.0
         return (unit.behind_at_s - now - round_s) / loss
 
     def _tokens(self, model: str, need: Need, seconds: float, now: float) -> int:

@@ -42,6 +42,8 @@ AnyWork = TypeVar("AnyWork", Batch, Copy, Transfer)
 class Policy(Protocol):
     """Chooses what an idle lane does next."""
 
+    beside_share: float  # of the pace that lanes beside a prefill must keep (sched/admission.py)
+
     def next_batch(self, scheduler: "Scheduler", lane: int, now: float) -> Batch | None:
         """A batch made by `scheduler.prefill` or `scheduler.decode`, or None to leave it idle."""
 
@@ -100,7 +102,9 @@ class Scheduler:
         self.policy = policy
         self.limits = limits
         self.latency = latency
-        self.admission = Admission(queues, latency, limits.num_lanes, limits.prefill_tokens)
+        self.admission = Admission(
+            queues, latency, limits.num_lanes, limits.prefill_tokens, policy.beside_share
+        )
         self.counters = {name: Counters() for name in queues}
         self._sequences: dict[int, Sequence] = {}  # unfinished, by request id
         self.flights: dict[int, Flight] = {}
@@ -312,7 +316,7 @@ class Scheduler:
             need = Need(self.memory.num_unknown(head), head.request.deadline_s)
         else:
             return Allowance(0, 0)
-        return self.admission.allowance(model, need, now)
+        return self.admission.allowance(model, need, now, self._num_prefills)
 
     def predicted_s(self, batch: Batch) -> float:
         """How long `batch` should take; 0 while nothing is known of its model."""
