@@ -40,7 +40,7 @@ SETTING = Setting({"chat": SHAPE}, CostModel([PROFILE]))
 MODEL = ModelSpec(name="chat", sizes=sizes_of(SHAPE), slo=Slo(ttft_s=0.4, tpot_s=0.1))
 KV_BYTES = 48 * 10**9  # of 80 GB; weights take 26
 NUM_GPUS, LONGEST = 8, 2048
-HALF_S = 120.0
+HALF_S = 60.0
 
 
 def placement(routing: Routing, num_prefill: int | None = NUM_GPUS // 2) -> ServeConfig:
@@ -122,8 +122,8 @@ TRAFFICS = {
 # High and low marks: prefill batches, shares of the KV memory.
 MARKS = (
     *((high, high / 4, 0.9, 0.7) for high in (1, 2, 4, 8, 16)),
-    *((4, low, 0.9, 0.7) for low in (0.25, 2, 4)),
-    *((4, 1, high, 0.8 * high) for high in (0.3, 0.5, 0.7, 1.0)),
+    *((4, low, 0.9, 0.7) for low in (0.25, 4)),
+    *((4, 1, high, 0.8 * high) for high in (0.5, 0.7, 1.0)),
 )
 
 

@@ -14,6 +14,7 @@ from muxrt.config.placement import ModelSpec, Placement
 from muxrt.config.serve import ServeConfig
 from muxrt.core import Batch, Phase, Work
 from muxrt.cost.model import CostModel
+from muxrt.cost.roofline import Efficiency
 from muxrt.engine.executor import Done
 from muxrt.engine.unit import Unit
 from muxrt.errors import ConfigError
@@ -264,3 +265,17 @@ def watch(unit: Unit, sizes: list[int]) -> None:
         launch(work, done)
 
     unit.executor.launch = noting  # type: ignore[method-assign]
+
+
+def test_splitwise_caps_batches_of_prompts() -> None:
+    # Launches from Python: they take so long that prefills gain beyond 2,048 tokens.
+    slow = CostModel(efficiency=Efficiency(layer_s=1.5e-3))
+    nodes = (NodeGroup(gpu="a100-80g", gpus=8, count=4),)
+    lengths = {"prompt": 700, "output": 50, "max_tokens": 4096}
+    model = demand("chat", 1, "llama2-7b", ttft_s=4.0, tpot_s=0.2, **lengths)
+    given = Problem(Cluster(nodes=nodes), [model], slow, Engine())
+    longest = {}
+    for name, plan in (("distserve", distserve), ("splitwise", splitwise)):
+        placement = to_placement(given, plan(given))
+        longest[name] = max(unit.scheduling.prefill_tokens for unit in placement.units)
+    assert longest["distserve"] > 2048 == longest["splitwise"]

@@ -222,6 +222,17 @@ def test_without_borrowing_queues_just_grow() -> None:
     assert not here.switches
 
 
+def test_who_does_both_never_hands_over() -> None:
+    # In the simulator two full units each held what the other was to fetch, until leases ran out.
+    here = world("m0 m1")
+    for unit, tokens in (("m0", 900), ("m1", 960)):
+        request_id = here.ledger.next_id()
+        here.ledger.open(Request(request_id, "a", tokens, 9, b""), unit, unit)
+        here.ledger.add_tokens(request_id, 1)
+    here.ledger.open(Request(here.ledger.next_id(), "a", 20, 9, b""), "m0", "m0")
+    assert here.where(here.ask(100)) == ("m1", "m1")  # m0 holds less, m1 has no prompt
+
+
 @pytest.mark.parametrize("borrow", [True, False])
 def test_a_pool_without_a_living_unit_is_stood_in_for(borrow: bool) -> None:
     here = world("p0 d0", borrow=borrow)
@@ -302,6 +313,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert route.replica.unit not in self.here.dead
         assert (route.decoder is None) != has_answer
         assert route.is_handed_over == (route.decoder not in (None, route.replica.unit))
+        if route.is_handed_over:
+            # Two that hold sequences for each other would wait for ever.
+            assert route.replica.role == "prefill"
+            assert not self.here.router.is_borrowed("a", route.replica.unit)
         self.open(tokens, route)
 
     def open(self, tokens: int, route: Route) -> None:
