@@ -5,6 +5,7 @@
     python scripts/compare_disagg.py splitwise    # BLOOM-176B: designs at equal power and cost
     python scripts/compare_disagg.py throughput   # the same: least power and cost for 70 requests/s
     python scripts/compare_disagg.py search       # CPU seconds for 32 GPUs
+    python scripts/compare_disagg.py routing      # policies of the router, on a mix that shifts
     python scripts/compare_disagg.py tables       # all of them as Markdown
 
 Each but the last prints its figures as JSON and adds them to docs/benchmarks/disagg.json.
@@ -21,6 +22,7 @@ from typing import Any
 
 from bloom_world import machine, provisioner
 from opt_world import LAYERS_HIDDEN, LONGEST, all_alike, coefficients, instance, kv_capacity
+from routing_world import MARKS, POLICIES, TRAFFICS, marked, over_seeds, placement
 
 from muxrt.config.placement import Slo
 from muxrt.cost.coefficients import Line, LinearSteps
@@ -272,6 +274,21 @@ def search() -> dict[str, float]:
     return found
 
 
+def routing(seeds: int) -> dict[str, list[dict[str, Any]]]:
+    """Policies of the router under a mix that shifts and others, and marks under the first."""
+    found: dict[str, list[dict[str, Any]]] = {"policies": [], "marks": []}
+    for traffic, halves in TRAFFICS.items():
+        for policy, config in POLICIES.items():
+            row = {"traffic": traffic, "policy": policy} | over_seeds(config, halves, seeds)
+            found["policies"].append(row)
+            print(json.dumps(row), flush=True)
+    for marks in MARKS:
+        served = over_seeds(placement(marked(*marks)), TRAFFICS["shifting"], seeds)
+        found["marks"].append({"marks": marks} | served)
+        print(json.dumps(found["marks"][-1]), flush=True)
+    return found
+
+
 def tables(kept: dict[str, Any]) -> dict[str, list[str]]:
     """The lines of docs/disaggregation.md, by part."""
     return {
@@ -282,6 +299,8 @@ def tables(kept: dict[str, Any]) -> dict[str, list[str]]:
         "search": _markdown(
             ("", "seconds"), [(name, f"{cpu_s:.1f}") for name, cpu_s in kept["search"].items()]
         ),
+        "routing": _routing_table(kept["routing"]["policies"]),
+        "marks": _marks_table(kept["routing"]["marks"]),
     }
 
 
@@ -363,13 +382,36 @@ def _splitwise_table(cases: list[dict[str, Any]]) -> list[str]:
     )
 
 
+def _served(row: dict[str, Any]) -> tuple[str, ...]:
+    ttft = ", ".join(f"{1e3 * value:.0f}" for value in row["ttft_p90_s"])
+    tpot = ", ".join(f"{1e3 * value:.0f}" for value in row["tpot_p90_s"])
+    shares = (f"{share:.1%}" for share in row["attainment"])
+    return (*shares, ttft, tpot, f"{row['borrowed']:.0f}")
+
+
+SERVED = ("first half", "second half", "all", "TTFT p90, ms", "TPOT p90, ms", "borrowed")
+
+
+def _routing_table(found: list[dict[str, Any]]) -> list[str]:
+    rows = [(one["traffic"], one["policy"], *_served(one)) for one in found]
+    return _markdown(("traffic", "routing", *SERVED), rows)
+
+
+def _marks_table(found: list[dict[str, Any]]) -> list[str]:
+    rows = [(*(f"{mark:g}" for mark in one["marks"]), *_served(one)) for one in found]
+    names = ("borrow_batches", "return_batches", "borrow_kv", "return_kv")
+    return _markdown((*names, *SERVED), rows)
+
+
 def main() -> None:
     """One part, into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "part", choices=("example", "distserve", "splitwise", "throughput", "search", "tables")
+        "part",
+        choices=("example", "distserve", "splitwise", "throughput", "search", "routing", "tables"),
     )
     parser.add_argument("--requests", type=int, default=10_000, help="of Splitwise's traffic")
+    parser.add_argument("--seeds", type=int, default=3, help="of the traffic of `routing`")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
     kept = json.loads(asked.out.read_text()) if asked.out.exists() else {}
@@ -383,6 +425,7 @@ def main() -> None:
         "splitwise": lambda: splitwise(asked.requests),
         "throughput": lambda: throughput(asked.requests),
         "search": search,
+        "routing": lambda: routing(asked.seeds),
     }
     found = parts[asked.part]()
     kept[asked.part] = found

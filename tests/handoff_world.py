@@ -5,7 +5,7 @@ or lost. Two units read each other's memory as two processes would, through desc
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import msgspec
@@ -22,7 +22,9 @@ from muxrt.config.placement import (
     Scheduling,
     UnitModel,
     UnitSpec,
+    exchanging,
 )
+from muxrt.config.routing import Routing
 from muxrt.core import (
     Copy,
     FinishReason,
@@ -214,15 +216,21 @@ def split_plan(
 class SplitWorld:
     """Units with roles behind one dispatcher."""
 
-    def __init__(self, plans: Sequence[UnitPlan], faults: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        plans: Sequence[UnitPlan],
+        faults: Sequence[str] = (),
+        routing: Routing | None = None,
+    ) -> None:
         self.loop, self.faults = EventLoop(), Faults(list(faults))
-        self.plans = {plan.spec.name: plan for plan in plans}
+        placed = exchanging([plan.spec for plan in plans])
+        self.plans = {s.name: replace(p, spec=s) for s, p in zip(placed, plans, strict=True)}
         self.units: Mapping[str, UnitProcess] = {
             n: UnitProcess(p.spec) for n, p in self.plans.items()
         }
         names = list(dict.fromkeys(model for plan in plans for model in plan.models))
         specs = [ModelSpec(name=m, path=str(DEMO / m), dtype="float32") for m in names]
-        self.dispatcher = Dispatcher(specs, self, lambda: self.loop.now_s)
+        self.dispatcher = Dispatcher(specs, self, lambda: self.loop.now_s, routing)
         self.asked: list[Asked] = []
         self.hosts: dict[str, Host] = {}
         self.lives: list[Host] = []
@@ -304,6 +312,9 @@ class SplitWorld:
             assert self.loop.now_s < 10_000, "it goes on for ever"
         assert all(asked.output is not None for asked in self.asked), "a request is stuck"
         assert self.dispatcher.check() and not len(self.dispatcher.ledger)
+        router = self.dispatcher.router
+        for name, plan in self.plans.items():
+            assert not any(router.is_borrowed(model, name) for model in plan.models), "not home"
         for host in self.hosts.values():
             assert host.unit.check() and host.unit.is_idle
             pool = host.unit.scheduler.memory.pool

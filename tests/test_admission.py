@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from muxrt.config.placement import Slo
@@ -167,3 +168,16 @@ def test_who_was_away_has_saved_nothing_up() -> None:
         seen.append(turns.order("ab")[0])
         turns.served(seen[-1], 1.0)
     assert sorted(seen) == list("aabb")
+
+
+def test_who_is_to_decode_in_another_unit_holds_nobody_back() -> None:
+    # A prefill unit stood still for a second whenever nobody fetched what it had prefilled.
+    queue = queue_of("a", [0.0, 0.0])
+    assert ask(admission(queue), 0.09).tokens == 0
+    for sequence in queue.running:
+        sequence.request = msgspec.structs.replace(sequence.request, hold_s=30.0)
+    queue.changed()
+    assert ask(admission(queue), 0.09) == Allowance(FULL, 256)
+    queue.running[0].request = msgspec.structs.replace(queue.running[0].request, hold_s=0.0)
+    queue.changed()
+    assert ask(admission(queue), 0.09).tokens == 0

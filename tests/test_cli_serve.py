@@ -190,3 +190,28 @@ def test_check_says_who_prefills_and_who_decodes(muxrt: CommandLine) -> None:
     assert answer.code == 0, answer.err
     for text in ("pydoc-s (prefills)", "pydoc-m (decodes)", "K and V by shared memory"):
         assert text in answer.out
+
+
+def test_check_says_how_requests_are_routed(muxrt: CommandLine, tmp_path: Path) -> None:
+    plain = muxrt("serve", DISAGG, "--check")
+    assert "routing distserve: each phase of a request to its shortest queue" in plain.out
+    text = DISAGG.read_text().replace("path: demo_models", f"path: {DISAGG.parent}/demo_models")
+    (tmp_path / "pools.yaml").write_text(text + "routing: {policy: splitwise, borrow_batches: 6}\n")
+    pools = muxrt("serve", tmp_path / "pools.yaml", "--check")
+    assert "more than 6 prefill batches wait or 90% of the KV memory" in " ".join(pools.out.split())
+    data = json.loads(muxrt("serve", tmp_path / "pools.yaml", "--check", "--json").out)
+    assert data["routing"]["policy"] == "splitwise" and data["routing"]["return_kv"] == 0.7
+    text += "routing: {policy: splitwise, borrow: false}\n"
+    (tmp_path / "pools.yaml").write_text(text)
+    assert "none is borrowed" in muxrt("serve", tmp_path / "pools.yaml", "--check").out
+
+
+def test_check_says_that_mixed_units_exchange_with_others(
+    muxrt: CommandLine, tmp_path: Path
+) -> None:
+    text = DISAGG.read_text().replace("path: demo_models", f"path: {DISAGG.parent}/demo_models")
+    mixed = "  - {name: both, models: [{name: pydoc-s}], memory: {kv_bytes: 8MiB}}\n"
+    (tmp_path / "pools.yaml").write_text(text + mixed)
+    answer = muxrt("serve", tmp_path / "pools.yaml", "--check")
+    assert answer.code == 0, answer.err
+    assert " ".join(answer.out.split()).count("K and V by shared memory") == 3

@@ -57,7 +57,7 @@ BROKEN = {
     "unknown top-level key": (
         "endpoint:",
         "server:",
-        ":1: server: unknown key; allowed here: models, units, endpoint",
+        ":1: server: unknown key; allowed here: models, units, endpoint, routing",
     ),
     "size without a unit we know": (
         "64MiB",
@@ -204,6 +204,28 @@ BROKEN = {
         "mesh: {gpus: [0, 1], pp: 2, nodes: [0]}\n    memory:",
         ":10: units[0].mesh.nodes: found 1, expected one for each stage, and no node",
     ),
+    "marks the wrong way round": (
+        "units:",
+        "routing: {policy: splitwise, return_batches: 5}\nunits:",
+        ":8: routing.return_batches: found 5, expected at most borrow_batches, which is 4",
+    ),
+    "memory that is more than full": (
+        "units:",
+        "routing: {policy: splitwise, borrow_kv: 90}\nunits:",
+        ":8: routing.borrow_kv: found 90, expected a number above 0 and at most 1",
+    ),
+    "a routing that nobody has": (
+        "units:",
+        "routing: {policy: splitwize}\nunits:",
+        ":8: routing.policy: found 'splitwize', expected one of distserve, splitwise;"
+        " did you mean splitwise?",
+    ),
+    "marks that nobody reads": (
+        "units:",
+        "routing: {borrow_kv: 0.8}\nunits:",
+        ":8: routing.borrow_kv: policy distserve borrows no units: expected policy: splitwise"
+        " beside it, or no such key",
+    ),
     "swap without room": (
         "memory:",
         "scheduling: {preempt: swap}\n    memory:",
@@ -255,12 +277,12 @@ BROKEN = {
     "an empty file": (
         GOOD,
         "",
-        ":1: found nothing, expected a mapping with models, units, endpoint",
+        ":1: found nothing, expected a mapping with models, units, endpoint, routing",
     ),
     "a list": (
         GOOD,
         "- a\n- b\n",
-        ":1: found a list, expected a mapping with models, units, endpoint",
+        ":1: found a list, expected a mapping with models, units, endpoint, routing",
     ),
 }
 

@@ -7,9 +7,21 @@ import pytest
 from handoff_world import SplitWorld, colocated, pick, split_plan
 from real_world import MODELS, prompts
 
+from muxrt.config.routing import Routing
 from muxrt.engine.handoff import LEASE_S, MAX_SETBACKS, STEPS, Act, Event, Handoff, Stage
 
 LENGTHS = (1, 5, 16, 17, 40, 96, 130)
+
+
+def borrowing(batches: float, kv: float) -> Routing:
+    """High marks so low that a few small prompts or answers pass them; low ones at a third."""
+    return Routing(
+        policy="splitwise",
+        borrow_batches=batches,
+        return_batches=batches / 3,
+        borrow_kv=kv,
+        return_kv=kv / 3,
+    )
 
 
 def cases(model: str, count: int, seed: int = 0) -> list[tuple[list[int], int]]:
@@ -117,6 +129,12 @@ def test_random_faults_give_no_wrong_token_leak_or_stuck_request(first: int) -> 
     assert played.faults > 15 and played.answered > 4 * played.refused
 
 
+def test_random_faults_while_units_borrow_from_each_other() -> None:
+    played = play_faults(range(20, 26), borrows=True)
+    assert played.faults > 15 and played.answered > 4 * played.refused
+    assert played.switches > 10
+
+
 @dataclass
 class Played:
     """What worlds with random faults had of faults, and of requests."""
@@ -124,10 +142,11 @@ class Played:
     faults: int = 0
     answered: int = 0
     refused: int = 0  # in the end; what they were given before was right
+    switches: int = 0  # of roles
 
 
-def play_faults(seeds: range) -> Played:
-    """Worlds with random faults, one of each seed."""
+def play_faults(seeds: range, borrows: bool = False) -> Played:
+    """Worlds with random faults, one of each seed; `borrows`: units help each other."""
     played = Played()
     known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
     for seed in seeds:
@@ -142,7 +161,13 @@ def play_faults(seeds: range) -> Played:
         plans += [split_plan(f"d{i}", "decode", models, tight, **other) for i in range(2)]
         chances = {"": 4.0, "lost": 1.0, "damaged": 1.0, "late": 0.3}
         faults = [pick(random, chances) for _ in range(24)]
-        with SplitWorld(plans, faults) as world:
+        routing = None
+        if borrows:
+            marks = random.uniform(0.05, 0.4), random.uniform(0.02, 0.3)
+            routing = borrowing(*marks)
+            if random.random() < 0.3:
+                plans.append(split_plan("m", "mixed", models, tight))
+        with SplitWorld(plans, faults, routing) as world:
             for index in range(12):
                 model = random.choice(models)
                 prompt = prompts(model, 1, 100, seed=100 * seed + index)[0]
@@ -154,6 +179,7 @@ def play_faults(seeds: range) -> Played:
                 world.at(at_s, lambda victim=victim: world.kill(victim))
             world.run()
             played.faults += sum(bool(f) for f in faults[: 24 - len(world.faults.coming)])
+            played.switches += world.dispatcher.num_switches.total()
             for asked in world.asked:
                 assert asked.output is not None
                 key = (asked.model, tuple(asked.prompt), asked.max_tokens)
@@ -186,3 +212,73 @@ def test_the_state_machine_lets_go_whatever_comes() -> None:
     assert poison.is_hopeless, "it would kill one unit after the other, fetched or computed"
     late = Handoff(Stage.DECODING)
     assert late.on(Event.FETCHED) == () and late.stage is Stage.DECODING
+
+
+def bursts(world: SplitWorld, model: str, sizes: dict[float, int], max_tokens: int) -> None:
+    """So many prompts at those times, and one every 50 ms between them."""
+    number = 0
+    for at_s, size in sizes.items():
+        for prompt in prompts(model, size, 100, seed=number):
+            number += 1
+            world.at(at_s, lambda p=prompt, n=number: world.ask(model, p[: 20 + n], max_tokens))
+    for index, prompt in enumerate(prompts(model, 30, 40, seed=99)):
+        world.at(0.05 * index, lambda p=prompt: world.ask(model, p, 8))
+
+
+def check_tokens(world: SplitWorld) -> None:
+    for asked in world.asked:
+        assert asked.output is not None and asked.output.refusal is None
+        assert asked.tokens == colocated(asked.model, asked.prompt, asked.max_tokens)
+
+
+@pytest.mark.parametrize("mixed", [[], ["m"]], ids=["two pools", "three pools"])
+def test_decode_units_help_with_bursts_of_prompts_and_go_home(mixed: list[str]) -> None:
+    model = MODELS[0]
+    plans = [split_plan("p", "prefill", [model])]
+    plans += [split_plan(name, "decode", [model]) for name in ("d0", "d1")]
+    plans += [split_plan(name, "mixed", [model]) for name in mixed]
+    # 512 tokens are a batch: more than 200 tokens borrow a unit.
+    with SplitWorld(plans, routing=borrowing(0.4, 0.9)) as world:
+        bursts(world, model, {0.0: 8, 0.6: 12, 1.2: 10}, 12)
+        world.run()
+        check_tokens(world)
+        switches = world.dispatcher.num_switches
+        assert all(count % 2 == 0 for count in switches.values())
+        if not mixed:
+            assert switches[model, "d0"] + switches[model, "d1"] >= 6, "each burst borrows one"
+            helped = [world.hosts[name].unit.scheduler.counters[model] for name in ("d0", "d1")]
+            assert sum(counters.prompt_tokens for counters in helped) > 200
+        for name in mixed:
+            assert world.hosts[name].unit.scheduler.counters[model].prompt_tokens > 0
+
+
+def test_prefill_units_help_with_answers_and_go_home() -> None:
+    model = MODELS[0]
+    plans = [split_plan(name, "prefill", [model]) for name in ("p0", "p1")]
+    plans += [split_plan("d", "decode", [model])]
+    with SplitWorld(plans, routing=borrowing(50.0, 0.05)) as world:
+        bursts(world, model, {0.0: 12, 1.0: 12}, 40)
+        world.run()
+        check_tokens(world)
+        switches = world.dispatcher.num_switches
+        assert switches[model, "p0"] + switches[model, "p1"] >= 4
+        helped = [world.hosts[name].unit.scheduler.counters[model] for name in ("p0", "p1")]
+        assert sum(c.output_tokens for c in helped) > len(world.asked) + 100
+
+
+def test_a_borrowed_unit_may_die_with_what_it_was_lent_for() -> None:
+    model = MODELS[0]
+    for at_s in (0.005, 0.015, 0.03):
+        plans = [split_plan("p", "prefill", [model])]
+        plans += [split_plan(name, "decode", [model]) for name in ("d0", "d1")]
+        with SplitWorld(plans, routing=borrowing(0.4, 0.9)) as world:
+            bursts(world, model, {0.0: 12}, 20)
+
+            def kill(world: SplitWorld = world) -> None:
+                lent = [n for n in ("d0", "d1") if world.dispatcher.router.is_borrowed(model, n)]
+                assert lent, "nobody was borrowed"
+                world.kill(lent[0])
+
+            world.at(at_s, kill)
+            world.run()
+            check_tokens(world)

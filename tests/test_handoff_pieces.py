@@ -262,7 +262,7 @@ def test_what_a_dropped_attempt_still_says_is_not_taken_for_the_next_one() -> No
     relay, handoff, told, ledger = on_the_way()
     relay.hear(handoff, told_of(0))
     first = handoff.attempt
-    assert ledger.load("a", "d").tokens == 10
+    assert ledger.load("a", "d").promised_tokens == 10
     relay.hear(handoff, told_of(0))  # it was preempted, and begins anew
     relay.hear(handoff, told_of(1, is_last=True))
     failed = Output(1, refusal=Refusal(500, TransferFailed.kind, "damaged"), attempt=first)

@@ -10,14 +10,23 @@ from planner_world import demand, problem
 
 from muxrt.config.cluster import KINDS, Cluster, NodeGroup
 from muxrt.config.load import load
-from muxrt.config.placement import Placement
+from muxrt.config.placement import ModelSpec, Placement
+from muxrt.config.serve import ServeConfig
+from muxrt.core import Batch, Phase, Work
 from muxrt.cost.model import CostModel
+from muxrt.cost.roofline import Efficiency
+from muxrt.engine.executor import Done
+from muxrt.engine.unit import Unit
 from muxrt.errors import ConfigError
 from muxrt.planner.phase_catalog import catalog_of, kv_tokens
 from muxrt.planner.phase_plan import Objective, PhasePlan, to_placement
+from muxrt.planner.phases import saturating_tokens
 from muxrt.planner.strategies.distserve import Affinity, Options, distserve
 from muxrt.planner.strategies.splitwise import splitwise
 from muxrt.planner.workload import Demand, Engine, Problem
+from muxrt.sim.group import Simulation, groups
+from muxrt.sim.setting import Setting
+from muxrt.workload.arrivals import Arrival
 
 PLANS = Path(__file__).parent.parent / "configs" / "plans"
 
@@ -205,3 +214,68 @@ def test_figures_for_machines(muxrt: CommandLine) -> None:
 )
 def test_what_does_not_go_together_is_misuse(muxrt: CommandLine, words: tuple[str, ...]) -> None:
     assert muxrt("plan", PLANS / "opt.yaml", *words).code == 2
+
+
+def profiled(strategy: str) -> tuple[Problem, PhasePlan, Placement]:
+    """A model whose prefills gain up to long batches, on machines of 8."""
+    plan = {"distserve": distserve, "splitwise": splitwise}[strategy]
+    given = problem([chat(60)], 8, 4)
+    found = plan(given)
+    return given, found, to_placement(given, found)
+
+
+@pytest.mark.parametrize("strategy", ["distserve", "splitwise"])
+def test_batches_of_prompts_are_as_long_as_what_saturates(strategy: str) -> None:
+    given, found, placement = profiled(strategy)
+    (model,) = found.models
+    for side, role in ((model.split.prefill, "prefill"), (model.split.decode, "decode")):
+        steps = given.steps("chat", model.prefill_pool, side.tp, 1.0)
+        saturating = saturating_tokens(steps.prefill_s, 4096)
+        units = [unit for unit in placement.units if unit.models[0].role == role]
+        assert {unit.scheduling.prefill_tokens for unit in units} == {saturating}
+
+
+def test_prompts_are_prefilled_in_batches_near_what_saturates() -> None:
+    given, _, placement = profiled("distserve")
+    most = placement.units[0].scheduling.prefill_tokens
+    config = ServeConfig(
+        models=(ModelSpec(name="chat", preset="llama2-13b"),), units=placement.units
+    )
+    shapes = {"chat": given.demands["chat"].shape}
+    (group,) = groups(config.units, config.models)
+    simulation = Simulation(group, Setting(shapes, given.cost))
+    sizes: list[int] = []
+    for unit in simulation.units.values():
+        watch(unit.unit, sizes)
+    simulation.run([(index, Arrival(0.0, "chat", 90, 2)) for index in range(400)])
+    assert max(sizes) <= most
+    # All but the first two of a unit, which did not wait for more prompts, and its last.
+    num_prefill = sum(unit.models[0].role == "prefill" for unit in placement.units)
+    full = [size for size in sizes if size > most - 90]
+    assert len(full) >= max(1, len(sizes) - 3 * num_prefill)
+
+
+def watch(unit: Unit, sizes: list[int]) -> None:
+    """Note the tokens of every prefill that `unit` launches."""
+    launch = unit.executor.launch
+
+    def noting(work: Work, done: Done) -> None:
+        if isinstance(work, Batch) and work.phase is Phase.PREFILL:
+            sizes.append(work.num_tokens)
+        launch(work, done)
+
+    unit.executor.launch = noting  # type: ignore[method-assign]
+
+
+def test_splitwise_caps_batches_of_prompts() -> None:
+    # Launches from Python: they take so long that prefills gain beyond 2,048 tokens.
+    slow = CostModel(efficiency=Efficiency(layer_s=1.5e-3))
+    nodes = (NodeGroup(gpu="a100-80g", gpus=8, count=4),)
+    lengths = {"prompt": 700, "output": 50, "max_tokens": 4096}
+    model = demand("chat", 1, "llama2-7b", ttft_s=4.0, tpot_s=0.2, **lengths)
+    given = Problem(Cluster(nodes=nodes), [model], slow, Engine())
+    longest = {}
+    for name, plan in (("distserve", distserve), ("splitwise", splitwise)):
+        placement = to_placement(given, plan(given))
+        longest[name] = max(unit.scheduling.prefill_tokens for unit in placement.units)
+    assert longest["distserve"] > 2048 == longest["splitwise"]

@@ -12,6 +12,7 @@ import pytest
 from real_server import RealServer, real_config, real_server
 
 from muxrt.config.placement import Lanes, Role, UnitModel, UnitSpec
+from muxrt.config.routing import Routing
 from muxrt.config.serve import ServeConfig
 from muxrt.engine.handoff import Event, Handoff
 from muxrt.engine.relay import Relay
@@ -140,3 +141,37 @@ def test_either_process_may_be_killed_under_load(
     assert ok > 20
     assert refused == 0, "the other process could have served them"
     endpoint.check_nothing_leaked()
+
+
+def test_processes_borrow_from_each_other_and_go_home(
+    whole: ServeConfig, wanted: dict[tuple[str, str], tuple[str, list[str]]]
+) -> None:
+    both = msgspec.structs.replace(whole.units[0], name="both", lanes=Lanes(split=(1,)))
+    # 64 tokens are a batch: more than 32 that wait go elsewhere, more than 96 borrow a unit.
+    routing = Routing(policy="splitwise", borrow_batches=0.5, return_batches=0.1)
+    apart = split(whole)
+    config = msgspec.structs.replace(apart, units=(*apart.units, both), routing=routing)
+
+    async def load(endpoint: RealServer) -> str:
+        async with aiohttp.ClientSession(endpoint.url) as http:
+            for _ in range(3):
+                keys = [key for key in wanted for _ in range(4)]
+                found = await asyncio.gather(*(ask(http, *key) for key in keys))
+                assert found == [wanted[key] for key in keys]
+            async with http.get("/metrics") as response:
+                return await response.text()
+
+    with real_server(config) as endpoint:
+        text = asyncio.run(load(endpoint))
+        endpoint.check_nothing_leaked()
+        units = endpoint.server.supervisor.units
+        stats = {name: unit.stats for name, unit in units.items()}
+    assert all(found is not None for found in stats.values())
+    assert sum(model.prompt_tokens for model in stats["both"].models) > 0  # type: ignore[union-attr]
+    assert sum(model.prompt_tokens for model in stats["answers"].models) > 0  # type: ignore[union-attr]
+    for model in "ab":
+        for unit, role in (("prompts", "prefill"), ("answers", "decode"), ("both", "mixed")):
+            assert f'muxrt_role{{model="{model}",role="{role}",unit="{unit}"}} 1.0' in text
+    counts = [line for line in text.splitlines() if line.startswith("muxrt_role_switches_total")]
+    assert len(counts) == 6
+    assert sum(float(line.rpartition(" ")[2]) for line in counts) >= 2

@@ -12,7 +12,7 @@ from muxrt.cli.show import show_bytes
 from muxrt.config.document import Key, KeyedError
 from muxrt.config.load import load_file
 from muxrt.config.model import ModelShape, load_shape
-from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
 from muxrt.config.serve import (
     ApiKeys,
     ServeConfig,
@@ -72,7 +72,7 @@ def check(
             _check_gpu(index, unit, gpus)
         _check_dtypes(unit, config)
         _check_cores(index, unit, cores)
-    plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(config.units))
+    plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(exchanging(config.units)))
     return Checked(config, shapes, plans)
 
 
@@ -231,6 +231,7 @@ def summary(checked: Checked) -> dict[str, Any]:
         "endpoint": {"host": config.endpoint.host, "port": config.endpoint.port},
         "models": [_model_summary(model, checked) for model in config.models],
         "units": [_unit_summary(plan) for plan in checked.plans],
+        "routing": msgspec.to_builtins(config.routing),
     }
 
 

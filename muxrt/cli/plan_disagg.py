@@ -11,6 +11,7 @@ from muxrt.cli.plan_input import Asked
 from muxrt.cli.show import console
 from muxrt.config.load import dump
 from muxrt.config.placement import Placement
+from muxrt.config.routing import Routing
 from muxrt.config.serve import ServeConfig
 from muxrt.planner.phase_plan import ModelPlan, PhasePlan, to_placement
 from muxrt.planner.strategies.distserve import Options, distserve
@@ -26,7 +27,9 @@ def report(asked: Asked, strategy: str, options: Options, out: Path | None, as_j
     found = DISAGGREGATING[strategy](asked.problem, options)
     placement = to_placement(asked.problem, found)
     if out is not None:
-        out.write_text(dump(ServeConfig(models=asked.models, units=placement.units)))
+        routing = Routing(policy="splitwise" if strategy == "splitwise" else "distserve")
+        config = ServeConfig(models=asked.models, units=placement.units, routing=routing)
+        out.write_text(dump(config))
     if as_json:
         data = as_data(asked, found, placement)
         print(msgspec.json.format(msgspec.json.encode(data)).decode())

@@ -10,6 +10,7 @@ from muxrt.cli.check import Checked, device_of
 from muxrt.cli.show import show_bytes, show_count
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import UnitSpec
+from muxrt.config.routing import Routing
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, weight_bytes
 
@@ -22,6 +23,8 @@ def print_checked(console: Console, file: Path, checked: Checked) -> None:
         highlight=False,
     )
     console.print(models_table(checked))
+    if any(plan.spec.has_roles for plan in checked.plans):
+        console.print(_routing_line(checked.config.routing), highlight=False)
     for plan in checked.plans:
         console.print(_unit_line(plan), highlight=False)
         console.print(shares_table(plan))
@@ -50,6 +53,19 @@ def _heads(shape: ModelShape) -> str:
     if shape.num_kv_heads != shape.num_heads:
         heads += f" ({shape.num_kv_heads} kv)"
     return f"{heads} x {shape.head_dim}"
+
+
+def _routing_line(routing: Routing) -> str:
+    if routing.policy == "distserve":
+        return "routing distserve: each phase of a request to its shortest queue"
+    line = "routing splitwise: both units of a request are chosen when it comes"
+    if not routing.borrow:
+        return f"{line}; none is borrowed"
+    return (
+        f"{line}; one is borrowed where more than {routing.borrow_batches:g} prefill batches wait"
+        f" or {routing.borrow_kv:.0%} of the KV memory is taken, until it is"
+        f" {routing.return_batches:g} and {routing.return_kv:.0%}"
+    )
 
 
 def _unit_line(plan: UnitPlan) -> str:

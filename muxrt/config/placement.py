@@ -1,5 +1,6 @@
 """Who lives where: the ONE schema of hand-written YAML, planner, server and simulator."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -163,14 +164,26 @@ class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     # How units with roles read each other's K and V: memory that processes of one machine share, or
     # NIXL (pip install muxrt[nixl]), which also goes from machine to machine.
     transfer: Literal["nixl", "shared"] = "shared"
+    exchanges: bool = False  # it does though it is mixed; `exchanging` says so where it has to
 
     @property
     def has_roles(self) -> bool:
         """Other units fetch sequences from it, or it from them."""
-        return any(model.role != "mixed" for model in self.models)
+        return self.exchanges or any(model.role != "mixed" for model in self.models)
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All units."""
 
     units: tuple[UnitSpec, ...]
+
+
+def exchanging(units: Sequence[UnitSpec]) -> tuple[UnitSpec, ...]:
+    """`units`, where those that are mixed for a model that others have roles for exchange, too."""
+    apart = {part.name for unit in units for part in unit.models if part.role != "mixed"}
+    return tuple(
+        msgspec.structs.replace(unit, exchanges=True)
+        if any(part.name in apart for part in unit.models)
+        else unit
+        for unit in units
+    )

@@ -17,6 +17,7 @@ from muxrt.config.placement import (
     Placement,
     UnitSpec,
 )
+from muxrt.config.routing import Routing, routing_problems
 
 # Shares written as decimals may add up to a hair more than one (0.7 + 0.2 + 0.1).
 SHARE_SLACK = 1e-6
@@ -48,6 +49,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     models: tuple[ModelSpec, ...]
     units: tuple[UnitSpec, ...]
     endpoint: Endpoint = Endpoint()
+    routing: Routing = Routing()
 
     @property
     def placement(self) -> Placement:
@@ -91,6 +93,7 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
             )
     yield from _core_problems(config.units)
     yield from _role_problems(config.units)
+    yield from routing_problems(config.routing)
 
 
 def source_problems(at: Key, model: ModelSpec) -> Iterator[KeyedError]:

@@ -38,6 +38,11 @@ class UnitPlan:
     quotas: dict[str, int]
     kv_dtypes: dict[str, str]  # of K and V in the arena, by model
 
+    def kv_tokens(self, model: str) -> int:
+        """Tokens that the quota of a model holds."""
+        layout = self.models[model].layout
+        return self.quotas[model] // layout.blocks_per_group * layout.block_tokens
+
     @property
     def num_lanes(self) -> int:
         """Lanes for batches; the copy lane comes on top."""

@@ -12,8 +12,8 @@ from muxrt.engine.requests import Ledger, LiveRequest
 class Reach(Protocol):
     """How units are spoken to, and clients; what is said to one unit comes in order."""
 
-    def choose_decoder(self, model: str) -> str | None:
-        """The unit that takes a prefilled request over now; None: no unit is ready."""
+    def choose_decoder(self, request_id: int) -> str | None:
+        """The unit that takes a prefilled request over; None: no unit is ready."""
 
     def identity(self, unit: str) -> str:
         """Name and generation of its present process."""
@@ -88,7 +88,7 @@ class Relay:
     # -- acts --------------------------------------------------------------------------------
 
     def _stream(self, request_id: int, handoff: Handoff) -> None:
-        heir = self._reach.choose_decoder(self._live(request_id).request.model)
+        heir = self._reach.choose_decoder(request_id)
         source = self._source(request_id, handoff)
         is_alone = heir is None or heir == handoff.holding_unit
         if is_alone or source is None or handoff.is_hopeless:
@@ -119,7 +119,7 @@ class Relay:
             handoff.holder = None
 
     def _resume(self, request_id: int, handoff: Handoff, is_fetched: bool) -> None:
-        unit = self._reach.choose_decoder(self._live(request_id).request.model)
+        unit = self._reach.choose_decoder(request_id)
         if unit is None or handoff.is_hopeless:
             self._reach.give_up(request_id)
             return

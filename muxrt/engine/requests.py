@@ -13,8 +13,9 @@ class LiveRequest:
 
     request: Request
     unit: str
+    decoder: str | None = None  # the unit that generates its answer, where that is decided
     output_tokens: int = 0
-    heir: str | None = None  # the unit that is going to take it over, and makes room for it
+    heir: str | None = None  # its decoder, while that makes room and another unit prefills
 
     @property
     def is_queued(self) -> bool:
@@ -33,7 +34,10 @@ class Load:
 
     queued: int = 0
     running: int = 0
-    tokens: int = 0  # prompts and outputs so far of all of them, and of those that are promised
+    tokens: int = 0  # prompts and outputs so far of all of them
+    queued_tokens: int = 0  # of those queued: what is to be prefilled
+    answers: int = 0  # requests whose answers it is to generate, or generates
+    promised_tokens: int = 0  # of requests that another unit prefills for it
 
 
 class Ledger:
@@ -51,13 +55,27 @@ class Ledger:
         """An id that no request had before."""
         return next(self._ids)
 
-    def open(self, request: Request, unit: str) -> None:
-        """`request` goes to `unit` now."""
+    def open(self, request: Request, unit: str, decoder: str | None = None) -> None:
+        """`request` goes to `unit` now, and then to `decoder`, if that is decided."""
         assert request.id not in self._live, "an id is used once"
-        self._live[request.id] = LiveRequest(request, unit)
-        load = self._loads.setdefault((request.model, unit), Load())
+        self._live[request.id] = LiveRequest(request, unit, decoder)
+        load = self._load(request.model, unit)
         load.queued += 1
         load.tokens += request.prompt_tokens
+        load.queued_tokens += request.prompt_tokens
+        if decoder is not None:
+            self._count_answer(self._live[request.id], 1)
+
+    def _count_answer(self, live: LiveRequest, sign: int) -> None:
+        """Its answer is one more, or one less, that its decoder generates."""
+        assert live.decoder is not None
+        load = self._load(live.request.model, live.decoder)
+        load.answers += sign
+        if live.decoder != live.unit:
+            load.promised_tokens += sign * live.request.prompt_tokens
+
+    def _load(self, model: str, unit: str) -> Load:
+        return self._loads.setdefault((model, unit), Load())
 
     def get(self, request_id: int) -> LiveRequest | None:
         """The live request of that id; None once it ended."""
@@ -72,10 +90,9 @@ class Ledger:
         if live.is_queued:
             load.queued -= 1
             load.running += 1
+            load.queued_tokens -= live.request.prompt_tokens
         live.output_tokens += num_tokens
         load.tokens += num_tokens
-        if live.heir is not None:
-            self._loads[live.request.model, live.heir].tokens += num_tokens
 
     def weigh(self, model: str, unit: str, num_tokens: int) -> None:
         """Requests of `model` that stream from `unit` gave `num_tokens` more, all together.
@@ -91,24 +108,22 @@ class Ledger:
             live[request_id].output_tokens += num_tokens
 
     def promise(self, request_id: int, heir: str | None) -> None:
-        """`heir` takes the request over, once its prompt is computed; None: nobody does yet.
-
-        Its tokens weigh on both units until it moves.
-        """
+        """`heir` makes room for the request, and generates its answer; None: nobody does so yet."""
         live = self._live.get(request_id)
         if live is None:
             return
-        for unit, sign in ((live.heir, -1), (heir, 1)):
-            if unit is not None:
-                load = self._loads.setdefault((live.request.model, unit), Load())
-                load.tokens += sign * live.num_tokens
         live.heir = heir
+        if heir is not None and heir != live.decoder:
+            if live.decoder is not None:
+                self._count_answer(live, -1)
+            live.decoder = heir
+            self._count_answer(live, 1)
 
     def move(self, request_id: int, unit: str) -> None:
-        """The request goes on in `unit`; what it gave so far still counts."""
+        """The request goes on in `unit`, to its end; what it gave so far still counts."""
         live = self.close(request_id)
         assert live is not None, "who has ended stays where it is"
-        self.open(live.request, unit)
+        self.open(live.request, unit, unit)
         self.add_tokens(request_id, live.output_tokens)
 
     def close(self, request_id: int) -> LiveRequest | None:
@@ -120,9 +135,12 @@ class Ledger:
         load = self._loads[live.request.model, live.unit]
         if live.is_queued:
             load.queued -= 1
+            load.queued_tokens -= live.request.prompt_tokens
         else:
             load.running -= 1
         load.tokens -= live.num_tokens
+        if live.decoder is not None:
+            self._count_answer(live, -1)
         return live
 
     def of_unit(self, unit: str) -> list[LiveRequest]:
@@ -157,7 +175,11 @@ class Ledger:
             load.queued += live.is_queued
             load.running += not live.is_queued
             load.tokens += live.num_tokens
-            if live.heir is not None:
-                counted[live.request.model, live.heir].tokens += live.num_tokens
+            load.queued_tokens += live.is_queued * live.request.prompt_tokens
+            if live.decoder is not None:
+                there = counted[live.request.model, live.decoder]
+                there.answers += 1
+                if live.decoder != live.unit:
+                    there.promised_tokens += live.request.prompt_tokens
         assert counted == self._loads, "the ledger is off"
         return True

@@ -1,9 +1,15 @@
-"""Which replica of a model takes a request, and which one takes it over once it is prefilled."""
+"""Which units serve a request: one that computes its prompt, and one that generates its answer.
 
-from collections.abc import Iterable
+A policy (`Router`) is asked when a request comes, when its prompt is done, and when a unit died;
+endpoint (server/dispatch.py) and simulator (sim/group.py) ask the same one. `DistServe` is here,
+`Splitwise` with its pools in engine/pools.py.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from muxrt.config.placement import Role
+from muxrt.config.placement import Role, UnitSpec
 from muxrt.engine.requests import Ledger
 
 
@@ -14,7 +20,26 @@ class Replica:
     model: str
     unit: str
     traffic: float = 1.0  # its share among the model's replicas, relative to the others'
-    role: Role = "mixed"
+    role: Role = "mixed"  # as configured
+    batch_tokens: int = 512  # of one prefill batch
+    kv_tokens: int = 0  # that its quota holds
+
+    @classmethod
+    def of(cls, unit: UnitSpec, model: str, kv_tokens: int) -> "Replica":
+        """The model in that unit, as its placement has it."""
+        part = next(part for part in unit.models if part.name == model)
+        batch_tokens = unit.scheduling.prefill_tokens
+        return cls(model, unit.name, part.traffic, part.role, batch_tokens, kv_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is to be known of a request that wants units."""
+
+    model: str
+    prompt_tokens: int
+    has_answer: bool = True  # beyond the one token that comes with its prompt
+    near: str | None = None  # a unit that has its prompt already, and is to be preferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +48,79 @@ class Route:
 
     replica: Replica
     is_handed_over: bool = False
+    decoder: str | None = None  # the unit that generates its answer, where that is decided
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A unit does from now on what it did not do before for a model, or no longer."""
+
+    model: str
+    unit: str
+    before: Role
+    after: Role
+
+
+# Replicas of a model that are ready now, with all that they generated so far in the ledger.
+Ready = Callable[[str], Sequence[Replica]]
+OnSwitch = Callable[[Switch], None]
+
+
+class Router(Protocol):
+    """A routing policy for all models of an endpoint."""
+
+    def route(self, ask: Ask) -> Route | None:
+        """Where a new request goes; None if nobody is ready."""
+
+    def decoder(self, request_id: int) -> Replica | None:
+        """Who goes on with a live request that has a token; None if nobody is ready."""
+
+    def settle(self) -> None:
+        """Requests moved on, ended or were lost: who was borrowed may go home."""
+
+    def is_borrowed(self, model: str, unit: str) -> bool:
+        """The unit does both phases for the model now, though it is configured for one."""
+
+
+class DistServe:
+    """Each phase to its shortest queue, the second one when it begins (OSDI 2024, section 4.3).
+
+    A request goes to the prefill unit with the fewest pending tokens; who decodes it is chosen when
+    its prompt is done, among all that decode then, and fetches it when it has room.
+    """
+
+    def __init__(self, ledger: Ledger, ready: Ready) -> None:
+        self._ledger = ledger
+        self._ready = ready
+
+    def route(self, ask: Ask) -> Route | None:
+        """To the shortest queue of those that prefill; None if nobody is ready.
+
+        From a unit for prefills it is handed over if somebody is there to take it. Where nobody
+        prefills any more, those that decode do both: they can, only slower.
+        """
+        ready = self._ready(ask.model)
+        first = choose([r for r in ready if r.role != "decode"] or ready, self._ledger)
+        if first is None:
+            return None
+        near = (r for r in ready if r.unit == ask.near and r.role == first.role)
+        has_decoders = any(r.role == "decode" for r in ready)
+        is_handed_over = ask.has_answer and first.role == "prefill" and has_decoders
+        return Route(next(near, first), is_handed_over)
+
+    def decoder(self, request_id: int) -> Replica | None:
+        """The shortest queue of those that decode; of none, anybody: all of them can."""
+        live = self._ledger.get(request_id)
+        assert live is not None, "who has ended needs nobody"
+        ready = self._ready(live.request.model)
+        return choose([r for r in ready if r.role == "decode"] or ready, self._ledger)
+
+    def settle(self) -> None:
+        """Nobody is ever borrowed."""
+
+    def is_borrowed(self, model: str, unit: str) -> bool:
+        """Nobody is."""
+        return False
 
 
 def choose(replicas: Iterable[Replica], ledger: Ledger) -> Replica | None:
@@ -34,28 +132,7 @@ def choose(replicas: Iterable[Replica], ledger: Ledger) -> Replica | None:
     def pressure(replica: Replica) -> tuple[float, float, str]:
         load = ledger.load(replica.model, replica.unit)
         requests = load.queued + load.running
-        return (load.tokens / replica.traffic, requests / replica.traffic, replica.unit)
+        tokens = load.tokens + load.promised_tokens
+        return (tokens / replica.traffic, requests / replica.traffic, replica.unit)
 
     return min(replicas, key=pressure, default=None)
-
-
-def choose_route(replicas: Iterable[Replica], ledger: Ledger) -> Route | None:
-    """Where a new request goes: to the shortest queue of those that prefill; None of none.
-
-    From a unit for prefills it is handed over if somebody is there to take it. Where nobody
-    prefills any more, those that decode do both: they can, only slower.
-    """
-    ready = list(replicas)
-    first = choose([r for r in ready if r.role != "decode"] or ready, ledger)
-    if first is None:
-        return None
-    return Route(first, first.role == "prefill" and any(r.role == "decode" for r in ready))
-
-
-def choose_decoder(replicas: Iterable[Replica], ledger: Ledger) -> Replica | None:
-    """Who takes a prefilled request over: the shortest queue of those that decode.
-
-    Of none, anybody: all of them can decode. None of none at all.
-    """
-    ready = list(replicas)
-    return choose([r for r in ready if r.role == "decode"] or ready, ledger)

@@ -46,6 +46,7 @@ class _Load:
     """What the sequences of one model ask of the unit."""
 
     version: int  # of the queue when this was computed
+    num_decoding: int = 0  # those that decode here, or will
     step_s: float = 0.0  # a decode step of all of them
     joining_s: float = 0.0  # what one more adds to it
     target_s: float = inf  # the model's TPOT target, if it can be met at all
@@ -140,6 +141,7 @@ class Admission:
         version = sum([queue.version for queue in self._queues.values()])
         if self._unit.version != version:
             loads = [self._load(queue, now) for queue in self._queues.values() if queue.running]
+            loads = [load for load in loads if load.num_decoding]
             self._unit = _UnitLoad(
                 version,
                 sum(load.step_s for load in loads),
@@ -156,8 +158,10 @@ class Admission:
         return load
 
     def _find_load(self, queue: ModelQueue, now: float) -> _Load:
-        name, num_running = queue.name, len(queue.running)
-        context = sum(sequence.num_scheduled for sequence in queue.running)
+        # Who is handed over after its first token decodes elsewhere, and keeps no pace here.
+        running = [sequence for sequence in queue.running if not sequence.request.hold_s]
+        name, num_running = queue.name, len(running)
+        context = sum(sequence.num_scheduled for sequence in running)
         mean = context // num_running if num_running else 0
         step_s = self._latency.predict(name, BatchShape(num_running, context))
         more_s = self._latency.predict(name, BatchShape(num_running + 1, context + mean))
@@ -168,9 +172,9 @@ class Admission:
         slo = queue.model.slo
         # A target that one sequence alone would miss binds nobody.
         if slo is None or alone_s > ROUND_SHARE * slo.tpot_s:
-            return _Load(queue.version, step_s, joining_s)
+            return _Load(queue.version, num_running, step_s, joining_s)
         behind_at_s = _behind_at_s(queue, slo.tpot_s, now)
-        return _Load(queue.version, step_s, joining_s, slo.tpot_s, behind_at_s)
+        return _Load(queue.version, num_running, step_s, joining_s, slo.tpot_s, behind_at_s)
 
 
 def _behind_at_s(queue: ModelQueue, tpot_s: float, now: float) -> float:
@@ -181,6 +185,7 @@ def _behind_at_s(queue: ModelQueue, tpot_s: float, now: float) -> float:
             behind_at_s
             for sequence in queue.decoding
             if sequence.first_token_s is not None
+            and not sequence.request.hold_s
             and (behind_at_s := sequence.first_token_s + tpot_s * sequence.outputs_committed)
             > hopeless_s
         ),

@@ -54,7 +54,7 @@ class Server:
             on_change=on_change,
             spawn=spawn,
         )
-        self.dispatcher = Dispatcher(config.models, self.supervisor, monotonic)
+        self.dispatcher = Dispatcher(config.models, self.supervisor, monotonic, config.routing)
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -65,7 +65,7 @@ class Server:
         """
         keys = load_keys(self.config.endpoint.api_keys, os.environ)
         units = self.supervisor.units
-        metrics = Metrics(self.config.models, units, self.dispatcher.ledger)
+        metrics = Metrics(self.config.models, units, self.dispatcher)
         source = self.config.endpoint.api_keys
         isolate = source is not None and source.isolate
         routes = Routes(self.models, self.dispatcher, units, metrics, keys, isolate)

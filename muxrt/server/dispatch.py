@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from muxrt.config.placement import ModelSpec, UnitModel, UnitSpec
+from muxrt.config.placement import ModelSpec
+from muxrt.config.routing import Routing
 from muxrt.core import (
     FinishReason,
     Output,
@@ -21,11 +23,12 @@ from muxrt.core import (
     SamplingParams,
     Source,
 )
-from muxrt.engine.handoff import LEASE_S, Event, Handoff
+from muxrt.engine.handoff import LEASE_S, Event, Handoff, Stage
 from muxrt.engine.messages import Abort, Extend, ModelReady, Step, Submit, ToUnit
+from muxrt.engine.pools import make_router
 from muxrt.engine.relay import Relay
 from muxrt.engine.requests import Ledger, LiveRequest
-from muxrt.engine.router import Replica, choose_decoder, choose_route
+from muxrt.engine.router import Ask, Replica, Switch
 from muxrt.errors import Overloaded, Unavailable
 from muxrt.server.unit_process import UnitProcess
 
@@ -106,9 +109,19 @@ class _Waiter:
 class Dispatcher:
     """Sends drafts to units and their outputs to sinks; a sink's last output has a finish."""
 
-    def __init__(self, models: Sequence[ModelSpec], units: Units, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        models: Sequence[ModelSpec],
+        units: Units,
+        now: Callable[[], float],
+        routing: Routing | None = None,
+    ) -> None:
         self.models = {model.name: model for model in models}
         self.ledger = Ledger()
+        self.router = make_router(
+            routing or Routing(), self.ledger, self._ready_replicas, self._on_switch
+        )
+        self.num_switches: Counter[tuple[str, str]] = Counter()  # of roles, by model and unit
         self.is_draining = False
         self._units = units
         self._now = now
@@ -144,7 +157,7 @@ class Dispatcher:
 
     def _ready_replicas(self, model: str) -> list[Replica]:
         return [
-            _replica(unit.spec, model)
+            _replica(unit, model)
             for unit in self._units.units.values()
             if unit.is_ready and model in unit.models
         ]
@@ -164,32 +177,30 @@ class Dispatcher:
     # -- requests ----------------------------------------------------------------------------
 
     def submit(self, draft: Draft, sink: Sink, unit: str | None = None) -> int:
-        """Send `draft` to `unit`, or to the best replica; the request's id.
+        """Send `draft` to the best replica, or to `unit`, which knows its prompt; the request's id.
 
         Raises Unavailable if none is ready.
         """
-        replicas = self._ready_replicas(draft.model)
         request_id = self.ledger.next_id()
-        if not self._start(request_id, _Waiter(draft, sink), replicas, unit):
+        if not self._start(request_id, _Waiter(draft, sink), unit):
             raise self._unavailable(draft.model)
         return request_id
 
-    def _start(
-        self, request_id: int, waiter: _Waiter, ready: list[Replica], unit: str | None = None
-    ) -> bool:
-        """Send a request that gave nothing yet, to `unit` if it is ready; False if none is."""
-        route = choose_route(ready, self.ledger)
+    def _start(self, request_id: int, waiter: _Waiter, near: str | None = None) -> bool:
+        """Send a request that gave nothing yet, to `near` if that suits; False if none is ready."""
+        draft = waiter.draft
+        route = self.router.route(Ask(draft.model, draft.num_tokens, draft.max_tokens > 1, near))
         if route is None:
             return False
-        near = next((r for r in ready if r.unit == unit and r.role == route.replica.role), None)
-        name = (near or route.replica).unit
-        block_tokens = self._units.units[name].models[waiter.draft.model].block_tokens
-        request = waiter.draft.request(request_id, block_tokens)
-        waiter.handoff = None
-        if route.is_handed_over and request.max_tokens > 1:
+        name = route.replica.unit
+        block_tokens = self._units.units[name].models[draft.model].block_tokens
+        request = draft.request(request_id, block_tokens)
+        # Where it is decided who generates its answer, another one does if that unit dies.
+        waiter.handoff = None if route.decoder is None else Handoff(Stage.DECODING)
+        if route.is_handed_over:
             waiter.handoff = Handoff()
             request = msgspec.structs.replace(request, max_tokens=1, hold_s=LEASE_S)
-        self.ledger.open(request, name)
+        self.ledger.open(request, name, route.decoder)
         self._send(request, waiter, name)
         return True
 
@@ -204,6 +215,7 @@ class Dispatcher:
         live = self._close(request_id)
         if live is not None:
             self._units.send(live.unit, Abort(request_id))
+            self.router.settle()
 
     def unit_of(self, request_id: int) -> str | None:
         """Where a live request runs."""
@@ -236,6 +248,7 @@ class Dispatcher:
             waiter.sink(output)
             if output.finish is not None:
                 self._close(output.request_id)
+        self.router.settle()
 
     def on_death(self, unit: UnitProcess) -> None:
         """Everything live in `unit` is lost: what showed nothing yet may start over elsewhere.
@@ -256,6 +269,7 @@ class Dispatcher:
             self._close(live.request.id)
             if not self._retry(live, waiter):
                 self._give_up(live, waiter, unit.retry_after_s(self._now()))
+        self.router.settle()
 
     def _give_up(self, live: LiveRequest, waiter: _Waiter, retry_after_s: float) -> None:
         why = f"the process that served {live.request.model} died; it is being restarted"
@@ -266,9 +280,19 @@ class Dispatcher:
         if not waiter.is_untouched:
             return False
         # The same id: who waits knows it. The unit that knew it is dead.
-        is_sent = self._start(live.request.id, waiter, self._ready_replicas(live.request.model))
+        is_sent = self._start(live.request.id, waiter)
         waiter.is_untouched = False
         return is_sent
+
+    def _on_switch(self, switch: Switch) -> None:
+        self.num_switches[switch.model, switch.unit] += 1
+        log.info(
+            "event=role_switch unit=%s model=%s from=%s to=%s",
+            switch.unit,
+            switch.model,
+            switch.before,
+            switch.after,
+        )
 
     # -- from unit to unit -------------------------------------------------------------------
 
@@ -279,9 +303,9 @@ class Dispatcher:
             log.warning("event=transfer_failed error=%r", output.refusal.message)
         return self._relay.hear(handoff, output)
 
-    def choose_decoder(self, model: str) -> str | None:
+    def choose_decoder(self, request_id: int) -> str | None:
         """See `Reach`; so are the others up to `give_up`."""
-        decoder = choose_decoder(self._ready_replicas(model), self.ledger)
+        decoder = self.router.decoder(request_id)
         return None if decoder is None else decoder.unit
 
     def identity(self, unit: str) -> str:
@@ -338,9 +362,10 @@ class Dispatcher:
         return self.ledger.check()
 
 
-def _replica(unit: UnitSpec, model: str) -> Replica:
-    part: UnitModel = next(part for part in unit.models if part.name == model)
-    return Replica(model, unit.name, part.traffic, part.role)
+def _replica(unit: UnitProcess, model: str) -> Replica:
+    ready = unit.models[model]
+    kv_tokens = ready.quota_blocks // ready.blocks_per_group * ready.block_tokens
+    return Replica.of(unit.spec, model, kv_tokens)
 
 
 def _gone(live: LiveRequest, why: str, retry_after_s: float) -> Output:

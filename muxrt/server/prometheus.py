@@ -6,10 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from muxrt.config.placement import ModelSpec
+from muxrt.config.placement import ModelSpec, Role
 from muxrt.engine.messages import BatchStats, ModelStats, Stats
-from muxrt.engine.requests import Ledger
 from muxrt.metrics import Timing, is_met
+from muxrt.server.dispatch import Dispatcher
 from muxrt.server.unit_process import UnitProcess
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,6 +19,7 @@ TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60
 TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 MODEL_UNIT = ("model", "unit")
+ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
 ModelValue = Callable[[ModelStats], float]
 
 GAUGES: Mapping[str, tuple[str, ModelValue]] = {
@@ -51,15 +52,17 @@ class UnitCollector(Collector):
     """The units' last reports, read when somebody asks. A dead unit reports nothing."""
 
     def __init__(
-        self, units: Mapping[str, UnitProcess], ledger: Ledger, models: Iterable[str]
+        self, units: Mapping[str, UnitProcess], dispatcher: Dispatcher, models: Iterable[str]
     ) -> None:
         self._units = units
-        self._ledger = ledger
+        self._dispatcher = dispatcher
+        self._ledger = dispatcher.ledger
         self._models = list(models)
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         yield from self._unit_gauges()
+        yield from self._roles()
         stats = [unit.stats for unit in self._units.values() if unit.stats is not None]
         for name, (text, value) in GAUGES.items():
             yield _filled(GaugeMetricFamily(name, text, labels=MODEL_UNIT), stats, value)
@@ -96,6 +99,23 @@ class UnitCollector(Collector):
                 free.add_metric([unit.name], unit.stats.blocks_free)
         yield from (ready, total, free, restarts)
 
+    def _roles(self) -> Iterator[Metric]:
+        role = GaugeMetricFamily(
+            "muxrt_role", "1 for what a unit does for a model now.", labels=(*MODEL_UNIT, "role")
+        )
+        switches = CounterMetricFamily(
+            "muxrt_role_switches", "Times that it was borrowed or went home.", labels=MODEL_UNIT
+        )
+        for unit in self._units.values():
+            for part in unit.spec.models:
+                is_borrowed = self._dispatcher.router.is_borrowed(part.name, unit.name)
+                now = "mixed" if is_borrowed else part.role
+                for each in ROLES:
+                    role.add_metric([part.name, unit.name, each], each == now)
+                count = self._dispatcher.num_switches[part.name, unit.name]
+                switches.add_metric([part.name, unit.name], count)
+        yield from (role, switches)
+
 
 def _filled(
     family: GaugeMetricFamily | CounterMetricFamily, stats: list[Stats], value: ModelValue
@@ -130,11 +150,14 @@ class Metrics:
     """Counts of this endpoint; one registry per server, none per process."""
 
     def __init__(
-        self, models: Iterable[ModelSpec], units: Mapping[str, UnitProcess], ledger: Ledger
+        self,
+        models: Iterable[ModelSpec],
+        units: Mapping[str, UnitProcess],
+        dispatcher: Dispatcher,
     ) -> None:
         self._slos = {model.name: model.slo for model in models}
         self._registry = registry = CollectorRegistry(auto_describe=False)
-        registry.register(UnitCollector(units, ledger, self._slos))
+        registry.register(UnitCollector(units, dispatcher, self._slos))
         self._requests = Counter(
             "muxrt_http_requests",
             "HTTP requests to generate, by status; 499 = the client left.",

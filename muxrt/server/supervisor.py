@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 
-from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
 from muxrt.config.serve import ServeConfig
 from muxrt.engine.messages import (
     Drain,
@@ -53,7 +53,7 @@ class Supervisor:
         on_change: Listener = lambda unit: None,
         spawn: Spawn = spawn,
     ) -> None:
-        self.units = {spec.name: UnitProcess(spec) for spec in config.units}
+        self.units = {spec.name: UnitProcess(spec) for spec in exchanging(config.units)}
         self._models = {model.name: model for model in config.models}
         self._on_step = on_step
         self._on_death = on_death

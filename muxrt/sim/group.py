@@ -8,13 +8,15 @@ from typing import Protocol
 
 import msgspec
 
-from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
+from muxrt.config.routing import Routing
 from muxrt.core import ID_BYTES, FinishReason, Output, Piece, Request, Source
-from muxrt.engine.handoff import LEASE_S, Event, Handoff
+from muxrt.engine.handoff import LEASE_S, Event, Handoff, Stage
 from muxrt.engine.messages import Extend
+from muxrt.engine.pools import make_router
 from muxrt.engine.relay import Relay
 from muxrt.engine.requests import Ledger, LiveRequest
-from muxrt.engine.router import Replica, choose_decoder, choose_route
+from muxrt.engine.router import Ask, Replica, Switch
 from muxrt.errors import BadRequest, ConfigError, Overloaded, Unavailable
 from muxrt.sim.links import Link, Links
 from muxrt.sim.loop import ARRIVE, FINISH, PLAN, EventLoop
@@ -54,6 +56,7 @@ class GroupResult:
 
     served: tuple[Served, ...]
     units: tuple[UnitUse, ...]
+    switches: tuple[tuple[float, Switch], ...] = ()  # of roles, and when
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,12 @@ class Group:
 
     units: tuple[UnitSpec, ...]
     models: tuple[ModelSpec, ...]
+    routing: Routing = field(default_factory=Routing)
 
 
-def groups(units: Sequence[UnitSpec], models: Sequence[ModelSpec]) -> list[Group]:
+def groups(
+    units: Sequence[UnitSpec], models: Sequence[ModelSpec], routing: Routing | None = None
+) -> list[Group]:
     """Split a placement into parts without a common model: what one does, no other notices."""
     found: list[list[UnitSpec]] = []
     for unit in units:
@@ -76,7 +82,8 @@ def groups(units: Sequence[UnitSpec], models: Sequence[ModelSpec]) -> list[Group
     for members in found:
         ordered = tuple(unit for unit in units if unit in members)
         here = dict.fromkeys(part.name for unit in ordered for part in unit.models)
-        result.append(Group(ordered, tuple(specs[name] for name in here)))
+        here_specs = tuple(specs[name] for name in here)
+        result.append(Group(ordered, here_specs, routing or Routing()))
     return result
 
 
@@ -118,16 +125,11 @@ class Simulation:
         self._requests: dict[int, Request] = {}  # of those, as their clients sent them
         self._setting = setting
         self._models = {spec.name: spec for spec in group.models}
-        self.units = {spec.name: SimUnit(spec, group.models, setting, self) for spec in group.units}
-        self._replicas = {
-            name: [
-                Replica(name, unit.name, part.traffic, part.role)
-                for unit in group.units
-                for part in unit.models
-                if part.name == name
-            ]
-            for name in self._models
-        }
+        placed = exchanging(group.units)
+        self.units = {spec.name: SimUnit(spec, group.models, setting, self) for spec in placed}
+        self._replicas = {name: self._of_model(name) for name in self._models}
+        self._switches: list[tuple[float, Switch]] = []
+        self.router = make_router(group.routing, self.ledger, self._published, self._on_switch)
         self._coming = _Arrivals([])
         self._asks_exactly = setting.asks_exactly
         self._request_s = setting.engine.request_s  # all of it before the unit: the same TTFT
@@ -155,7 +157,14 @@ class Simulation:
         wall_s = max((s.last_s for s in self.served if s.last_s is not None), default=0.0)
         self._tell(len(self.served) - len(self._live) - self._told)
         uses = tuple(unit.use(wall_s) for unit in self.units.values())
-        return GroupResult(tuple(self.served), uses)
+        return GroupResult(tuple(self.served), uses, tuple(self._switches))
+
+    def _of_model(self, model: str) -> list[Replica]:
+        plans = [unit.plan for unit in self.units.values() if model in unit.plan.models]
+        return [Replica.of(plan.spec, model, plan.kv_tokens(model)) for plan in plans]
+
+    def _on_switch(self, switch: Switch) -> None:
+        self._switches.append((self.loop.now_s, switch))
 
     def _sample(self) -> None:
         for unit in self.units.values():
@@ -218,6 +227,7 @@ class Simulation:
             self.ledger.close(lost.request.id)
             if not self._retry(lost, served):
                 self._lose(lost.request.id, served)
+        self.router.settle()
 
     def _lose(self, request_id: int, served: Served) -> None:
         del self._live[request_id], self._requests[request_id]
@@ -283,16 +293,16 @@ class Simulation:
 
     def _start(self, request: Request, served: Served) -> bool:
         """Send a request that gave nothing yet; False if nobody is ready."""
-        route = choose_route(self._published(request.model), self.ledger)
+        route = self.router.route(Ask(request.model, request.prompt_tokens, request.max_tokens > 1))
         if route is None:
             return False
-        served.handoff = None
+        served.handoff = None if route.decoder is None else Handoff(Stage.DECODING)
         self._requests[request.id] = request
-        if route.is_handed_over and request.max_tokens > 1:
+        if route.is_handed_over:
             served.handoff = Handoff()
             request = msgspec.structs.replace(request, max_tokens=1, hold_s=LEASE_S)
         self._live[request.id] = served
-        self.ledger.open(request, route.replica.unit)
+        self.ledger.open(request, route.replica.unit, route.decoder)
         self._send(request, served, route.replica.unit)
         return True
 
@@ -318,9 +328,9 @@ class Simulation:
         if served.handoff is not None:
             self._relay.let_go(request_id, served.handoff)
 
-    def choose_decoder(self, model: str) -> str | None:
+    def choose_decoder(self, request_id: int) -> str | None:
         """See `Reach`; so are the others up to `give_up`."""
-        decoder = choose_decoder(self._published(model), self.ledger)
+        decoder = self.router.decoder(request_id)
         return None if decoder is None else decoder.unit
 
     def identity(self, unit: str) -> str:
@@ -454,3 +464,4 @@ class Simulation:
                 self.ledger.close(output.request_id)
                 if self._watch is not None:
                     self._watch.ended(served)
+        self.router.settle()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from muxrt.config.placement import ModelSpec, Placement, Slo, UnitSpec
 from muxrt.config.serve import ServeConfig
+from muxrt.engine.router import Switch
 from muxrt.errors import ConfigError
 from muxrt.sim.group import Group, GroupResult, Served, Simulation, Tell, groups
 from muxrt.sim.report import Report, make_report
@@ -37,6 +38,7 @@ class Run:
 
     served: tuple[Served, ...]
     units: tuple[UnitUse, ...]
+    switches: tuple[tuple[float, Switch], ...] = ()  # of roles, in order
 
 
 def tasks(config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival]) -> list[Task]:
@@ -54,7 +56,7 @@ def tasks(config: ServeConfig, setting: Setting, arrivals: Sequence[Arrival]) ->
         if failure.unit not in names:
             known = ", ".join(names)
             raise ConfigError(f"found a failure of {failure.unit!r}, expected one of: {known}")
-    found = groups(config.units, config.models)
+    found = groups(config.units, config.models, config.routing)
     home = {spec.name: index for index, group in enumerate(found) for spec in group.models}
     dealt: list[list[tuple[int, Arrival]]] = [[] for _ in found]
     for place, arrival in sorted(enumerate(arrivals), key=lambda item: item[1].at_s):
@@ -78,7 +80,9 @@ def simulate(
     results = list(map_(run, tasks(config, setting, arrivals)))
     served = sorted((s for result in results for s in result.served), key=lambda s: s.index)
     by_name = {use.unit: use for result in results for use in result.units}
-    return Run(tuple(served), tuple(by_name[unit.name] for unit in config.units))
+    switches = sorted((s for result in results for s in result.switches), key=lambda one: one[0])
+    uses = tuple(by_name[unit.name] for unit in config.units)
+    return Run(tuple(served), uses, tuple(switches))
 
 
 def targets(models: Iterable[ModelSpec], default: Slo | None = None) -> dict[str, Slo | None]:

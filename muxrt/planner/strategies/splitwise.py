@@ -3,10 +3,12 @@
 Each instance has a machine's GPUs (tensor parallel, as far as the model divides), every pair of
 kinds is tried, and as few machines are taken as keep the goal at the model's rate: for the fewest
 GPUs, dollars or watts. (ISCA 2024, sections 4 and 5; its nine SLOs and its designs with their
-budgets are in planner/provision.py. No machine changes its pool in a plan.)
+budgets are in planner/provision.py. No machine changes its pool in a plan, but they borrow from
+each other when it is served: engine/pools.py.)
 """
 
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 from muxrt.planner.disaggregate import Phases, Rated, fewest
@@ -15,6 +17,10 @@ from muxrt.planner.phase_plan import ModelPlan, PhasePlan, no_room, plan_models
 from muxrt.planner.phases import Instance
 from muxrt.planner.strategies.distserve import Options
 from muxrt.planner.workload import Problem
+
+# Of a batch of prompts: beyond it machines prefill fewer tokens per second (section 4,
+# machine-level scheduling).
+MOST_PROMPT_TOKENS = 2048
 
 
 def splitwise(problem: Problem, options: Options | None = None) -> PhasePlan:
@@ -62,5 +68,7 @@ def _choose(options: Options, problem: Problem, model: str, left: Counter[int]) 
 def _machine(problem: Problem, model: str, pool: int) -> Instance | None:
     """An instance on as many GPUs of a machine as the model divides; None where it does not fit."""
     tps = problem.tps(model, pool)
-    catalog = catalog_of(problem, model, pool, inside=False)
-    return catalog(max(tps), 1) if tps else None
+    found = catalog_of(problem, model, pool, inside=False)(max(tps), 1) if tps else None
+    if found is None:
+        return None
+    return replace(found, saturating_tokens=min(found.saturating_tokens, MOST_PROMPT_TOKENS))
