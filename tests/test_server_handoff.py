@@ -140,3 +140,21 @@ def test_either_process_may_be_killed_under_load(
     assert ok > 20
     assert refused == 0, "the other process could have served them"
     endpoint.check_nothing_leaked()
+
+
+def test_pieces_move_by_nixl_too(
+    whole: ServeConfig, wanted: dict[tuple[str, str], tuple[str, list[str]]]
+) -> None:
+    pytest.importorskip("nixl")
+
+    async def ask_long(endpoint: RealServer) -> tuple[str, list[str]] | int:
+        async with aiohttp.ClientSession(endpoint.url) as http:
+            return await ask(http, "a", PROMPTS[2])
+
+    apart = split(whole)
+    units = tuple(msgspec.structs.replace(unit, transfer="nixl") for unit in apart.units)
+    with real_server(msgspec.structs.replace(apart, units=units)) as endpoint:
+        assert asyncio.run(ask_long(endpoint)) == wanted["a", PROMPTS[2]]
+        endpoint.check_nothing_leaked()
+        stats = endpoint.server.supervisor.units["answers"].stats
+        assert stats is not None and stats.models[0].prompt_tokens == 0
