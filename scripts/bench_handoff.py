@@ -6,17 +6,22 @@
 One model, one request at a time. `one unit` does both phases; the others prefill in one process
 and decode in another, K and V moved by NIXL or through memory that both have mapped: piece by piece
 while the prompt is computed, or, where the name ends in `, serialised`, at once after it. All
-endpoints are up all the time and asked in turns. `hidden` is what moving while computing takes off
-the second token's delay, of what a hand-over adds to it: 1 - (pieces - one unit) / (serialised -
-one unit).
+endpoints are up all the time and asked in turns.
+
+`more` is the second token's delay beyond that of one unit, `waited` its delay beyond the third
+token's in the same unit: what is waited for of the transfer, without what else differs between two
+units (caches and pages are colder, threads share a core). `hidden` is the share of either that
+moving in pieces saves: 1 - pieces / serialised.
 """
 
 import asyncio
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Annotated, Any
 
 import msgspec
@@ -27,13 +32,14 @@ from bench_serving import muxrt_serving, one_unit
 from rich.console import Console
 from rich.table import Table
 
-from muxrt.bench.client import replay, session
-from muxrt.bench.job import Job, Outcome, Progress, Status, Target
+from muxrt.bench.client import body, session
+from muxrt.bench.job import Job, Target
 from muxrt.config.placement import GIB, Lanes, Memory, Mesh, Role, Scheduling, UnitModel
 from muxrt.config.serve import ServeConfig
 
 TOGETHER = "one unit"
 SERIALISED = ", serialised"
+NUM_TOKENS = 3
 
 
 def config_of(folder: Path, transfer: str, from_tokens: int) -> ServeConfig:
@@ -58,29 +64,52 @@ def config_of(folder: Path, transfer: str, from_tokens: int) -> ServeConfig:
     return msgspec.structs.replace(whole, units=units)
 
 
-async def ask(url: str, model: str, num_tokens: int) -> Outcome:
-    """One request for two tokens."""
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When the first tokens of an answer came, in seconds after it was asked for."""
+
+    first_s: float
+    second_s: float
+    third_s: float
+
+    @property
+    def delay_s(self) -> float:
+        """Of the second token."""
+        return self.second_s - self.first_s
+
+    @property
+    def waited_s(self) -> float:
+        """What the second token took longer than the third, which waits for no transfer."""
+        return self.delay_s - (self.third_s - self.second_s)
+
+
+async def ask(url: str, model: str, num_tokens: int) -> Times:
+    """One request for three tokens. Exits where it is not served with an event for each."""
     prompt = [1 + number % 97 for number in range(num_tokens)]
-    target = Target(url)
+    target, times = Target(url), list[float]()
+    data = msgspec.json.encode(body(target, Job(0.0, model, prompt, NUM_TOKENS)))
     async with session(target) as http:
-        jobs = [Job(0.0, model, prompt, 2)]
-        (outcome,) = await replay(http, {model: target}, jobs, Progress(1))
-    if outcome.status is not Status.OK:
-        raise SystemExit(f"{url} does not answer: {outcome.error}")
-    return outcome
+        asked_s = perf_counter()
+        async with http.post(target.route, data=data) as response:
+            async for line in response.content:
+                if b'"text":"' in line and b'"text":""' not in line:
+                    times.append(perf_counter() - asked_s)
+    if len(times) != NUM_TOKENS:
+        raise SystemExit(f"{url}: found {len(times)} tokens, expected {NUM_TOKENS}")
+    return Times(*times)
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """First and second token by prompt length."""
-    heads = ("prompt", "K and V, MB", "served by", "TTFT, ms", "second token, ms", "more, ms")
-    table = Table(*heads, "hidden")
+    heads = ("prompt", "MB", "served by", "TTFT", "2nd token", "more", "waited")
+    table = Table(*heads, "hidden of more", "of waited", title="milliseconds")
     for row in rows:
-        figures = [row["ttft_s"], row["second_s"], row["more_s"]]
+        figures = [row["ttft_s"], row["second_s"], row["more_s"], row["waited_s"]]
         cells = [f"{1e3 * figure:.2f}" for figure in figures]
-        hidden = "" if row["hidden"] is None else f"{row['hidden']:.0%}"
+        shares = ["" if share is None else f"{share:.0%}" for share in row["hidden"]]
         size = f"{row['kv_bytes'] / 1e6:.1f}"
-        table.add_row(str(row["prompt"]), size, row["setup"], *cells, hidden)
-    Console(width=100).print(table)
+        table.add_row(str(row["prompt"]), size, row["setup"], *cells, *shares)
+    Console(width=110).print(table)
 
 
 def main(
@@ -106,7 +135,7 @@ def main(
             for name in names
         }
         for length in map(int, lengths.split(",")):
-            found: dict[str, list[Outcome]] = {name: [] for name in names}
+            found: dict[str, list[Times]] = {name: [] for name in names}
             for _ in range(rounds + 1):
                 for name in names:
                     found[name].append(asyncio.run(ask(urls[name], folder.name, length)))
@@ -115,37 +144,34 @@ def main(
     show(rows)
 
 
-def rows_of(folder: Path, length: int, found: dict[str, list[Outcome]]) -> list[dict[str, Any]]:
+def rows_of(folder: Path, length: int, found: dict[str, list[Times]]) -> list[dict[str, Any]]:
     """Medians; the first request of each warmed its path up and is gone."""
     from muxrt.config.model import load_shape
     from muxrt.cost.memory import kv_token_bytes
 
     kv_bytes = length * kv_token_bytes(load_shape(folder), 1, 4)
-    second_s = {
-        name: median((o.last_s or 0.0) - (o.ttft_s or 0.0) for o in done)
-        for name, done in found.items()
-    }
+    second_s = {name: median(one.delay_s for one in done) for name, done in found.items()}
+    waited_s = {name: median(one.waited_s for one in done) for name, done in found.items()}
+    more_s = {name: delay_s - second_s[TOGETHER] for name, delay_s in second_s.items()}
     return [
         {
             "setup": name,
             "prompt": length,
             "kv_bytes": kv_bytes,
-            "ttft_s": median(o.ttft_s or 0.0 for o in done),
+            "ttft_s": median(one.first_s for one in done),
             "second_s": second_s[name],
-            "more_s": second_s[name] - second_s[TOGETHER],
-            "hidden": _hidden(second_s, name),
+            "more_s": more_s[name],
+            "waited_s": waited_s[name],
+            "hidden": [_hidden(more_s, name), _hidden(waited_s, name)],
         }
         for name, done in found.items()
     ]
 
 
-def _hidden(second_s: dict[str, float], name: str) -> float | None:
-    """The share of a transfer that nobody waits for; None where all of it is waited for."""
-    whole = second_s.get(name + SERIALISED)
-    if whole is None:
-        return None
-    alone = second_s[TOGETHER]
-    return 1 - (second_s[name] - alone) / (whole - alone)
+def _hidden(cost_s: dict[str, float], name: str) -> float | None:
+    """The share of a serialised transfer's cost that moving in pieces saves; None: it does not."""
+    whole_s = cost_s.get(name + SERIALISED)
+    return None if whole_s is None else 1 - cost_s[name] / whole_s
 
 
 if __name__ == "__main__":

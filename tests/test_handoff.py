@@ -170,7 +170,7 @@ def play_faults(seeds: range, borrows: bool = False) -> Played:
         with SplitWorld(plans, faults, routing) as world:
             for index in range(12):
                 model = random.choice(models)
-                prompt = prompts(model, 1, 100, seed=100 * seed + index)[0]
+                prompt = prompts(model, 1, 200, seed=100 * seed + index)[0]
                 max_tokens, at_s = random.randint(1, 30), random.uniform(0, 1)
                 world.at(at_s, lambda a=(model, prompt, max_tokens): world.ask(*a))
             for _ in range(random.randint(0, 3)):

@@ -175,3 +175,21 @@ def test_processes_borrow_from_each_other_and_go_home(
     counts = [line for line in text.splitlines() if line.startswith("muxrt_role_switches_total")]
     assert len(counts) == 6
     assert sum(float(line.rpartition(" ")[2]) for line in counts) >= 2
+
+
+def test_pieces_move_by_nixl_too(
+    whole: ServeConfig, wanted: dict[tuple[str, str], tuple[str, list[str]]]
+) -> None:
+    pytest.importorskip("nixl")
+
+    async def ask_long(endpoint: RealServer) -> tuple[str, list[str]] | int:
+        async with aiohttp.ClientSession(endpoint.url) as http:
+            return await ask(http, "a", PROMPTS[2])
+
+    apart = split(whole)
+    units = tuple(msgspec.structs.replace(unit, transfer="nixl") for unit in apart.units)
+    with real_server(msgspec.structs.replace(apart, units=units)) as endpoint:
+        assert asyncio.run(ask_long(endpoint)) == wanted["a", PROMPTS[2]]
+        endpoint.check_nothing_leaked()
+        stats = endpoint.server.supervisor.units["answers"].stats
+        assert stats is not None and stats.models[0].prompt_tokens == 0
