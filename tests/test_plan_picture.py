@@ -13,6 +13,7 @@ from muxrt.cli.plan_picture import (
     Kind,
     Node,
     Note,
+    blocks,
     busiest,
     draw,
     folded,
@@ -28,7 +29,8 @@ from muxrt.planner.workload import Problem
 
 def drawn(given: Problem, draft: Draft) -> list[Node]:
     score = QueueingJudge(given)(draft)
-    return nodes(given, draft, score, to_placement(given, draft, score))
+    placement = to_placement(given, draft, score)
+    return nodes(given, blocks(given, draft, score, placement.units))
 
 
 def test_a_meshs_pieces_are_what_each_of_its_gpus_holds() -> None:
@@ -111,7 +113,8 @@ def test_it_is_written(suffix: str, tmp_path: Path) -> None:
     draft = (group(1, "a"), group(2, "b"))
     score = QueueingJudge(given)(draft)
     path = tmp_path / f"p{suffix}"
-    draw(path, given, draft, score, to_placement(given, draft, score))
+    units = to_placement(given, draft, score).units
+    draw(path, given, blocks(given, draft, score, units), score.goodput_rps)
     content = path.read_bytes()
     if suffix == ".svg":
         assert b"<svg" in content
@@ -124,5 +127,6 @@ def test_a_picture_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     draft = (group(1, "a"),)
     score = QueueingJudge(given)(draft)
     path = tmp_path / "nowhere" / "p.png"
+    units = to_placement(given, draft, score).units
     with pytest.raises(ConfigError, match=r"p.png: cannot be written: No such file or directory$"):
-        draw(path, given, draft, score, to_placement(given, draft, score))
+        draw(path, given, blocks(given, draft, score, units), score.goodput_rps)

@@ -50,7 +50,7 @@ def print_plan(
     score: Score,
     placement: Placement,
 ) -> None:
-    """One line for the whole, then a line per model; two tables where one would be too wide."""
+    """One line for the whole, then its units."""
     offered = sum(demand.rate_rps for demand in problem.demands.values())
     console.print(
         f"[bold]{score.goodput_rps:.1f} of {offered:.1f} requests/s within SLO[/bold]"
@@ -58,6 +58,18 @@ def print_plan(
         f" in {len(draft)} units",
         highlight=False,
     )
+    print_units(console, problem, capacity, draft, score, placement)
+
+
+def print_units(
+    console: Console,
+    problem: Problem,
+    capacity: Capacity,
+    draft: Draft,
+    score: Score,
+    placement: Placement,
+) -> None:
+    """A line per model; two tables where one would be too wide."""
     rows = [
         _cells(problem, capacity, group, found, unit)
         for group, found, unit in _by_node(draft, score, placement)
