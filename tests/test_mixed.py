@@ -226,13 +226,30 @@ def test_when_the_time_is_up_it_says_what_was_not_looked_at() -> None:
     assert found.notes == ("prefills and decodes apart: the time was up",)
 
 
-def test_models_beyond_the_largest_are_not_looked_at() -> None:
-    world = problem([chat(3.5, f"chat-{n}") for n in range(8)], gpus=8)
+def test_small_models_among_many_are_not_looked_at() -> None:
+    """`large` fills more than one GPU and gains apart or not; the others hardly use theirs."""
+    others = [demand(f"small-{n}", 6.0) for n in range(7)]
+    world = problem([chat(15.0, "large"), *others], gpus=8)
     told: list[str] = []
-    quick = replace(search(world), tell=lambda what, done, total: told.append(what))
-    found = mixed(world, quick, predicting(world))
-    assert "the phases of all but the 6 largest models" in found.notes
-    assert len({what for what in told if what.startswith("phases apart")}) == 6
+    found = mixed(
+        world,
+        replace(search(world), tell=lambda what, done, total: told.append(what)),
+        predicting(world),
+    )
+    assert found.notes == ("the phases of all but the 1 largest models",)
+    assert {what for what in told if what.startswith("phases apart")} == {"phases apart: large"}
+
+
+def test_who_hardly_gains_is_not_tried_alone() -> None:
+    world = problem([chat(12.0, f"chat-{n}") for n in range(2)], gpus=8)
+    told: list[str] = []
+    mixed(
+        world,
+        replace(search(world), tell=lambda what, done, total: told.append(what)),
+        predicting(world),
+    )
+    tried = {what for what in told if what.startswith("apart: ")}
+    assert tried == {"apart: chat-0, chat-1"}
 
 
 def test_what_colocation_cannot_keep_may_be_kept_apart() -> None:

@@ -52,6 +52,10 @@ NEARLY_ALL = 0.99  # of the traffic: who serves so much has nothing to gain from
 MARGIN = 0.15  # predictions of both kinds are taken to be that far apart at most, relative
 LEAST_GAIN = 0.005  # relative; below it the simpler placement stays
 MOST_MODELS = 6  # that are looked at, those with the most GPUs' worth of traffic
+# Goodput per GPU apart over that colocated, as predicted: with less a model stays colocated, unless
+# all are apart. Two GPUs are the least, so nobody looks at small models among many others.
+LEAST_RATIO = 0.7
+LEAST_WORTH = 2 * LEAST_RATIO
 NUM_NEXT = 2  # models that are tried as the next one apart
 NUM_ENOUGH = 4  # mixes that are predicted to serve nearly all: no more are looked for
 NUM_FINAL = 4  # mixes that the judge sees
@@ -207,9 +211,10 @@ class _Mixer:
             found += self._with(tuple(self.offers))
             found += self._sized(self._machines(), ())
         apart: tuple[str, ...] = ()
-        while len(apart) < len(self.offers):
+        likely = [name for name, one in self.offers.items() if one.ratio >= LEAST_RATIO]
+        while len(apart) < len(likely):
             steps: list[tuple[tuple[float, float], str]] = []
-            for model in [name for name in self.offers if name not in apart][:NUM_NEXT]:
+            for model in [name for name in likely if name not in apart][:NUM_NEXT]:
                 if self._search.is_over():
                     self._note("some mixtures: the time was up")
                     return found
@@ -238,13 +243,14 @@ class _Mixer:
         worth = {m: colocated_gpus(problem, self._capacity, m) for m in problem.demands}
         largest = sorted(worth, key=lambda model: (-worth[model], model))
         if len(largest) > MOST_MODELS:
-            self._note(f"the phases of all but the {MOST_MODELS} largest models")
+            largest = [one for one in largest[:MOST_MODELS] if worth[one] >= LEAST_WORTH]
+            self._note(f"the phases of all but the {len(largest)} largest models")
         found = []
-        for number, model in enumerate(largest[:MOST_MODELS]):
+        for number, model in enumerate(largest):
             if search.is_over():
                 self._note("the phases of some models: the time was up")
                 break
-            search.tell(f"phases apart: {model}", number, min(len(largest), MOST_MODELS))
+            search.tell(f"phases apart: {model}", number, len(largest))
             one = offer(problem, self._capacity, model, options, search.is_over)
             found += [one] if one is not None else []
         found.sort(key=lambda one: (-one.ratio, one.model))
@@ -381,9 +387,7 @@ class _Mixer:
                 draft: Draft = in_order(problem, strategy(problem, search))
             except ConfigError:
                 continue
-            mix = Mix(NOBODY, rest, draft, search.estimator(draft))
-            if mix.predicted(problem).goodput_rps >= (1 - MARGIN) * self._best_rps:
-                found.append(mix)
+            found.append(Mix(NOBODY, rest, draft, search.estimator(draft)))
         return found
 
     def explained(self, found: Found, base: Mix | None) -> Found:
