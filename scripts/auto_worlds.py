@@ -59,6 +59,7 @@ LOADS = (0.8, 0.95)
 SEEDS = (1001, 1002, 1003, 1004)
 ALIKE = 0.005
 LIMIT_S = 60.0  # of a search
+WAYS = {"auto": True, "auto by default": False}  # whether the simulator judges everything
 SINGLES = ("muxserve", "spatial", "colocated", "distserve", "splitwise")
 
 
@@ -152,15 +153,20 @@ def automatic(asked: Asked, *, simulated: bool = True) -> Found:
     return mixed(asked.problem, search, Terms(simulator.mix, simulated))
 
 
-def compare(world: World, load: float, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
+def compare(
+    world: World,
+    load: float,
+    seeds: tuple[int, ...] = SEEDS,
+    ways: tuple[str, ...] = tuple(WAYS),
+) -> dict[str, Any]:
     """Goodput by strategy and seed, and what `auto` chose."""
     asked = asked_of(world, load)
     placements = {name: single(name, asked) for name in SINGLES}
     chosen: dict[str, Found] = {}
     cpu_s = {}
-    for name, simulated in (("auto", True), ("auto by default", False)):
+    for name in ways:
         begun_s = process_time()
-        chosen[name] = automatic(asked, simulated=simulated)
+        chosen[name] = automatic(asked, simulated=WAYS[name])
         cpu_s[name] = round(process_time() - begun_s, 1)
         placements[name] = to_placement(asked.problem, chosen[name].mix)
     judges = [Simulator(asked, seed) for seed in seeds]

@@ -93,6 +93,8 @@ def test_an_objective_leaves_gpus_idle(muxrt: CommandLine, plan: Path) -> None:
     )
     assert least["gpus_used"] < most["gpus_used"] == 8
     assert least["goodput_rps"] >= 0.9 * least["offered_rps"]
+    said = muxrt("plan", plan, quiet, "--objective", "gpu").out
+    assert f"{least['gpus_used']} of 8 GPUs" in said
 
 
 def test_the_simulator_knows_the_network_of_the_plan(plan: Path) -> None:

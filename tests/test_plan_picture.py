@@ -13,6 +13,7 @@ from muxrt.cli.plan_picture import (
     Kind,
     Node,
     Note,
+    apart_blocks,
     blocks,
     busiest,
     draw,
@@ -23,7 +24,9 @@ from muxrt.cli.plan_picture import (
 from muxrt.errors import ConfigError
 from muxrt.planner.assign import to_placement
 from muxrt.planner.draft import Draft
+from muxrt.planner.phase_plan import to_placement as phases_to_placement
 from muxrt.planner.queueing import QueueingJudge
+from muxrt.planner.strategies.distserve import distserve
 from muxrt.planner.workload import Problem
 
 
@@ -55,6 +58,25 @@ def test_notes_name_rates_and_warn_of_missed_slos() -> None:
         "calm  1.00/s, attainment 100%",
     ]
     assert calm.notes[1].colour != ALARM == torrent.notes[1].colour
+
+
+def test_meshes_of_one_phase_are_drawn_to_scale() -> None:
+    given = problem([demand("a", 20.0, "llama2-13b", prompt=700, output=200)], gpus=8)
+    plan = distserve(given)
+    units = phases_to_placement(given, plan).units
+    (node,) = nodes(given, apart_blocks(given, plan, units))
+    used = [block for block in node.blocks if block.unit is not None]
+    assert {block.unit for block in used} == {unit.name for unit in units}
+    in_use = {}
+    for block in used:
+        assert sum(piece.num_bytes for piece in block.pieces) == pytest.approx(80e9)
+        assert block.pieces[0].num_bytes == given.bytes("a", len(block.gpus)).weights
+        in_use[block.unit] = block.pieces[2].num_bytes
+        assert block.pieces[2].num_bytes + block.pieces[3].num_bytes == pytest.approx(
+            given.kv_bytes(0, len(block.gpus), ("a",))
+        )
+    # Answers are held for as long as they take, prompts only until they are handed over.
+    assert in_use["a-decode-0"] > 2 * in_use["a-prefill-0"] > 0
 
 
 def machine(number: int, rate_rps: float, gpus: int = 8) -> Node:

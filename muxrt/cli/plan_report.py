@@ -11,8 +11,8 @@ from muxrt.cli.plan_input import Asked
 from muxrt.cli.plan_strategy import impatient, to_config
 from muxrt.cli.plan_tables import (
     as_data,
+    print_headline,
     print_overloaded,
-    print_plan,
     print_second_best,
     print_units,
 )
@@ -98,7 +98,8 @@ def _print_units(
     problem, rest = asked.problem, mix.rest.problem
     placement = Placement(_together(units))
     if not mix.apart.models:
-        print_plan(to, rest, capacity, mix.together, mix.score, placement)
+        print_headline(to, problem, mix.together, mix.score)
+        print_units(to, rest, capacity, mix.together, mix.score, placement)
         return
     offered = sum(demand.rate_rps for demand in problem.demands.values())
     goodput = mix.predicted(problem).goodput_rps
