@@ -6,6 +6,7 @@
     python scripts/compare_disagg.py throughput   # the same: least power and cost for 70 requests/s
     python scripts/compare_disagg.py search       # CPU seconds for 32 GPUs
     python scripts/compare_disagg.py routing      # policies of the router, on a mix that shifts
+    python scripts/compare_disagg.py auto         # ten workloads: both kinds beside each alone
     python scripts/compare_disagg.py tables       # all of them as Markdown
 
 Each but the last prints its figures as JSON and adds them to docs/benchmarks/disagg.json.
@@ -17,9 +18,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
+from statistics import fmean
 from time import process_time
 from typing import Any
 
+from auto_worlds import LOADS, SINGLES, WORLDS, beside, compare
 from bloom_world import machine, provisioner
 from opt_world import LAYERS_HIDDEN, LONGEST, all_alike, coefficients, instance, kv_capacity
 from routing_world import MARKS, POLICIES, TRAFFICS, marked, over_seeds, placement
@@ -289,6 +292,16 @@ def routing(seeds: int) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def auto() -> list[dict[str, Any]]:
+    """Ten workloads: goodput of `auto` and of the strategies of one kind (`auto_worlds.py`)."""
+    found = []
+    for load in LOADS:
+        for world in WORLDS:
+            found.append(compare(world, load))
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
 def tables(kept: dict[str, Any]) -> dict[str, list[str]]:
     """The lines of docs/disaggregation.md, by part."""
     return {
@@ -296,6 +309,7 @@ def tables(kept: dict[str, Any]) -> dict[str, list[str]]:
         "distserve": _distserve_table(kept["distserve"]),
         "splitwise": _splitwise_table(kept["splitwise"]["cases"]),
         "throughput": _throughput_table(kept["throughput"]),
+        "auto": _auto_table(kept["auto"]),
         "search": _markdown(
             ("", "seconds"), [(name, f"{cpu_s:.1f}") for name, cpu_s in kept["search"].items()]
         ),
@@ -403,12 +417,38 @@ def _marks_table(found: list[dict[str, Any]]) -> list[str]:
     return _markdown((*names, *SERVED), rows)
 
 
+def _auto_table(found: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for row in found:
+        goodput, by = row["goodput_rps"], beside(row)
+        means = [
+            "" if goodput[name] is None else f"{fmean(goodput[name]):.1f}"
+            for name in (*SINGLES, "auto", "auto by default")
+        ]
+        chosen = row["chosen"]["auto"]
+        apart = ", ".join(f"{model} {split}" for model, split in chosen["apart"].items())
+        rows.append(
+            (
+                f"{row['workload']}, {row['slo']}, {row['gpus']} GPUs",
+                f"{row['offered_rps']:.1f}",
+                *means,
+                f"{by.difference_rps:+.2f} ({2 * by.error_rps:.2f})",
+                apart or "nobody",
+            )
+        )
+    headers = ("", "offered", *SINGLES, "auto", "by default", "auto - best (noise)", "apart")
+    return _markdown(headers, rows)
+
+
 def main() -> None:
     """One part, into the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "part",
-        choices=("example", "distserve", "splitwise", "throughput", "search", "routing", "tables"),
+        choices=(
+            *("example", "distserve", "splitwise", "throughput", "search", "routing", "auto"),
+            "tables",
+        ),
     )
     parser.add_argument("--requests", type=int, default=10_000, help="of Splitwise's traffic")
     parser.add_argument("--seeds", type=int, default=3, help="of the traffic of `routing`")
@@ -426,6 +466,7 @@ def main() -> None:
         "throughput": lambda: throughput(asked.requests),
         "search": search,
         "routing": lambda: routing(asked.seeds),
+        "auto": auto,
     }
     found = parts[asked.part]()
     kept[asked.part] = found

@@ -16,7 +16,9 @@ TEXT = (ROOT / "docs" / "disaggregation.md").read_text(encoding="utf-8")
 KEPT = json.loads(OUT.read_text())
 
 
-@pytest.mark.parametrize("part", ["example", "distserve", "splitwise", "throughput", "search"])
+@pytest.mark.parametrize(
+    "part", ["example", "distserve", "splitwise", "throughput", "search", "auto"]
+)
 def test_a_table_is_of_the_kept_figures(part: str) -> None:
     assert "\n".join(tables(KEPT)[part]) in TEXT
 

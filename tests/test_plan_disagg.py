@@ -131,7 +131,7 @@ def test_who_finds_no_room_is_told_what_would_do() -> None:
         distserve(problem([chat(ttft_s=0.001)], 8, 1))
     with pytest.raises(ConfigError, match="the least is .* GPUs, found 8"):
         splitwise(problem([chat(400)], 8, 1))
-    with pytest.raises(ConfigError, match="no machines keep them"):
+    with pytest.raises(ConfigError, match="no instances keep them"):
         splitwise(problem([chat(ttft_s=0.001)], 8, 4))
 
 
@@ -208,7 +208,8 @@ def test_figures_for_machines(muxrt: CommandLine) -> None:
         ("--strategy", "splitwise", "--max-pp", "2"),
         ("--strategy", "splitwise", "--compat"),
         ("--compat",),
-        ("--objective", "watt"),
+        ("--strategy", "spatial", "--objective", "watt"),
+        ("--strategy", "distserve", "--no-mix"),
     ],
     ids=" ".join,
 )

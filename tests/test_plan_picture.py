@@ -13,6 +13,8 @@ from muxrt.cli.plan_picture import (
     Kind,
     Node,
     Note,
+    apart_blocks,
+    blocks,
     busiest,
     draw,
     folded,
@@ -22,13 +24,16 @@ from muxrt.cli.plan_picture import (
 from muxrt.errors import ConfigError
 from muxrt.planner.assign import to_placement
 from muxrt.planner.draft import Draft
+from muxrt.planner.phase_plan import to_placement as phases_to_placement
 from muxrt.planner.queueing import QueueingJudge
+from muxrt.planner.strategies.distserve import distserve
 from muxrt.planner.workload import Problem
 
 
 def drawn(given: Problem, draft: Draft) -> list[Node]:
     score = QueueingJudge(given)(draft)
-    return nodes(given, draft, score, to_placement(given, draft, score))
+    placement = to_placement(given, draft, score)
+    return nodes(given, blocks(given, draft, score, placement.units))
 
 
 def test_a_meshs_pieces_are_what_each_of_its_gpus_holds() -> None:
@@ -53,6 +58,25 @@ def test_notes_name_rates_and_warn_of_missed_slos() -> None:
         "calm  1.00/s, attainment 100%",
     ]
     assert calm.notes[1].colour != ALARM == torrent.notes[1].colour
+
+
+def test_meshes_of_one_phase_are_drawn_to_scale() -> None:
+    given = problem([demand("a", 20.0, "llama2-13b", prompt=700, output=200)], gpus=8)
+    plan = distserve(given)
+    units = phases_to_placement(given, plan).units
+    (node,) = nodes(given, apart_blocks(given, plan, units))
+    used = [block for block in node.blocks if block.unit is not None]
+    assert {block.unit for block in used} == {unit.name for unit in units}
+    in_use = {}
+    for block in used:
+        assert sum(piece.num_bytes for piece in block.pieces) == pytest.approx(80e9)
+        assert block.pieces[0].num_bytes == given.bytes("a", len(block.gpus)).weights
+        in_use[block.unit] = block.pieces[2].num_bytes
+        assert block.pieces[2].num_bytes + block.pieces[3].num_bytes == pytest.approx(
+            given.kv_bytes(0, len(block.gpus), ("a",))
+        )
+    # Answers are held for as long as they take, prompts only until they are handed over.
+    assert in_use["a-decode-0"] > 2 * in_use["a-prefill-0"] > 0
 
 
 def machine(number: int, rate_rps: float, gpus: int = 8) -> Node:
@@ -111,7 +135,8 @@ def test_it_is_written(suffix: str, tmp_path: Path) -> None:
     draft = (group(1, "a"), group(2, "b"))
     score = QueueingJudge(given)(draft)
     path = tmp_path / f"p{suffix}"
-    draw(path, given, draft, score, to_placement(given, draft, score))
+    units = to_placement(given, draft, score).units
+    draw(path, given, blocks(given, draft, score, units), score.goodput_rps)
     content = path.read_bytes()
     if suffix == ".svg":
         assert b"<svg" in content
@@ -124,5 +149,6 @@ def test_a_picture_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     draft = (group(1, "a"),)
     score = QueueingJudge(given)(draft)
     path = tmp_path / "nowhere" / "p.png"
+    units = to_placement(given, draft, score).units
     with pytest.raises(ConfigError, match=r"p.png: cannot be written: No such file or directory$"):
-        draw(path, given, draft, score, to_placement(given, draft, score))
+        draw(path, given, blocks(given, draft, score, units), score.goodput_rps)

@@ -6,7 +6,7 @@ import pytest
 from planner_world import demand, group, problem
 from rich.console import Console
 
-from muxrt.cli.plan_tables import print_plan, print_second_best
+from muxrt.cli.plan_tables import print_headline, print_second_best, print_units
 from muxrt.planner.assign import to_placement
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft, Group, Part
@@ -22,7 +22,8 @@ def printed(given: Problem, draft: Draft, width: int) -> str:
     judge = QueueingJudge(given)
     score = judge(draft)
     placement = to_placement(given, draft, score)
-    print_plan(console, given, Capacity(given, judge), draft, score, placement)
+    print_headline(console, given, draft, score)
+    print_units(console, given, Capacity(given, judge), draft, score, placement)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 

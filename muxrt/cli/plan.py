@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from muxrt.cli.plan_input import Asked
-    from muxrt.planner.capacity import Capacity
-    from muxrt.planner.draft import Draft
-    from muxrt.planner.queueing import QueueingJudge, Score
-    from muxrt.planner.search import Judge
     from muxrt.planner.strategies.distserve import Options
+    from muxrt.planner.strategies.mixed import Found
 
 
 class JudgeName(StrEnum):
@@ -55,7 +53,15 @@ class AffinityName(StrEnum):
 
 
 Objectives = Annotated[
-    ObjectiveName, typer.Option(help="distserve, splitwise: what is to be least.")
+    ObjectiveName | None,
+    typer.Option(
+        help="auto, distserve, splitwise: what is to be least for the traffic; left out, auto"
+        " serves the most that the cluster can."
+    ),
+]
+Mixes = Annotated[
+    bool,
+    typer.Option(help="auto: models may have prefills and decodes on GPUs of their own."),
 ]
 Affinities = Annotated[
     AffinityName, typer.Option(help="distserve: high: KV crosses nodes; low: it stays inside one.")
@@ -96,7 +102,8 @@ def plan(
     tpot: Annotated[
         float | None, typer.Option(min=1e-4, help="Seconds, for models without an slo.")
     ] = None,
-    objective: Objectives = ObjectiveName.GPU,
+    objective: Objectives = None,
+    mix: Mixes = True,
     affinity: Affinities = AffinityName.AUTO,
     max_pp: Stages = 1,
     compat: Compat = False,
@@ -114,7 +121,7 @@ def plan(
 
     wanted = _Wanted(out, picture, explain, as_json)
     wanted.check()
-    phases = _Phases(objective, affinity, max_pp, compat)
+    phases = _Phases(objective, mix, affinity, max_pp, compat)
     _check_words(strategy, phases, judge, wanted)
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     asked = load_problem(file, workload, slo, hour)
@@ -123,27 +130,29 @@ def plan(
 
         report(asked, strategy.value, phases.options(), out, as_json)
     else:
-        _colocated(asked, strategy, judge, time_limit, wanted)
+        found = _search(asked, strategy, judge, time_limit, phases)
+        _report(asked, found, wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class _Phases:
-    """What is asked of placements that take the phases apart."""
+    """What is asked of placements that may take the phases apart."""
 
-    objective: ObjectiveName = ObjectiveName.GPU
+    objective: ObjectiveName | None = None
+    may_mix: bool = True
     affinity: AffinityName = AffinityName.AUTO
     max_pp: int = 1
     compat: bool = False
 
     def options(self) -> "Options":
-        """The same in the planner's words."""
+        """The same in the planner's words, for strategies that always take them apart."""
         from muxrt.planner.phase_plan import Objective
         from muxrt.planner.strategies.distserve import Affinity, Options
 
         return Options(
             affinity=Affinity(self.affinity.value),
             most_stages=self.max_pp,
-            objective=Objective(self.objective.value),
+            objective=Objective(self.objective or ObjectiveName.GPU),
             compat=self.compat,
         )
 
@@ -152,51 +161,58 @@ def _check_words(
     strategy: StrategyName, phases: _Phases, judge: JudgeName, wanted: "_Wanted"
 ) -> None:
     """Raise BadParameter for words that say nothing to the strategy."""
-    if strategy in DISAGGREGATED:
-        if wanted.picture is not None or wanted.explain or judge is not JudgeName.QUEUEING:
-            raise typer.BadParameter(
-                f"they go with colocated placements, not with {strategy.value}",
-                param_hint="--picture, --explain, --judge",
-            )
-        if strategy is StrategyName.SPLITWISE and phases != _Phases(phases.objective):
-            raise typer.BadParameter(
-                "they go with distserve", param_hint="--max-pp, --affinity, --compat"
-            )
-    elif phases != _Phases():
+    if strategy in DISAGGREGATED and (
+        wanted.picture is not None or wanted.explain or judge is not JudgeName.QUEUEING
+    ):
         raise typer.BadParameter(
-            "they go with distserve and splitwise",
-            param_hint="--objective, --affinity, --max-pp, --compat",
+            f"they do not go with {strategy.value}", param_hint="--picture, --explain, --judge"
+        )
+    said = {
+        "--objective": phases.objective is not None,
+        "--no-mix": not phases.may_mix,
+        "--affinity": phases.affinity is not AffinityName.AUTO,
+        "--max-pp": phases.max_pp > 1,
+        "--compat": phases.compat,
+    }
+    known = {
+        StrategyName.AUTO: {"--objective", "--no-mix"},
+        StrategyName.DISTSERVE: {"--objective", "--affinity", "--max-pp", "--compat"},
+        StrategyName.SPLITWISE: {"--objective"},
+    }
+    wrong = [
+        word for word, is_said in said.items() if is_said and word not in known.get(strategy, ())
+    ]
+    if wrong:
+        fitting = [one.value for one, words in known.items() if wrong[0] in words]
+        raise typer.BadParameter(
+            f"it goes with {' and '.join(fitting)}, not with {strategy.value}",
+            param_hint=wrong[0],
         )
 
 
-def _colocated(
-    asked: "Asked", strategy: StrategyName, judge: JudgeName, time_limit: float, wanted: "_Wanted"
-) -> None:
-    """Search, and say what was found."""
+def _search(
+    asked: "Asked", strategy: StrategyName, judge: JudgeName, time_limit: float, phases: _Phases
+) -> "Found":
+    """A placement by a strategy that can colocate."""
+    from muxrt.cli.plan_judge import Simulator
+    from muxrt.cli.plan_strategy import colocated
     from muxrt.cli.show import console
-    from muxrt.planner.assign import in_order
-    from muxrt.planner.capacity import Capacity
-    from muxrt.planner.feasible import check_feasible
+    from muxrt.planner.phase_plan import Objective
     from muxrt.planner.queueing import QueueingJudge
     from muxrt.planner.search import Search
-    from muxrt.planner.strategies import STRATEGIES
+    from muxrt.planner.strategies.mixed import Found, Terms, mixed
 
-    estimator = QueueingJudge(asked.problem)
-    capacity = Capacity(asked.problem, estimator)
+    estimator, simulator = QueueingJudge(asked.problem), Simulator(asked)
+    is_simulated = judge is JudgeName.SIMULATOR
     with _searching(console(stderr=True), time_limit) as (is_over, tell):
         tell("step times (the first plan on a machine compiles for some seconds)", 0, 1)
-        check_feasible(asked.problem, capacity)
-        search = Search(estimator, _judge(judge, asked, estimator), is_over, tell)
-        draft = in_order(asked.problem, STRATEGIES[strategy.value](asked.problem, search))
-    _report(asked, capacity, draft, estimator(draft), wanted)
-
-
-def _judge(name: JudgeName, asked: "Asked", estimator: "QueueingJudge") -> "Judge":
-    if name is JudgeName.QUEUEING:
-        return estimator
-    from muxrt.cli.plan_judge import simulator
-
-    return simulator(asked, estimator)
+        of_drafts = partial(simulator.draft, estimator) if is_simulated else estimator
+        search = Search(estimator, of_drafts, is_over, tell)
+        if strategy is not StrategyName.AUTO:
+            return Found(colocated(asked, strategy.value, search), None)
+        least = None if phases.objective is None else Objective(phases.objective.value)
+        terms = Terms(simulator.mix, is_simulated, least, may_split=phases.may_mix)
+        return mixed(asked.problem, search, terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,36 +236,17 @@ class _Wanted:
             check_name(self.picture)
 
 
-def _report(
-    asked: "Asked", capacity: "Capacity", draft: "Draft", score: "Score", wanted: _Wanted
-) -> None:
-    import msgspec
+def _report(asked: "Asked", found: "Found", wanted: _Wanted) -> None:
+    from muxrt.cli.plan_report import report
 
-    from muxrt.cli.plan_strategy import to_config
-    from muxrt.cli.plan_tables import as_data, print_overloaded, print_plan, print_second_best
-    from muxrt.cli.show import console
-    from muxrt.config.load import dump
-    from muxrt.config.placement import Placement
-    from muxrt.planner.assign import overloaded
-    from muxrt.planner.explain import second_best
-
-    problem = asked.problem
-    config = to_config(asked, draft, score)
-    placement = Placement(config.units)
-    others = second_best(problem, capacity, draft) if wanted.explain else []
-    if wanted.out is not None:
-        wanted.out.write_text(dump(config))
-    if wanted.as_json:
-        data = as_data(problem, capacity, draft, score, placement, others)
-        print(msgspec.json.format(msgspec.json.encode(data)).decode())
-    else:
-        print_plan(console(), problem, capacity, draft, score, placement)
-        print_overloaded(console(), overloaded(score), config.models)
-        print_second_best(console(), others)
-    if wanted.picture is not None:
-        from muxrt.cli.plan_picture import draw
-
-        draw(wanted.picture, problem, draft, score, placement)
+    report(
+        asked,
+        found,
+        out=wanted.out,
+        picture=wanted.picture,
+        explain=wanted.explain,
+        as_json=wanted.as_json,
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from muxrt.config.serve import ServeConfig
 from muxrt.planner.phase_plan import ModelPlan, PhasePlan, to_placement
 from muxrt.planner.strategies.distserve import Options, distserve
 from muxrt.planner.strategies.splitwise import splitwise
+from muxrt.planner.workload import Problem
 
 DISAGGREGATING = {"distserve": distserve, "splitwise": splitwise}
 HEADERS = ("model", "instances", "GPUs", "rate\n1/s", "attain-\nment", "TTFT\nms", "TPOT\nms")
@@ -46,23 +47,28 @@ def as_data(asked: Asked, found: PhasePlan, placement: Placement) -> dict[str, A
         "gpus": asked.problem.num_gpus,
         "gpus_used": found.num_gpus,
         "simulated_only": found.is_simulated_only,
-        "models": [
-            {
-                "model": model.model,
-                "prefill_gpu": asked.problem.pools[model.prefill_pool].gpu.name,
-                "decode_gpu": asked.problem.pools[model.decode_pool].gpu.name,
-                "copies": model.copies,
-                "prefill": _side(model, "prefill"),
-                "decode": _side(model, "decode"),
-                "attainment": model.seen.attainment,
-                "ttft_s": model.seen.ttft_s,
-                "tpot_s": model.seen.tpot_s,
-                "reason": model.reason,
-            }
-            for model in found.models
-        ],
+        "models": models_data(asked.problem, found),
         "units": [msgspec.to_builtins(unit) for unit in placement.units],
     }
+
+
+def models_data(problem: Problem, found: PhasePlan) -> list[dict[str, Any]]:
+    """Each model's instances, and what is expected of them."""
+    return [
+        {
+            "model": model.model,
+            "prefill_gpu": problem.pools[model.prefill_pool].gpu.name,
+            "decode_gpu": problem.pools[model.decode_pool].gpu.name,
+            "copies": model.copies,
+            "prefill": _side(model, "prefill"),
+            "decode": _side(model, "decode"),
+            "attainment": model.seen.attainment,
+            "ttft_s": model.seen.ttft_s,
+            "tpot_s": model.seen.tpot_s,
+            "reason": model.reason,
+        }
+        for model in found.models
+    ]
 
 
 def _side(model: ModelPlan, role: str) -> dict[str, int]:
@@ -85,6 +91,15 @@ def _print(asked: Asked, found: PhasePlan) -> None:
         f" {found.num_gpus} of {asked.problem.num_gpus} GPUs, prefills and decodes apart",
         highlight=False,
     )
+    to.print(phase_table(asked.problem, found))
+    for model in found.models:
+        to.print(f"{model.model}: {model.reason}", highlight=False)
+    if found.is_simulated_only:
+        to.print(ONLY_SIMULATED)
+
+
+def phase_table(problem: Problem, found: PhasePlan) -> Table:
+    """A line for each model."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for header in HEADERS:
         words = header in ("model", "instances")
@@ -95,13 +110,9 @@ def _print(asked: Asked, found: PhasePlan) -> None:
             model.model,
             times + model.split.name,
             str(model.gpus.total()),
-            f"{asked.problem.demands[model.model].rate_rps:.2f}",
+            f"{problem.demands[model.model].rate_rps:.2f}",
             f"{model.seen.attainment:.1%}",
             f"{1e3 * model.seen.ttft_s:.0f}",
             f"{1e3 * model.seen.tpot_s:.1f}",
         )
-    to.print(table)
-    for model in found.models:
-        to.print(f"{model.model}: {model.reason}", highlight=False)
-    if found.is_simulated_only:
-        to.print(ONLY_SIMULATED)
+    return table

@@ -8,9 +8,10 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from muxrt.config.placement import Placement, UnitSpec
+from muxrt.config.placement import UnitModel, UnitSpec
 from muxrt.errors import ConfigError
-from muxrt.planner.draft import Draft, Group, num_gpus
+from muxrt.planner.draft import Draft, Group
+from muxrt.planner.phase_plan import ModelPlan, PhasePlan
 from muxrt.planner.queueing import GroupScore, Score
 from muxrt.planner.workload import Pool, Problem
 
@@ -104,19 +105,22 @@ def check_name(path: Path) -> None:
         raise ConfigError("pictures need matplotlib: pip install muxrt[plot]")
 
 
-def draw(path: Path, problem: Problem, draft: Draft, score: Score, placement: Placement) -> None:
+Blocks = tuple[tuple[int, Block], ...]  # each with the number of its node
+
+
+def draw(path: Path, problem: Problem, found: Blocks, goodput_rps: float) -> None:
     """Write an SVG or PNG, as the name ends. Raises ConfigError where that cannot be."""
     check_name(path)
     from matplotlib.figure import Figure
 
-    every = nodes(problem, draft, score, placement)
+    every = nodes(problem, found)
     shown = busiest(every)
     columns = in_columns(shown)
     height = HEAD + max(sum(node.height for node in column) for column in columns) + FOOT
     width = 2 * MARGIN + len(columns) * COLUMN + (len(columns) - 1) * COLUMN_GAP
     figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
     sheet = _Sheet(figure, width, height, problem, shown)
-    sheet.title(problem, draft, score, len(every) - len(shown))
+    sheet.title(problem, found, goodput_rps, len(every) - len(shown))
     for index, column in enumerate(columns):
         sheet.column(MARGIN + index * (COLUMN + COLUMN_GAP), column)
     try:
@@ -125,16 +129,68 @@ def draw(path: Path, problem: Problem, draft: Draft, score: Score, placement: Pl
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def nodes(problem: Problem, draft: Draft, score: Score, placement: Placement) -> list[Node]:
+def nodes(problem: Problem, found: Blocks) -> list[Node]:
     """All machines with what is on them."""
-    blocks: dict[int, list[Block]] = {}
-    for group, found, unit in zip(draft, score.groups, placement.units, strict=True):
-        blocks.setdefault(unit.mesh.node or 0, []).append(_block(problem, group, found, unit))
+    by_node: dict[int, list[Block]] = {}
+    for node, block in found:
+        by_node.setdefault(node, []).append(block)
     kinds = [pool for pool in problem.pools for _ in range(pool.num_nodes)]
     return [
-        Node(number, pool.gpu.name, tuple(_with_idle(pool, blocks.get(number, []))))
+        Node(number, pool.gpu.name, tuple(_with_idle(pool, by_node.get(number, []))))
         for number, pool in enumerate(kinds)
     ]
+
+
+def blocks(problem: Problem, draft: Draft, score: Score, units: Sequence[UnitSpec]) -> Blocks:
+    """Meshes on which models do both phases."""
+    rows = zip(draft, score.groups, units, strict=True)
+    return tuple(
+        (unit.mesh.node or 0, _block(problem, group, found, unit)) for group, found, unit in rows
+    )
+
+
+def apart_blocks(problem: Problem, plan: PhasePlan, units: Sequence[UnitSpec]) -> Blocks:
+    """Meshes of one phase, those of `units` that have a role."""
+    plans = {one.model: one for one in plan.models}
+    return tuple(
+        (unit.mesh.node or 0, _phase_block(problem, plans[part.name], part, unit))
+        for unit in units
+        for part in unit.models
+        if part.role != "mixed"
+    )
+
+
+def _phase_block(problem: Problem, plan: ModelPlan, part: UnitModel, unit: UnitSpec) -> Block:
+    """KV in use is by Little's law: rate x time there x tokens, no more than there is."""
+    demand, expected, gpus = problem.demands[part.name], part.expected, unit.mesh.gpus or ()
+    assert expected is not None, "planned units say what is expected of them"
+    pool = problem.pools[plan.prefill_pool if part.role == "prefill" else plan.decode_pool]
+    held = problem.bytes(part.name, len(gpus))
+    if part.role == "prefill":
+        tokens = expected.rate_rps * expected.ttft_s * demand.prompt.mean
+    else:
+        stay_s = expected.tpot_s * demand.output.mean
+        tokens = expected.rate_rps * stay_s * demand.context
+    kv = unit.memory.kv_bytes // len(gpus)
+    used = min(kv, tokens * held.kv_per_token)
+    rest = pool.gpu.memory_bytes - kv - held.weights
+    kept = f"{part.name}  {expected.rate_rps:.2f}/s, attainment {expected.attainment:.0%}"
+    return Block(
+        gpus=gpus,
+        memory_bytes=pool.gpu.memory_bytes,
+        unit=unit.name,
+        pieces=(
+            Piece(Kind.WEIGHTS, held.weights, part.name, expected.rate_rps),
+            Piece(Kind.OTHER, rest),
+            Piece(Kind.KV_USED, used),
+            Piece(Kind.KV_FREE, kv - used),
+        ),
+        notes=(
+            Note(f"{unit.name}  tp {len(gpus)}", INK),
+            Note(kept, ALARM if expected.attainment < LOW else GREY),
+        ),
+        models=(part.name,),
+    )
 
 
 def _block(problem: Problem, group: Group, score: GroupScore, unit: UnitSpec) -> Block:
@@ -219,15 +275,16 @@ class _Sheet:
         rates = [p.rate_rps for n in shown for b in n.blocks for p in b.pieces if p.rate_rps]
         self._low, self._high = (min(rates), max(rates)) if rates else (1.0, 1.0)
 
-    def title(self, problem: Problem, draft: Draft, score: Score, left_out: int) -> None:
+    def title(self, problem: Problem, found: Blocks, goodput_rps: float, left_out: int) -> None:
         """What it adds up to, and what the colours mean."""
         offered = sum(demand.rate_rps for demand in problem.demands.values())
         self._write(
-            MARGIN, 0.26, f"{score.goodput_rps:.1f} of {offered:.1f} requests/s within SLO",
+            MARGIN, 0.26, f"{goodput_rps:.1f} of {offered:.1f} requests/s within SLO",
             size=12, weight="bold",
         )  # fmt: skip
+        used = sum(len(block.gpus) for _, block in found)
         text = (
-            f"{len(problem.demands)} models in {len(draft)} units on {num_gpus(draft)} of"
+            f"{len(problem.demands)} models in {len(found)} units on {used} of"
             f" {problem.num_gpus} GPUs"
         )
         if left_out:

@@ -42,15 +42,8 @@ FOLDED = {"model", "best other place: beside"}  # names are people's, of any len
 WORDS = {*UNIT, *FOLDED}  # the rest are numbers
 
 
-def print_plan(
-    console: Console,
-    problem: Problem,
-    capacity: Capacity,
-    draft: Draft,
-    score: Score,
-    placement: Placement,
-) -> None:
-    """One line for the whole, then a line per model; two tables where one would be too wide."""
+def print_headline(console: Console, problem: Problem, draft: Draft, score: Score) -> None:
+    """One line for the whole."""
     offered = sum(demand.rate_rps for demand in problem.demands.values())
     console.print(
         f"[bold]{score.goodput_rps:.1f} of {offered:.1f} requests/s within SLO[/bold]"
@@ -58,6 +51,17 @@ def print_plan(
         f" in {len(draft)} units",
         highlight=False,
     )
+
+
+def print_units(
+    console: Console,
+    problem: Problem,
+    capacity: Capacity,
+    draft: Draft,
+    score: Score,
+    placement: Placement,
+) -> None:
+    """A line per model; two tables where one would be too wide."""
     rows = [
         _cells(problem, capacity, group, found, unit)
         for group, found, unit in _by_node(draft, score, placement)

@@ -1,7 +1,7 @@
 """A disaggregated placement: instances of each phase for each model, on GPUs of nodes by number."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -220,29 +220,56 @@ def _unit(
     )
 
 
-Choose = Callable[[Problem, str, Counter[int]], ModelPlan]
+Left = Counter[int]  # GPUs by pool
+Plans = Callable[[Problem, str, Left], Sequence[ModelPlan]]
 
 
-def plan_models(problem: Problem, choose: Choose) -> PhasePlan:
-    """Each model in turn, the most traffic first; `choose` is told the GPUs that are left.
+def price(problem: Problem, gpus: Mapping[int, int], objective: Objective) -> float:
+    """What so many GPUs of each pool count. Raises ConfigError where their kind does not say."""
+    return sum(count * objective.of(problem.pools[pool].gpu) for pool, count in gpus.items())
+
+
+def fits(plan: ModelPlan, left: Mapping[int, int]) -> bool:
+    """Whether so many GPUs of each pool suffice."""
+    return all(gpus <= left[pool] for pool, gpus in plan.gpus.items())
+
+
+def plan_models(problem: Problem, plans_of: Plans, objective: Objective) -> PhasePlan:
+    """Each model in turn, the most traffic first: of its plans the least that fits what is left.
 
     Raises ConfigError where one finds no room.
     """
-    left = Counter({pool.index: pool.num_gpus for pool in problem.pools})
-    order = sorted(problem.demands, key=lambda m: (-problem.demands[m].rate_rps, m))
+    left = every_gpu(problem)
     found: dict[str, ModelPlan] = {}
-    for model in order:
-        found[model] = choose(problem, model, left)
+    for model in by_traffic(problem):
+        plans = plans_of(problem, model, left)
+        fitting = [plan for plan in plans if fits(plan, left)]
+        if not fitting:
+            raise _no_room(problem, model, plans, left)
+        found[model] = min(fitting, key=lambda plan: price(problem, plan.gpus, objective))
         left -= found[model].gpus
     return PhasePlan(tuple(found[model] for model in problem.demands))
 
 
-def no_room(problem: Problem, model: str, need: str) -> ConfigError:
+def every_gpu(problem: Problem) -> Left:
+    """All that there are."""
+    return Counter({pool.index: pool.num_gpus for pool in problem.pools})
+
+
+def by_traffic(problem: Problem) -> list[str]:
+    """Models, the most traffic first."""
+    return sorted(problem.demands, key=lambda m: (-problem.demands[m].rate_rps, m))
+
+
+def _no_room(problem: Problem, model: str, plans: Sequence[ModelPlan], left: Left) -> ConfigError:
     """One line for a model that is left without."""
     demand = problem.demands[model]
+    need = min((plan.gpus.total() for plan in plans), default=None)
+    text = "no instances keep them"
+    if need is not None:
+        text = f"the least is {need} GPUs, found {left.total()} left"
     return ConfigError(
         f"{model}: found no room for prefill and decode instances that keep"
         f" ttft_s {demand.slo.ttft_s:g} and tpot_s {demand.slo.tpot_s:g} at"
-        f" {demand.rate_rps:g} requests/s:"
-        f" {need}"
+        f" {demand.rate_rps:g} requests/s: {text}"
     )

@@ -1,5 +1,6 @@
 """What is planned: the demand for each model, a cluster, and what steps and bytes cost on it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from math import floor
 
@@ -126,6 +127,13 @@ class Problem:
         ]
         other = Problem(self.cluster, demands, self.cost, self.engine, self.largest_tp)
         other._steps, other._bytes = self._steps, self._bytes
+        return other
+
+    def part(self, cluster: Cluster, models: Collection[str]) -> "Problem":
+        """Some of the models, on other nodes of the same kinds."""
+        demands = [demand for name, demand in self.demands.items() if name in models]
+        other = Problem(cluster, demands, self.cost, self.engine, self.largest_tp)
+        other._bytes = self._bytes
         return other
 
     def steps(self, model: str, pool: int, tp: int, share: float) -> Steps:

@@ -9,6 +9,7 @@ instance per cell of a node.
 from collections import Counter
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from math import ceil
 
 from muxrt.planner.disaggregate import (
@@ -22,7 +23,7 @@ from muxrt.planner.disaggregate import (
     published,
 )
 from muxrt.planner.phase_catalog import catalog_of, judge_of, space_of
-from muxrt.planner.phase_plan import ModelPlan, Objective, PhasePlan, no_room, plan_models
+from muxrt.planner.phase_plan import ModelPlan, Objective, PhasePlan, plan_models
 from muxrt.planner.phases import COMPAT, Judge, Rules, Seen
 from muxrt.planner.workload import Problem
 
@@ -53,10 +54,16 @@ class Options:
 def distserve(problem: Problem, options: Options | None = None) -> PhasePlan:
     """Every model disaggregated. Raises ConfigError where one finds no room."""
     asked = options or Options()
-    return plan_models(problem, lambda *args: _choose(asked, *args))
+    return plan_models(problem, partial(instance_plans, asked), asked.objective)
 
 
-def _choose(options: Options, problem: Problem, model: str, left: Counter[int]) -> ModelPlan:
+def instance_plans(
+    options: Options, problem: Problem, model: str, left: Counter[int]
+) -> list[ModelPlan]:
+    """What each algorithm takes of each kind of GPU, whether or not so many are left.
+
+    Without pipeline stages `left` makes no difference, but where less than two are.
+    """
     found = []
     judge = judge_of(problem, model, options.attainment, options.rules)
     for pool in problem.pools:
@@ -69,19 +76,7 @@ def _choose(options: Options, problem: Problem, model: str, left: Counter[int]) 
             found += _high(problem, model, pool.index, space, judge, options)
         if options.affinity is not Affinity.HIGH:
             found += _low(problem, model, pool.index, space, judge, options)
-    fitting = [plan for plan in found if plan.gpus[plan.prefill_pool] <= left[plan.prefill_pool]]
-
-    def price(plan: ModelPlan) -> float:
-        unit = options.objective.of(problem.pools[plan.prefill_pool].gpu)
-        return plan.gpus.total() * unit
-
-    if not fitting:
-        need = min((plan.gpus.total() for plan in found), default=None)
-        text = "no instances keep them"
-        if need is not None:
-            text = f"the least is {need} GPUs, found {left.total()} left"
-        raise no_room(problem, model, text)
-    return min(fitting, key=price)
+    return found
 
 
 def _high(

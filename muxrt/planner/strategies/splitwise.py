@@ -9,11 +9,12 @@ each other when it is served: engine/pools.py.)
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from muxrt.planner.disaggregate import Phases, Rated, fewest
 from muxrt.planner.phase_catalog import catalog_of, judge_of
-from muxrt.planner.phase_plan import ModelPlan, PhasePlan, no_room, plan_models
+from muxrt.planner.phase_plan import ModelPlan, PhasePlan, plan_models
 from muxrt.planner.phases import Instance
 from muxrt.planner.strategies.distserve import Options
 from muxrt.planner.workload import Problem
@@ -26,18 +27,20 @@ MOST_PROMPT_TOKENS = 2048
 def splitwise(problem: Problem, options: Options | None = None) -> PhasePlan:
     """Every model in two pools of machines. Raises ConfigError where one finds no room."""
     asked = options or Options()
-    return plan_models(problem, lambda *args: _choose(asked, *args))
+    return plan_models(problem, partial(machine_plans, asked), asked.objective)
 
 
-def _choose(options: Options, problem: Problem, model: str, left: Counter[int]) -> ModelPlan:
+def machine_plans(
+    options: Options, problem: Problem, model: str, left: Counter[int]
+) -> list[ModelPlan]:
+    """What each pair of kinds of machines takes, whether or not so many are left."""
     judge = judge_of(problem, model, options.attainment)
     rate_rps = problem.demands[model].rate_rps
     machines = [_machine(problem, model, pool.index) for pool in problem.pools]
     able = [(pool, one) for pool, one in enumerate(machines) if one is not None]
     prefills = [(pool, one) for pool, one in able if judge.prefill_rps(one) > 0]
     decodes = [(pool, one) for pool, one in able if judge.decode_rps(one) > 0]
-    found: list[tuple[float, ModelPlan]] = []
-    smallest: int | None = None
+    found: list[ModelPlan] = []
     for (p, prefill), (d, decode) in product(prefills, decodes):
         pair = Phases(
             (Rated(prefill, judge.prefill_rps(prefill)),),
@@ -50,19 +53,8 @@ def _choose(options: Options, problem: Problem, model: str, left: Counter[int]) 
         seen = judge.see_split(prefill, counts[0], decode, counts[1], rate_rps)
         kinds = problem.pools[p].gpu.name, problem.pools[d].gpu.name
         reason = f"prefills on {kinds[0]}, decodes on {kinds[1]}: the least {options.objective}s"
-        plan = ModelPlan(model, p, d, split, 1, seen, reason)
-        smallest = min(smallest or plan.gpus.total(), plan.gpus.total())
-        price = sum(
-            gpus * options.objective.of(problem.pools[pool].gpu) for pool, gpus in plan.gpus.items()
-        )
-        if all(gpus <= left[pool] for pool, gpus in plan.gpus.items()):
-            found.append((price, plan))
-    if not found:
-        text = "no machines keep them"
-        if smallest is not None:
-            text = f"the least is {smallest} GPUs, found {left.total()} left"
-        raise no_room(problem, model, text)
-    return min(found, key=lambda item: item[0])[1]
+        found.append(ModelPlan(model, p, d, split, 1, seen, reason))
+    return found
 
 
 def _machine(problem: Problem, model: str, pool: int) -> Instance | None:
