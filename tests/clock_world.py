@@ -39,6 +39,7 @@ class Asked:
     patience_s: float | None = None  # for its first token
     leaves_s: float | None = None  # its client, so long after it came
     ignores_eos: bool = False
+    hold_s: float = 0.0  # another unit might fetch it for so long
 
     def request(self, number: int, payload: msgspec.Struct, arrived_s: float) -> Request:
         return Request(
@@ -50,6 +51,7 @@ class Asked:
             keys=self.keys,
             arrived_s=arrived_s,
             deadline_s=None if self.patience_s is None else arrived_s + self.patience_s,
+            hold_s=self.hold_s,
         )
 
 
@@ -161,9 +163,10 @@ class Replay:
         self._tokens = Tokens()
         self._unit = build_unit(plan, self, self._read, self.log.emit)
         for number, at_s in real.came_s.items():
-            # Whose client left would have gone on.
+            # Whose client left would have gone on, and so would what is held for another unit.
             has_ended = number in real.ended
-            prompt = SimPrompt(real.tokens[number] if has_ended else asked[number].max_tokens)
+            said = real.tokens[number] if has_ended else asked[number].max_tokens
+            prompt = SimPrompt(said + (asked[number].hold_s > 0))
             request = asked[number].request(number, prompt, at_s)
             self._at(at_s, lambda request=request: self._unit.add(request))  # type: ignore[misc]
         for number, at_s in real.left_s.items():

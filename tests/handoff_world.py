@@ -174,6 +174,7 @@ class Asked:
     prompt: list[int]
     max_tokens: int
     tokens: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # when each came
     output: Output | None = None  # the last one
     request_id: int = 0
 
@@ -290,6 +291,7 @@ class SplitWorld:
 
         def sink(output: Output) -> None:
             asked.tokens += output.tokens
+            asked.times_s += [self.loop.now_s] * len(output.tokens)
             if output.finish is not None:
                 asked.output = output
 

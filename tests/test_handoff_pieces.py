@@ -23,6 +23,7 @@ from muxrt.core import (
     SequenceState,
     SlotOpen,
     Source,
+    Transfer,
     TransferKind,
 )
 from muxrt.engine.build import UnitPlan
@@ -201,6 +202,43 @@ def test_a_sequence_may_lose_its_blocks_while_it_is_told_of(preempt: str) -> Non
         assert scheduler.queues[MODEL].is_empty
         assert asked.tokens == colocated(MODEL, asked.prompt, 10)
         assert sum(o.held.number == 0 for o in world.said if o.held) == 2, "it began anew"
+
+
+def test_a_sequence_may_lose_its_blocks_when_its_piece_was_sealed() -> None:
+    anew = {**CHUNKS, "preempt": "recompute"}
+    other = MODELS[1]
+    plans = [
+        split_plan(name, role, [MODEL, other], depth=1, **streams)
+        for name, role, streams in (("p", "prefill", anew), ("d", "decode", {}))
+    ]
+    with SplitWorld(plans) as world:
+        asked = [world.ask(model, prompt_of(130, model), 10) for model in (MODEL, other)]
+        scheduler = world.hosts["p"].unit.scheduler
+
+        def take_off() -> None:
+            (sequence,) = scheduler.queues[MODEL].running
+            flights = [f.work for f in scheduler.flights.values() if sequence in f.sequences]
+            assert [type(work) for work in flights] == [Transfer]
+            scheduler.memory.preempt(sequence)
+            assert sequence.preempt
+
+        world.at(0.012, take_off)
+        world.run()
+        for one in asked:
+            assert one.tokens == colocated(one.model, one.prompt, 10)
+        numbers = [o.held.number for o in world.said if o.held and o.request_id == 1]
+        assert numbers == [0, 1, 2], "what it left was told of"
+
+
+def test_pieces_hold_up_no_chunk_of_the_prompt() -> None:
+    times = []
+    for streams in (CHUNKS, {"prefill_tokens": 64}):
+        with SplitWorld(pair(**streams, depth=1)) as world:
+            asked = world.ask(MODEL, prompt_of(250), 3)
+            world.run()
+            times.append(asked.times_s)
+    pieces, whole = times
+    assert pieces[0] == pytest.approx(whole[0])
 
 
 def test_a_decode_unit_without_room_fetches_when_it_has_some() -> None:

@@ -6,9 +6,10 @@ import msgspec
 import numpy as np
 import pytest
 from clock_world import CORES, Asked, RealRun, Replay
+from handoff_world import split_plan
 from real_world import MODELS, demo_plan, prompts
 
-from muxrt.core import Batch, Copy, Phase, Work
+from muxrt.core import Batch, Copy, Phase, Transfer, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.server.prefix_keys import prefix_keys
 
@@ -91,3 +92,20 @@ def test_every_work_is_the_same_in_both_worlds(
     if preempt != "auto":
         has_copies = any(isinstance(work, Copy) for work in real.works)
         assert has_copies == (preempt == "swap")
+
+
+def test_parts_of_a_pass_and_pieces_are_the_same_in_both_worlds() -> None:
+    model = MODELS[2]
+    plan = split_plan("p", "prefill", [model], stream_tokens=64, prefill_tokens=256)
+    long = [p for p in prompts(model, 60, 400, seed=5) if len(p) > 20][:16]
+    asked = [
+        Asked(0.02 * number, model, prompt, 1, hold_s=0.1, ignores_eos=True)
+        for number, prompt in enumerate(long)
+    ]
+    real = RealRun(plan, asked).log
+    simulated = Replay(plan, asked, real).log
+    assert decisions(real.works) == decisions(simulated.works)
+    parts = [work for work in real.works if isinstance(work, Batch) and work.layers is not None]
+    pieces = [work for work in real.works if isinstance(work, Transfer)]
+    assert len(parts) > len(asked) // 2 and len(pieces) > len(asked) + len(parts) // 2
+    assert real.ended == simulated.ended == set(range(len(asked)))
