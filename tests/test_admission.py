@@ -105,15 +105,6 @@ def test_a_lane_that_keeps_the_pace_lets_another_prefill() -> None:
     assert ask(admission(queue_of("a", [0.0]), lanes=2), now=0.05, tokens=500).tokens == FULL
 
 
-def test_a_lane_that_prefills_keeps_nobody_s_pace() -> None:
-    """Two lanes, both with prompts: streams stopped until one of them was through."""
-    two = admission(queue_of("a", [0.0]), lanes=2)
-    need = Need(500, None)
-    assert two.allowance("a", need, 0.05, num_prefills=0).tokens == FULL
-    for num_prefills in (1, 2):  # more than lanes: some are queued behind others
-        assert two.allowance("a", need, 0.05, num_prefills).tokens == 0
-
-
 @pytest.mark.parametrize(("beside_share", "may_start"), [(1.0, True), (0.7, True), (0.5, False)])
 def test_a_policy_says_how_well_the_other_lanes_must_keep_the_pace(
     beside_share: float, may_start: bool

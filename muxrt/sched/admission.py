@@ -91,11 +91,8 @@ class Admission:
         self._loads = {name: _Load(NEVER) for name in queues}
         self._unit = _UnitLoad(NEVER)
 
-    def allowance(self, model: str, need: Need, now: float, num_prefills: int = 0) -> Allowance:
-        """What a prefill of `model` may have now; no tokens if it could not have what it needs.
-
-        `num_prefills` run already, so their lanes decode nothing meanwhile.
-        """
+    def allowance(self, model: str, need: Need, now: float) -> Allowance:
+        """What a prefill of `model` may have now; no tokens if it could not have what it needs."""
         if not self._has_targets:
             return self._full
         unit, joining = self._unit_load(now), self._load(self._queues[model], now)
@@ -106,12 +103,12 @@ class Admission:
         sequences = self._full.sequences
         if spare_s * self._num_lanes < sequences * joining.joining_s:
             sequences = int(spare_s * self._num_lanes / joining.joining_s)
-        seconds = self._seconds(unit, target_s, now, num_prefills)
+        seconds = self._seconds(unit, target_s, now)
         return Allowance(self._tokens(model, need, seconds, now), sequences)
 
-    def _seconds(self, unit: _UnitLoad, target_s: float, now: float, num_prefills: int) -> float:
+    def _seconds(self, unit: _UnitLoad, target_s: float, now: float) -> float:
         """How long a prefill may take before somebody falls behind."""
-        others = max(0, self._num_lanes - 1 - num_prefills)
+        others = self._num_lanes - 1
         round_s = unit.round_s(max(1, others))
         if others and round_s <= self._beside_share * target_s:
             return inf  # the other lanes keep the pace meanwhile

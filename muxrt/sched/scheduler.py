@@ -316,7 +316,7 @@ class Scheduler:
             need = Need(self.memory.num_unknown(head), head.request.deadline_s)
         else:
             return Allowance(0, 0)
-        return self.admission.allowance(model, need, now, self._num_prefills)
+        return self.admission.allowance(model, need, now)
 
     def predicted_s(self, batch: Batch) -> float:
         """How long `batch` should take; 0 while nothing is known of its model."""
