@@ -123,7 +123,7 @@ TRAFFICS = {
 MARKS = (
     *((high, high / 4, 0.9, 0.7) for high in (1, 2, 4, 8, 16)),
     *((4, low, 0.9, 0.7) for low in (0.25, 4)),
-    *((4, 1, high, 0.8 * high) for high in (0.5, 0.7, 1.0)),
+    *((4, 1, high, round(0.8 * high, 2)) for high in (0.5, 0.7, 1.0)),
 )
 
 

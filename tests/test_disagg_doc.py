@@ -10,15 +10,17 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 from compare_disagg import OUT, example, tables
+from routing_world import POLICIES, TRAFFICS, serve, shifting
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "disaggregation.md").read_text(encoding="utf-8")
 KEPT = json.loads(OUT.read_text())
 
 
-@pytest.mark.parametrize(
-    "part", ["example", "distserve", "splitwise", "throughput", "search", "auto"]
-)
+PARTS = ["example", "distserve", "splitwise", "throughput", "search", "routing", "marks", "auto"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_a_table_is_of_the_kept_figures(part: str) -> None:
     assert "\n".join(tables(KEPT)[part]) in TEXT
 
@@ -36,6 +38,17 @@ def test_the_example_repeats() -> None:
     assert scaled["ratio_2_1"] == pytest.approx(2.1, rel=0.1)
     for one in found.values():
         assert one["per_gpu"]["2:1"] > max(one["per_gpu"][ratio] for ratio in ("1:1", "3:1"))
+
+
+def test_borrowing_is_what_a_shifting_mix_needs() -> None:
+    kept = {(r["traffic"], r["policy"]): r for r in KEPT["routing"]["policies"]}
+    shares = {policy: kept["shifting", policy]["attainment"][-1] for policy in POLICIES}
+    assert shares["splitwise"] > max(s for p, s in shares.items() if p != "splitwise") + 0.1
+    # Simulated time: it repeats, but for what the brain may have learned since.
+    asked = shifting(*TRAFFICS["shifting"], 0)
+    found = serve(POLICIES["splitwise"], asked)["attainment"][-1]
+    assert found == pytest.approx(kept["shifting", "splitwise"]["by_seed"][0], abs=0.02)
+    assert all(kept["light", policy]["borrowed"] == 0 for policy in POLICIES)
 
 
 def test_searches_for_32_gpus_take_less_than_a_minute() -> None:

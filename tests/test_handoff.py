@@ -232,7 +232,10 @@ def check_tokens(world: SplitWorld) -> None:
 
 
 @pytest.mark.parametrize("mixed", [[], ["m"]], ids=["two pools", "three pools"])
-def test_decode_units_help_with_bursts_of_prompts_and_go_home(mixed: list[str]) -> None:
+def test_decode_units_help_with_bursts_of_prompts_and_go_home(
+    mixed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     model = MODELS[0]
     plans = [split_plan("p", "prefill", [model])]
     plans += [split_plan(name, "decode", [model]) for name in ("d0", "d1")]
@@ -246,6 +249,10 @@ def test_decode_units_help_with_bursts_of_prompts_and_go_home(mixed: list[str]) 
         assert all(count % 2 == 0 for count in switches.values())
         if not mixed:
             assert switches[model, "d0"] + switches[model, "d1"] >= 6, "each burst borrows one"
+            lines = [line for line in caplog.messages if "role_switch" in line]
+            assert len(lines) == switches.total()
+            assert f"event=role_switch unit=d0 model={model} from=decode to=mixed" in lines
+            assert f"event=role_switch unit=d0 model={model} from=mixed to=decode" in lines
             helped = [world.hosts[name].unit.scheduler.counters[model] for name in ("d0", "d1")]
             assert sum(counters.prompt_tokens for counters in helped) > 200
         for name in mixed:

@@ -176,6 +176,7 @@ def test_shipped_plans(muxrt: CommandLine, tmp_path: Path, plan: str, strategy: 
     assert "requests/s within SLO" in answer.out and "x decode on tp" in answer.out
     config = load(out)
     check(config.placement, 8)
+    assert config.routing.policy == strategy
     for unit in config.units:
         expected = unit.models[0].expected
         assert expected is not None and expected.attainment >= 0.9
