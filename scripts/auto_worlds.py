@@ -1,7 +1,7 @@
 """Ten workloads for `auto`: is a mixture of colocation and disaggregation ever worse than either?
 
-A workload's rate is a share (LOADS) of what the estimator says that its GPUs serve colocated, dealt
-evenly to its models: no workload has a rate of its own choosing. `auto` is judged by simulations of
+A workload's rate is LOAD of what the estimator says that its GPUs serve colocated, dealt evenly to
+its models: no workload has a rate of its own choosing. `auto` is judged by simulations of
 one seed; what is compared are simulations of others, the same requests for all strategies.
 
 Noise, as it was defined before the first comparison: `auto` is worse than a strategy where the mean
@@ -10,6 +10,7 @@ of these differences, and by more than half a per cent (by which `auto` prefers 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -55,11 +56,10 @@ LENGTHS: dict[str, dict[str, Any]] = {
 # 1); tight here is where a prefill of a neighbour costs a token its target.
 SLOS = {"tight": (0.5, 0.05), "loose": (2.0, 0.12)}
 SLOWER = {"opt-66b": 2.5, "llama-30b": 2.5}  # targets of larger models, times those
-LOADS = (0.8, 0.95)
-SEEDS = (1001, 1002, 1003, 1004)
+LOAD = 0.95
+SEEDS = (1001, 1002, 1003)
 ALIKE = 0.005
 LIMIT_S = 60.0  # of a search
-WAYS = {"auto": True, "auto by default": False}  # whether the simulator judges everything
 SINGLES = ("muxserve", "spatial", "colocated", "distserve", "splitwise")
 
 
@@ -93,7 +93,7 @@ WORLDS = (
 SMALL = (WORLDS[3], WORLDS[6])  # what a test has time for
 
 
-def asked_of(world: World, load: float = LOADS[1]) -> Asked:
+def asked_of(world: World, load: float = LOAD) -> Asked:
     """The world at that load."""
     shares = _loaded(world, dict.fromkeys(range(len(world.models)), 1e-3))
     problem = shares.problem
@@ -141,46 +141,34 @@ def single(name: str, asked: Asked) -> Placement | None:
         return None
 
 
-def automatic(asked: Asked, *, simulated: bool = True) -> Found:
-    """What `muxrt plan --judge simulator` finds, or without `simulated` what it does by default."""
+def automatic(asked: Asked) -> Found:
+    """What `muxrt plan --judge simulator` finds."""
     estimator, simulator = QueueingJudge(asked.problem), Simulator(asked)
     end_s = monotonic() + LIMIT_S
-    search = Search(
-        estimator,
-        (lambda draft: simulator.draft(estimator, draft)) if simulated else estimator,
-        lambda: monotonic() > end_s,
-    )
-    return mixed(asked.problem, search, Terms(simulator.mix, simulated))
+    judge = partial(simulator.draft, estimator)
+    search = Search(estimator, judge, lambda: monotonic() > end_s)
+    return mixed(asked.problem, search, Terms(simulator.mix, is_judged=True))
 
 
-def compare(
-    world: World,
-    load: float,
-    seeds: tuple[int, ...] = SEEDS,
-    ways: tuple[str, ...] = tuple(WAYS),
-) -> dict[str, Any]:
+def compare(world: World, seeds: tuple[int, ...] = SEEDS) -> dict[str, Any]:
     """Goodput by strategy and seed, and what `auto` chose."""
-    asked = asked_of(world, load)
+    asked = asked_of(world)
     placements = {name: single(name, asked) for name in SINGLES}
-    chosen: dict[str, Found] = {}
-    cpu_s = {}
-    for name in ways:
-        begun_s = process_time()
-        chosen[name] = automatic(asked, simulated=WAYS[name])
-        cpu_s[name] = round(process_time() - begun_s, 1)
-        placements[name] = to_placement(asked.problem, chosen[name].mix)
+    begun_s = process_time()
+    found = automatic(asked)
+    cpu_s = round(process_time() - begun_s, 1)
+    placements["auto"] = to_placement(asked.problem, found.mix)
     judges = [Simulator(asked, seed) for seed in seeds]
     return {
         "workload": world.name,
         "slo": world.slo,
-        "load": load,
         "gpus": asked.problem.num_gpus,
         "offered_rps": sum(demand.rate_rps for demand in asked.problem.demands.values()),
         "goodput_rps": {
             name: None if one is None else [round(j.placement(one).goodput_rps, 3) for j in judges]
             for name, one in placements.items()
         },
-        "chosen": {name: _shown(found) for name, found in chosen.items()},
+        "chosen": _shown(found),
         "cpu_s": cpu_s,
     }
 
@@ -213,11 +201,11 @@ class Beside:
         return -self.difference_rps > max(2 * self.error_rps, ALIKE * self.best_rps)
 
 
-def beside(row: dict[str, Any], name: str = "auto") -> Beside:
+def beside(row: dict[str, Any]) -> Beside:
     """`auto` against the best of the others, which the same seeds have shown to be the best."""
     goodput = row["goodput_rps"]
     means = {one: fmean(goodput[one]) for one in SINGLES if goodput[one] is not None}
     best = max(means, key=lambda one: means[one])
-    differences = [a - b for a, b in zip(goodput[name], goodput[best], strict=True)]
+    differences = [a - b for a, b in zip(goodput["auto"], goodput[best], strict=True)]
     error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return Beside(best, means[best], fmean(goodput[name]), fmean(differences), error)
+    return Beside(best, means[best], fmean(goodput["auto"]), fmean(differences), error)

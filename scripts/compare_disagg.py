@@ -21,7 +21,7 @@ from statistics import fmean
 from time import process_time
 from typing import Any
 
-from auto_worlds import LOADS, SINGLES, WORLDS, beside, compare
+from auto_worlds import SINGLES, WORLDS, beside, compare
 from bloom_world import machine, provisioner
 from opt_world import LAYERS_HIDDEN, LONGEST, all_alike, coefficients, instance, kv_capacity
 
@@ -278,10 +278,9 @@ def search() -> dict[str, float]:
 def auto() -> list[dict[str, Any]]:
     """Ten workloads: goodput of `auto` and of the strategies of one kind (`auto_worlds.py`)."""
     found = []
-    for load in LOADS:
-        for world in WORLDS:
-            found.append(compare(world, load))
-            print(json.dumps(found[-1]), flush=True)
+    for world in WORLDS:
+        found.append(compare(world))
+        print(json.dumps(found[-1]), flush=True)
     return found
 
 
@@ -383,10 +382,9 @@ def _auto_table(found: list[dict[str, Any]]) -> list[str]:
         goodput, by = row["goodput_rps"], beside(row)
         means = [
             "" if goodput[name] is None else f"{fmean(goodput[name]):.1f}"
-            for name in (*SINGLES, "auto", "auto by default")
+            for name in (*SINGLES, "auto")
         ]
-        chosen = row["chosen"]["auto"]
-        apart = ", ".join(f"{model} {split}" for model, split in chosen["apart"].items())
+        apart = ", ".join(f"{model} {split}" for model, split in row["chosen"]["apart"].items())
         rows.append(
             (
                 f"{row['workload']}, {row['slo']}, {row['gpus']} GPUs",
@@ -396,7 +394,7 @@ def _auto_table(found: list[dict[str, Any]]) -> list[str]:
                 apart or "nobody",
             )
         )
-    headers = ("", "offered", *SINGLES, "auto", "by default", "auto - best (noise)", "apart")
+    headers = ("", "offered", *SINGLES, "auto", "auto - best (noise)", "apart")
     return _markdown(headers, rows)
 
 
