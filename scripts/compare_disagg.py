@@ -21,7 +21,7 @@ from statistics import fmean
 from time import process_time
 from typing import Any
 
-from auto_worlds import SINGLES, WORLDS, beside, compare
+from auto_worlds import LOADS, SINGLES, WORLDS, beside, compare
 from bloom_world import machine, provisioner
 from opt_world import LAYERS_HIDDEN, LONGEST, all_alike, coefficients, instance, kv_capacity
 
@@ -278,9 +278,10 @@ def search() -> dict[str, float]:
 def auto() -> list[dict[str, Any]]:
     """Ten workloads: goodput of `auto` and of the strategies of one kind (`auto_worlds.py`)."""
     found = []
-    for world in WORLDS:
-        found.append(compare(world))
-        print(json.dumps(found[-1]), flush=True)
+    for load in LOADS:
+        for world in WORLDS:
+            found.append(compare(world, load))
+            print(json.dumps(found[-1]), flush=True)
     return found
 
 
@@ -388,13 +389,14 @@ def _auto_table(found: list[dict[str, Any]]) -> list[str]:
         rows.append(
             (
                 f"{row['workload']}, {row['slo']}, {row['gpus']} GPUs",
+                f"{row['load']:g}",
                 f"{row['offered_rps']:.1f}",
                 *means,
                 f"{by.difference_rps:+.2f} ({2 * by.error_rps:.2f})",
                 apart or "nobody",
             )
         )
-    headers = ("", "offered", *SINGLES, "auto", "auto - best (noise)", "apart")
+    headers = ("", "load", "offered", *SINGLES, "auto", "auto - best (noise)", "apart")
     return _markdown(headers, rows)
 
 

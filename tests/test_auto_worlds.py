@@ -13,7 +13,7 @@ from auto_worlds import SEEDS, SMALL, Beside, World, beside, compare
 
 @pytest.mark.parametrize("world", SMALL, ids=lambda world: world.name)
 def test_auto_is_not_worse_than_the_best_strategy_of_one_kind(world: World) -> None:
-    row = compare(world, SEEDS[:2])
+    row = compare(world, seeds=SEEDS[:2])
     assert not beside(row).is_worse
     assert row["goodput_rps"]["spatial"] is not None
     # Both have something to gain: it is not the colocated placement compared with itself.

@@ -87,8 +87,14 @@ def _steady(asked: Asked) -> Workload:
         )
         for name, demand in demands.items()
     )
-    rate_rps = sum(demand.rate_rps for demand in demands.values())
-    duration_s = min(LOAD_S, max(LEAST_S, NUM_REQUESTS / rate_rps))
     return msgspec.structs.replace(
-        workload, models=models, power_law=None, diurnal=None, duration_s=duration_s
+        workload, models=models, power_law=None, diurnal=None, duration_s=simulated_s(asked)
     )
+
+
+def simulated_s(asked: Asked) -> float:
+    """Seconds in which a judge's requests come."""
+    if asked.workload.trace is not None:
+        return asked.workload.duration_s
+    rate_rps = sum(demand.rate_rps for demand in asked.problem.demands.values())
+    return min(LOAD_S, max(LEAST_S, NUM_REQUESTS / rate_rps))
