@@ -423,20 +423,20 @@ def _auto_table(found: list[dict[str, Any]]) -> list[str]:
         goodput, by = row["goodput_rps"], beside(row)
         means = [
             "" if goodput[name] is None else f"{fmean(goodput[name]):.1f}"
-            for name in (*SINGLES, "auto", "auto by default")
+            for name in (*SINGLES, "auto")
         ]
-        chosen = row["chosen"]["auto"]
-        apart = ", ".join(f"{model} {split}" for model, split in chosen["apart"].items())
+        apart = ", ".join(f"{model} {split}" for model, split in row["chosen"]["apart"].items())
         rows.append(
             (
                 f"{row['workload']}, {row['slo']}, {row['gpus']} GPUs",
+                f"{row['load']:g}",
                 f"{row['offered_rps']:.1f}",
                 *means,
                 f"{by.difference_rps:+.2f} ({2 * by.error_rps:.2f})",
                 apart or "nobody",
             )
         )
-    headers = ("", "offered", *SINGLES, "auto", "by default", "auto - best (noise)", "apart")
+    headers = ("", "load", "offered", *SINGLES, "auto", "auto - best (noise)", "apart")
     return _markdown(headers, rows)
 
 

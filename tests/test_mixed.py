@@ -26,6 +26,8 @@ from muxrt.planner.search import Search
 from muxrt.planner.strategies.auto import auto
 from muxrt.planner.strategies.distserve import Options, distserve
 from muxrt.planner.strategies.mixed import Found, Terms, mixed
+from muxrt.planner.strategies.muxserve import muxserve
+from muxrt.planner.strategies.spatial import spatial
 from muxrt.planner.workload import Demand, Engine, Problem
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
@@ -211,6 +213,24 @@ def test_the_judge_decides() -> None:
         return replace(kept, goodput_rps=kept.goodput_rps * (0.5 if mix.apart.models else 1))
 
     assert apart(every) and not apart(mixed(world, search(world), Terms(against)))
+
+
+def test_the_judge_sees_what_the_other_strategies_would_do() -> None:
+    world = both()
+    judged: list[Mix] = []
+
+    def listening(mix: Mix) -> Kept:
+        judged.append(mix)
+        return mix.predicted(world)
+
+    found = mixed(world, search(world), Terms(listening))
+    assert found.num_judged == len(judged) == len({mix.key for mix in judged})
+    colocated = [mix for mix in judged if not mix.apart.models]
+    alone = QueueingJudge(world)
+    for strategy in (spatial, muxserve):
+        draft = in_order(world, strategy(world, Search(alone, alone)))
+        assert draft in [mix.together for mix in colocated]
+    assert {"chat-0", "code-1"} in [{one.model for one in mix.apart.models} for mix in judged]
 
 
 def test_the_simpler_one_stays_at_a_tie() -> None:

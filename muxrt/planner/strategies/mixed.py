@@ -364,7 +364,7 @@ class _Mixer:
         return self._terms.objective is None and rank[0] >= (1 - LEAST_GAIN) * best[0]
 
     def _finalists(self, base: list[Mix], mixes: list[Mix]) -> list[Mix]:
-        """Colocated ones, those of the other strategies among them, then the best mixes."""
+        """Colocated ones, those of the other strategies, the best mixes, and all apart."""
         ranked = sorted(mixes, key=self._rank, reverse=True)
         near = [
             mix
@@ -373,7 +373,8 @@ class _Mixer:
         ]
         singles = self._singles() if self._terms.objective is None and base else []
         plain = (*base[: NUM_FINAL - 1], *base[-1:])  # with an objective the last is the largest
-        unique = {mix.key: mix for mix in (*plain, *singles, *near[:NUM_FINAL])}
+        every = [mix for mix in mixes if not mix.together]  # what the other strategies would do
+        unique = {mix.key: mix for mix in (*plain, *singles, *near[:NUM_FINAL], *every)}
         return list(unique.values()) or ranked[:1]
 
     def _singles(self) -> list[Mix]:
