@@ -44,6 +44,7 @@ MIB = 1 << 20
 
 def write(part: str, out: Path, value: dict[str, Any]) -> None:
     """Put a part into the file; the others stay as they were measured."""
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "sim_speed.json"
     data = json.loads(path.read_text()) if path.exists() else {}
     data[part] = {**provenance(), **value}

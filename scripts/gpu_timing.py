@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from bench_record import Record, read
@@ -22,13 +22,26 @@ class Figure:
     error: float | None  # against float64, relative, by the norm; None where nothing is computed
     note: str = ""
 
+    @property
+    def said(self) -> str:
+        return self.note or f"{self.ms:.4f} ms"
+
+
+class Measured(Protocol):
+    """A dataclass that can say itself in a line."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def said(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Case:
     """One line of the table; `measure` allocates, checks and times."""
 
     name: str
-    measure: Callable[[], Figure]
+    measure: Callable[[], Measured]
 
 
 def median_ms(run: Callable[[], Any], device: torch.device) -> float:
@@ -80,7 +93,7 @@ def run_cases(
         figure = case.measure()
         done[case.name] = {**asdict(figure), "commit": record.data["commit"]}
         record.write()
-        print(f"{case.name}: {figure.note or f'{figure.ms:.4f} ms'}", flush=True)
+        print(f"{case.name}: {figure.said}", flush=True)
     return done
 
 

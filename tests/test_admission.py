@@ -44,9 +44,11 @@ def queue_of(name: str, first_tokens: list[float], slo: Slo | None = TARGET) -> 
     return queue
 
 
-def admission(*queues: ModelQueue, lanes: int = 1, **latency: float) -> Admission:
+def admission(
+    *queues: ModelQueue, lanes: int = 1, beside_share: float = 1.0, **latency: float
+) -> Admission:
     by_name = {queue.name: queue for queue in queues}
-    return Admission(by_name, KnownLatency(**latency), lanes, FULL)
+    return Admission(by_name, KnownLatency(**latency), lanes, FULL, beside_share)
 
 
 def ask(
@@ -100,6 +102,16 @@ def test_two_lanes_have_room_for_more() -> None:
 
 def test_a_lane_that_keeps_the_pace_lets_another_prefill() -> None:
     assert ask(admission(queue_of("a", [0.0]), lanes=2), now=0.05, tokens=500).tokens == FULL
+
+
+@pytest.mark.parametrize(("beside_share", "may_start"), [(1.0, True), (0.7, True), (0.5, False)])
+def test_a_policy_says_how_well_the_other_lanes_must_keep_the_pace(
+    beside_share: float, may_start: bool
+) -> None:
+    # A step of 50 sequences takes 60 ms of the 100 that its pace allows.
+    queue = queue_of("a", [0.0] * 50)
+    asked = admission(queue, lanes=2, beside_share=beside_share)
+    assert (ask(asked, now=0.0, tokens=100).tokens > 0) is may_start
 
 
 def test_other_models_sequences_count() -> None:

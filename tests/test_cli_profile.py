@@ -128,7 +128,6 @@ def test_what_was_measured_is_written_as_it_was(
         assert data["side_by_side"][0]["prefill_tokens"] == 128
     assert 0 < data["engine"]["control_s"] + data["engine"]["control_step_s"] < 0.1
     assert 0 < data["engine"]["request_s"] < 1.0
-    assert data["engine"]["service_interference"] >= 0.0, "no prefill was seen beside streams"
 
 
 @pytest.mark.parametrize(("presses_at", "code"), [(7, 0), (0, 1)])

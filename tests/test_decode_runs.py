@@ -170,7 +170,9 @@ def test_tokens_of_many_requests_are_counted_at_once(outputs: list[int], num: in
     for number, tokens in enumerate(outputs):
         ledger.open(Request(number, "a", 7, 9, b""), "u")
         ledger.add_tokens(number, tokens)
-    ledger.add_tokens_each("a", "u", range(len(outputs)), num)
+    ledger.weigh("a", "u", len(outputs) * num)
+    assert ledger.load("a", "u").tokens == sum(outputs) + len(outputs) * (7 + num)
+    ledger.credit(range(len(outputs)), num)
     assert ledger.check()
     assert ledger.load("a", "u").tokens == sum(outputs) + len(outputs) * (7 + num)
 

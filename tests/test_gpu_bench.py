@@ -1,5 +1,6 @@
 """The benchmark of a GPU where there is none: its cases interpreted, and its records."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,21 +13,25 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from bench_record import read  # noqa: E402
+from gpu_mux import Alone  # noqa: E402
 from gpu_timing import Case, Figure, median_ms, relative_error, run_cases  # noqa: E402
+
+from muxrt.workload.arrivals import Arrival  # noqa: E402
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
 
-def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "bench_gpu.py"), "--part", "kernels", *options]
+def bench(part: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "bench_gpu.py"), "--part", part, *options]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @NO_GPU
-def test_without_a_gpu_it_says_so() -> None:
-    done = bench()
+@pytest.mark.parametrize("part", ["kernels", "engine", "mux"])
+def test_without_a_gpu_it_says_so(part: str) -> None:
+    done = bench(part)
     assert done.returncode == 1
     assert done.stderr.startswith("error: found no CUDA device, expected one (--dry-run")
 
@@ -37,7 +42,7 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_every_case_runs_in_the_interpreter_and_is_right(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     out = tmp_path / "gpu.json"
-    done = bench("--dry-run", "--out", str(out))
+    done = bench("kernels", "--dry-run", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     figures = read(out)["kernels"]
     kernels = ("decode", "prefill", "norm", "silu", "rope", "embedding", "copy of", "sample")
@@ -46,6 +51,57 @@ def test_every_case_runs_in_the_interpreter_and_is_right(tmp_path: Path) -> None
         assert errors and all(error is not None and error < 2e-2 for error in errors), kernel
     assert done.stdout.splitlines()[-1] == f"{len(figures)} figures in {out}"
     assert "%" not in done.stdout, "times of an interpreter are no fractions of a GPU"
+
+
+@NO_GPU
+def test_the_engine_s_steps_run_without_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = bench("engine", "--dry-run", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = read(out)["engine"]
+    assert list(figures) == [
+        "tiny, decode 1 x 20",
+        "tiny, decode 3 x 20",
+        "tiny, prefill 1 x 33",
+        "tiny, prefill 2 x 20",
+    ]
+    assert all(figure["host_ms"] > 0 and figure["ms"] > 0 for figure in figures.values())
+    assert figures["tiny, decode 3 x 20"]["amount"] > figures["tiny, decode 1 x 20"]["amount"]
+    assert " x\n" not in done.stdout, "times without a GPU are no multiples of its floor"
+
+
+@NO_GPU
+def test_three_ways_to_share_serve_everything_and_go_on_where_they_ended(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    done = bench("mux", "--dry-run", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = read(out)["mux"]
+    points = {title: figure for title, figure in figures.items() if title.endswith(", point")}
+    systems = {title.split(", ")[1].split()[0] for title in points}
+    assert systems == {"temporal", "spatial", "adbs"}
+    for figure in points.values():
+        assert 0 <= figure["attainment"] <= 1 and figure["requests"] > 0
+        assert figure["ttft_p99_s"] is None, "too few requests for a 99th percentile"
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"{len(figures)} figures in {out}"
+    # Without the last of them it measures that one, and nothing else.
+    last = list(figures)[-1]
+    record = read(out)
+    del record["mux"][last]
+    out.write_text(json.dumps(record))
+    again = bench("mux", "--dry-run", "--out", str(out))
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if "tokens/s" in line and ":" in line] == [
+        line for line in again.stdout.splitlines() if line.startswith(f"{last}:")
+    ]
+    kept = {title: figure for title, figure in figures.items() if title != last}
+    assert {t: f for t, f in read(out)["mux"].items() if t != last} == kept
+
+
+def test_a_request_alone_takes_what_was_measured_of_its_model() -> None:
+    alone = Alone((100, 300), {"a": (0.1, 0.2)}, {"a": 0.01})
+    found = [alone.latency_s(Arrival(0.0, "a", n, 11)) for n in (50, 100, 200, 300)]
+    assert found == pytest.approx([0.2, 0.2, 0.25, 0.3])
 
 
 def case(name: str, ran: list[str]) -> Case:

@@ -190,19 +190,6 @@ def test_a_free_core_hides_the_control_path_of_a_cpu(
     assert plain.can_fold and cost.can_fold == (sum(split) < 2)
 
 
-def test_a_prefill_on_a_cpu_pays_for_the_endpoint_beside_it_while_a_core_is_free() -> None:
-    facts = EngineFacts(interference=0.0, prefill_interference=0.5, service_interference=0.1)
-    prefill, decode = BatchWork(100, 100**2), BatchWork(decodes=4, context=400)
-    for split, is_alone, slower in (((1,), True, 1.1), ((1, 1), True, 1.1), ((1, 1), False, 1.5)):
-        served, bare = (
-            cpu_cost(split, replace(setting("a", facts=some), gpus={"cpu-2c": CPU}))
-            for some in (facts, EngineFacts(interference=0.0))
-        )
-        for work, factor in ((prefill, slower), (decode, 1.0)):
-            plain_s = bare.batch_s("a", work, 0.5, is_alone)
-            assert served.batch_s("a", work, 0.5, is_alone) == pytest.approx(factor * plain_s)
-
-
 def test_the_control_path_of_a_cpu_slows_all_lanes_whoever_caused_it() -> None:
     facts = EngineFacts(control_step_s=0.01, interference=0.0)
     world = replace(setting("a", "b", facts=facts), gpus={"cpu-2c": CPU})

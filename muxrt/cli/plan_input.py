@@ -192,7 +192,7 @@ def _facts(plan: PlanInput, profiles: Sequence[Profile]) -> EngineFacts:
 
 
 # What a profile may say of the engine, in the words of both.
-MEASURED = ("control_s", "control_step_s", "request_s", "interference", "service_interference")
+MEASURED = ("control_s", "control_step_s", "request_s", "interference")
 
 
 def with_measured(

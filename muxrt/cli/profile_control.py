@@ -8,7 +8,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from muxrt.config.placement import Lanes, Memory, Scheduling, UnitModel, UnitSpe
 from muxrt.config.serve import Endpoint, ServeConfig
 from muxrt.core import Phase
 from muxrt.cost.memory import kv_token_bytes
-from muxrt.engine.build import DTYPE_BYTES, kv_dtype, weight_bytes
+from muxrt.engine.build import DTYPE_BYTES, kv_dtype
 from muxrt.errors import MuxrtError
 
 FEW, MANY = 1, 8  # streams
@@ -32,11 +32,6 @@ PROMPT, PROMPT_TOKENS = "Once upon a time", 16  # no tokenizer needs more for it
 OUTPUT_TOKENS = 96  # of each stream
 ROUNDS = 2
 SINGLES = 15  # requests of one token, one after the other
-BUSY_TOKENS = 128  # of the prompts that are computed while streams run
-BUSY_SINGLES = 8
-SINGLE_GAP_S = 0.02  # before each: streams get their turns
-DOUBLE_BYTES = 2 << 30  # of weights, at most
-DOUBLE = " beside"  # the same weights under another name: what is counted of either is its own
 REPORT_S = 5.0  # in which a unit that went idle has said what it computed
 POLL_S = 0.1
 PROC = Path("/proc")
@@ -47,14 +42,11 @@ class Control:
     """Seconds beside the kernels, of a core: `step_s` + `sequence_s` x sequences for each step.
 
     And `request_s` from a request's arrival to its unit and from its first token to the client.
-    `prefill_s` is what a prompt of BUSY_TOKENS takes on one core while streams keep another one at
-    work; None where no prompt may be so long, or the weights are too large to be there twice.
     """
 
     sequence_s: float
     step_s: float
     request_s: float
-    prefill_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +76,9 @@ def measure_control(subject: Subject) -> Control:
                 for streams in (FEW, MANY)
             )
             request_s = _request_s(endpoint, name)
-            has_double = len(config.models) > 1
-            prefill_s = _busy_prefill_s(endpoint, name, length) if has_double else None
         finally:
             endpoint.stop()
-    return Control(*_prices(_sum(few), _sum(many)), request_s, prefill_s)
+    return Control(*_prices(_sum(few), _sum(many)), request_s)
 
 
 def _prices(few: _Count, many: _Count) -> tuple[float, float]:
@@ -107,42 +97,6 @@ def _request_s(endpoint: OwnEndpoint, model: str) -> float:
     return max(0.0, statistics.median(waited) - prefills.seconds / SINGLES)
 
 
-def _busy_prefill_s(endpoint: OwnEndpoint, model: str, length: int) -> float:
-    """What a single prompt takes while the model's double answers MANY streams."""
-    before, key = read_batches(endpoint.url), (model, Phase.PREFILL)
-    prompt = [1 + number % 64 for number in range(BUSY_TOKENS)]  # ids that every vocabulary has
-    singles = [Job(0.0, model, prompt, 1)] * BUSY_SINGLES
-    streams = [Job(0.0, model + DOUBLE, PROMPT, length - PROMPT_TOKENS)] * MANY
-    asyncio.run(_ask_beside(endpoint, singles, streams))
-    return _wait(endpoint, before, key, batches=BUSY_SINGLES)[key].seconds / BUSY_SINGLES
-
-
-async def _ask_beside(
-    endpoint: OwnEndpoint, singles: Sequence[Job], streams: Sequence[Job]
-) -> None:
-    """Ask `singles` one after the other while all of `streams` are answered, again and again.
-
-    Raises MuxrtError where a single one fails.
-    """
-    target = Target(endpoint.url)
-    routes = {job.model: target for job in (*singles, *streams)}
-    async with session(target) as http:
-        is_over = asyncio.Event()
-
-        async def stream() -> None:
-            while not is_over.is_set():
-                await replay(http, routes, streams, Progress(len(streams)))
-
-        beside = asyncio.create_task(stream())
-        try:
-            for job in singles:
-                await asyncio.sleep(SINGLE_GAP_S)
-                _check(await replay(http, routes, [job], Progress(1)))
-        finally:
-            is_over.set()
-            await beside  # streams end by themselves
-
-
 def _sum(counts: list[_Count]) -> _Count:
     return _Count(
         sum(one.batches for one in counts),
@@ -155,24 +109,18 @@ def _config(subject: Subject) -> ServeConfig:
     """One lane on one core: the rest is for what is measured."""
     spec = subject.specs[0]
     shape = subject.shapes[spec.name]
-    wanted = max(PROMPT_TOKENS + OUTPUT_TOKENS, BUSY_TOKENS + 1)
-    longest = min(spec.max_model_len or shape.max_positions, wanted)
+    longest = min(spec.max_model_len or shape.max_positions, PROMPT_TOKENS + OUTPUT_TOKENS)
     token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
-    changes = {"max_model_len": longest, "slo": None, "queue_timeout_s": None}
-    model = msgspec.structs.replace(spec, **changes)
-    models = [model]
-    if longest > BUSY_TOKENS and weight_bytes(spec, shape) <= DOUBLE_BYTES:
-        models.append(msgspec.structs.replace(model, name=spec.name + DOUBLE))
     unit = UnitSpec(
         name="control",
-        models=tuple(UnitModel(name=one.name) for one in models),
+        models=(UnitModel(name=spec.name),),
         # Twice what the streams hold: nobody is to be preempted.
-        memory=Memory(kv_bytes=4 * MANY * (longest + PROMPT_TOKENS) * token_bytes),
+        memory=Memory(kv_bytes=2 * MANY * (longest + PROMPT_TOKENS) * token_bytes),
         lanes=Lanes(split=(1,)),
         scheduling=Scheduling(prefix_reuse=False, max_sequences=MANY),
     )
-    endpoint = Endpoint(port=0, drain_s=1.0)
-    return ServeConfig(models=tuple(models), units=(unit,), endpoint=endpoint)
+    model = msgspec.structs.replace(spec, max_model_len=longest, slo=None, queue_timeout_s=None)
+    return ServeConfig(models=(model,), units=(unit,), endpoint=Endpoint(port=0, drain_s=1.0))
 
 
 def _ask(endpoint: OwnEndpoint, model: str, streams: int, output: int) -> list[Outcome]:
@@ -185,14 +133,10 @@ def _ask(endpoint: OwnEndpoint, model: str, streams: int, output: int) -> list[O
             return await replay(http, {model: target}, jobs, Progress(streams))
 
     done = asyncio.run(ask())
-    _check(done)
-    return done
-
-
-def _check(done: Sequence[Outcome]) -> None:
     for outcome in done:
         if outcome.status is not Status.OK:
-            raise MuxrtError(f"{outcome.model} does not answer: {outcome.error}")
+            raise MuxrtError(f"{model} does not answer: {outcome.error}")
+    return done
 
 
 def _count(endpoint: OwnEndpoint, model: str, streams: int, length: int) -> _Count:

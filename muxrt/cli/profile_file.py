@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import muxrt
-from muxrt.cli.profile_control import BUSY_TOKENS
 from muxrt.cli.profile_run import Found
 from muxrt.cli.profile_source import Subject
 from muxrt.config.cluster import GpuKind
@@ -73,7 +72,7 @@ def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> Prof
             " its bandwidth and flops are the most that a measured decode step read and a measured"
             " prefill computed; its link is not measured: one device has none"
         ),
-        engine=_engine(subject.specs[0].name, found),
+        engine=_engine(found),
         side_by_side=found.side_by_side,
         measured=_measured(found),
     )
@@ -90,7 +89,7 @@ def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell], device: st
     )
 
 
-def _engine(served: str, found: Found) -> ProfiledEngine:
+def _engine(found: Found) -> ProfiledEngine:
     prefills = [one.prefill_slowdown for one in found.side_by_side]
     decodes = [one.decode_slowdown for one in found.side_by_side]
     control = found.control
@@ -98,7 +97,6 @@ def _engine(served: str, found: Found) -> ProfiledEngine:
         interference=_beyond(prefills + decodes),
         prefill_interference=_beyond(prefills),
         decode_interference=_beyond(decodes),
-        service_interference=_beyond(_in_service(served, found)),
         control_s=float(f"{control.sequence_s:.3g}") if control else None,
         control_step_s=float(f"{control.step_s:.3g}") if control else None,
         request_s=float(f"{control.request_s:.3g}") if control else None,
@@ -108,18 +106,6 @@ def _engine(served: str, found: Found) -> ProfiledEngine:
 def _beyond(slowdowns: Sequence[float]) -> float | None:
     """The median, less one; nothing is quicker beside other work."""
     return round(max(0.0, statistics.median(slowdowns) - 1), 4) if slowdowns else None
-
-
-def _in_service(served: str, found: Found) -> list[float]:
-    """How much longer a prompt took beside the endpoint's work, where both times are known."""
-    served_s = found.control.prefill_s if found.control else None
-    alone = [
-        statistics.median(bursts)
-        for (model, cores, one), bursts in found.bursts.items()
-        if (cores, one.phase, one.batch, one.tokens) == (1, Phase.PREFILL, 1, BUSY_TOKENS)
-        and model == served
-    ]
-    return [served_s / one for one in alone] if served_s is not None else []
 
 
 def _measured(found: Found) -> Measured:

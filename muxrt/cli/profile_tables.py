@@ -81,12 +81,6 @@ def print_found(
             f" decodes of {one.decode} {_slower(one.decode_slowdown)}",
             highlight=False,
         )
-    if engine.service_interference is not None:
-        console.print(
-            f"in service, with streams on another core, a prefill takes"
-            f" {_slower(1 + engine.service_interference)}",
-            highlight=False,
-        )
     if engine.control_s is not None and engine.control_step_s is not None:
         console.print(
             f"beside the kernels the endpoint takes {engine.control_step_s * 1e6:.0f} us of a step"

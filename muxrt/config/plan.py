@@ -31,8 +31,6 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     interference: NotNegative = 0.1  # how much slower a step is beside another one; assumed
     prefill_interference: NotNegative | None = None  # of prefills; None = `interference`
     decode_interference: NotNegative | None = None  # of decode steps; likewise
-    # How much slower a prefill is on a CPU while the endpoint works on another core.
-    service_interference: NotNegative = 0.0
     source: Name | None = None  # who measured it
 
 

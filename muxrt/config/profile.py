@@ -70,7 +70,6 @@ class ProfiledEngine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     interference: NotNegative | None = None  # median slow-down of `side_by_side`, less one
     prefill_interference: NotNegative | None = None  # likewise, of its prefills
     decode_interference: NotNegative | None = None  # and of its decode steps
-    service_interference: NotNegative | None = None  # slow-down of a prefill in service, less one
     control_s: NotNegative | None = None  # of the endpoint, per sequence and decode step
     control_step_s: NotNegative | None = None  # and per step, whatever its size
     request_s: NotNegative | None = None  # from arrival to unit, and first token to client

@@ -77,14 +77,18 @@ class Ledger:
         if live.heir is not None:
             self._loads[live.request.model, live.heir].tokens += num_tokens
 
-    def add_tokens_each(
-        self, model: str, unit: str, request_ids: Sequence[int], num_tokens: int
-    ) -> None:
-        """Requests of `model` that stream from `unit` gave `num_tokens` more each."""
+    def weigh(self, model: str, unit: str, num_tokens: int) -> None:
+        """Requests of `model` that stream from `unit` gave `num_tokens` more, all together.
+
+        Which ones is for `credit` to say, before any of them ends or moves.
+        """
+        self._loads[model, unit].tokens += num_tokens
+
+    def credit(self, request_ids: Sequence[int], num_tokens: int) -> None:
+        """Requests whose tokens were weighed gave `num_tokens` of them each."""
         live = self._live
         for request_id in request_ids:
             live[request_id].output_tokens += num_tokens
-        self._loads[model, unit].tokens += num_tokens * len(request_ids)
 
     def promise(self, request_id: int, heir: str | None) -> None:
         """`heir` takes the request over, once its prompt is computed; None: nobody does yet.

@@ -76,10 +76,15 @@ class Admission:
         latency: Latency,
         num_lanes: int,
         prefill_tokens: int,
+        beside_share: float = 1.0,
     ) -> None:
+        """`beside_share`: of the tightest TPOT target that the decode steps of all models may take
+        on the lanes that a prefill leaves to them, or it has to end before somebody is behind.
+        """
         self._queues = queues
         self._latency = latency
         self._num_lanes = num_lanes
+        self._beside_share = beside_share
         self._full = Allowance(prefill_tokens, sum(q.model.max_sequences for q in queues.values()))
         self._has_targets = any(queue.model.slo for queue in queues.values())
         self._loads = {name: _Load(NEVER) for name in queues}
@@ -104,9 +109,11 @@ class Admission:
         """How long a prefill may take before somebody falls behind."""
         others = self._num_lanes - 1
         round_s = unit.round_s(max(1, others))
-        if others and round_s <= target_s:
+        if others and round_s <= self._beside_share * target_s:
             return inf  # the other lanes keep the pace meanwhile
-        loss = 1 - target_s / round_s if others else 1.0
+        # What they cannot keep is lost. Between the two bounds nothing is, but who is behind would
+        # stay so: a prompt waits unless nobody would fall behind even if nobody decoded meanwhile.
+        loss = 1 - target_s / round_s if others and round_s > target_s else 1.0
         return (unit.behind_at_s - now - round_s) / loss
 
     def _tokens(self, model: str, need: Need, seconds: float, now: float) -> int:

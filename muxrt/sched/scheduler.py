@@ -43,6 +43,8 @@ AnyWork = TypeVar("AnyWork", Batch, Copy, Transfer)
 class Policy(Protocol):
     """Chooses what an idle lane does next."""
 
+    beside_share: float  # of the pace that lanes beside a prefill must keep (sched/admission.py)
+
     def next_batch(self, scheduler: "Scheduler", lane: int, now: float) -> Batch | None:
         """A batch made by `scheduler.prefill` or `scheduler.decode`, or None to leave it idle."""
 
@@ -102,7 +104,9 @@ class Scheduler:
         self.policy = policy
         self.limits = limits
         self.latency = latency
-        self.admission = Admission(queues, latency, limits.num_lanes, limits.prefill_tokens)
+        self.admission = Admission(
+            queues, latency, limits.num_lanes, limits.prefill_tokens, policy.beside_share
+        )
         self.counters = {name: Counters() for name in queues}
         self._sequences: dict[int, Sequence] = {}  # unfinished, by request id
         self.flights: dict[int, Flight] = {}

@@ -15,7 +15,7 @@ class Cohort:
     model: str
     sequences: list[Sequence]  # oldest first
     flights: tuple[int, ...]  # ids of the works that name them
-    told: int = 0  # of its commits: clients and router know of them
+    weighed: int = 0  # of its commits: the router has counted their tokens
     request_ids: list[int] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,8 @@ from muxrt.sim.sprint import State
 
 # Requests of a model in a unit got so many tokens more each, the last ones at that time.
 Advance = Callable[[str, str, Sequence[int], int, float], None]
+# All requests of a model in a unit together got so many tokens more.
+Weigh = Callable[[str, str, int], None]
 
 FEW_STEPS = 16  # to be observed: more is quicker by arrays
 MIN_STEPS = 2  # of every sequence before its end: shorter runs are not worth their bookkeeping
@@ -48,12 +50,18 @@ class FoldingExecutor(MeshExecutor):
         cost: MeshCost,
         copies: CopyLane,
         advance: Advance,
+        weigh: Weigh,
         horizon_s: Callable[[], float],
     ) -> None:
-        """`horizon_s` is when something else may happen to the unit, or be asked of it."""
+        """`horizon_s` is when something else may happen to the unit, or be asked of it.
+
+        `weigh` is told of tokens whenever they are asked for, `advance` of each sequence's when the
+        run is over: there may be many sequences, and many who ask.
+        """
         super().__init__(loop, cost, copies)
         self._horizon_s = horizon_s
         self._advance = advance
+        self._weigh = weigh
         self._fold: Fold | None = None
 
     def attach(self, unit: Unit) -> None:
@@ -69,7 +77,7 @@ class FoldingExecutor(MeshExecutor):
             self._fold.settle()
 
     def publish(self) -> None:
-        """Tell what was generated so far; the run goes on."""
+        """Tell how many tokens were generated so far; the run goes on."""
         if self._fold is not None and self._fold.is_running:
             self._fold.publish()
 
@@ -95,12 +103,18 @@ class FoldingExecutor(MeshExecutor):
         """What ends before that time happens before anything else does; now, at the least."""
         return max(self._horizon_s(), nextafter(self._loop.now_s, inf))
 
-    def advance(self, unit: str, cohort: Cohort, commits: int, last_s: float) -> None:
-        """Tell what every sequence of a cohort got since it was told last."""
-        steps = commits - cohort.told
+    def weigh(self, unit: str, cohort: Cohort, commits: int) -> None:
+        """Tell what a cohort got since that was told last."""
+        steps = commits - cohort.weighed
         if steps:
-            cohort.told = commits
-            self._advance(cohort.model, unit, cohort.request_ids, steps, last_s)
+            cohort.weighed = commits
+            self._weigh(cohort.model, unit, steps * len(cohort.sequences))
+
+    def advance(self, unit: str, cohort: Cohort, commits: int, last_s: float) -> None:
+        """Tell what every sequence of a cohort got in the whole run."""
+        self.weigh(unit, cohort, commits)
+        if commits:
+            self._advance(cohort.model, unit, cohort.request_ids, commits, last_s)
 
 
 class Fold:
@@ -317,7 +331,13 @@ class Fold:
         self._unit.held(dict(zip(self._names, peaks, strict=True)))
 
     def publish(self) -> None:
-        """Tell what was generated so far."""
+        """Tell how many tokens were generated so far."""
+        for index, cohort in enumerate(self._cohorts):
+            commits = int(self._state.cohorts[index, sprint.COMMITS])
+            self._executor.weigh(self._unit.name, cohort, commits)
+
+    def _advance(self) -> None:
+        """Tell what every sequence got."""
         for index, cohort in enumerate(self._cohorts):
             commits = int(self._state.cohorts[index, sprint.COMMITS])
             last_s = float(self._state.last_s[index])
@@ -332,7 +352,7 @@ class Fold:
         self._is_running = False
         state, unit, executor = self._state, self._unit, self._executor
         scheduler, remaining = unit.scheduler, executor.tokens.remaining
-        self.publish()
+        self._advance()
         self.take_blocks()
         self._observe()
         stepped = []

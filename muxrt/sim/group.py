@@ -419,7 +419,12 @@ class Simulation:
             served.output_tokens += num_tokens
             served.last_s = last_s
         if len(self._replicas[model]) > 1:
-            self.ledger.add_tokens_each(model, unit, request_ids, num_tokens)
+            self.ledger.credit(request_ids, num_tokens)
+
+    def weigh(self, model: str, unit: str, num_tokens: int) -> None:
+        """Requests of `model` in `unit` got so many tokens more in all; `advance` says which."""
+        if len(self._replicas[model]) > 1:  # the router counts them where it has a choice
+            self.ledger.weigh(model, unit, num_tokens)
 
     def emit(self, outputs: tuple[Output, ...]) -> None:
         """Tokens and ends, as the client sees them."""

@@ -11,8 +11,7 @@ Assumptions, each of which a measurement on GPUs may replace:
   it is alone; limits of more than 100 % in all are cut in proportion.
 * `cores` and `processes` (CPU): a lane has its cores and no others, alone or not.
 * Whatever runs beside other work is slower by the engine's `interference` on top, or that of its
-  phase: memory bandwidth and caches are not partitioned. On a CPU a prefill beside the endpoint's
-  work on another core is slower by `service_interference`: cores share caches and clock.
+  phase: memory bandwidth and caches are not partitioned.
 * The engine's `control_s` per sequence and decode step and its `control_step_s` per step are time
   of the lane that no share shortens. On a CPU a free core hides them behind the work in flight;
   while every core is a busy lane's, they are spread over the lanes, whoever caused them.
@@ -162,13 +161,11 @@ class MeshCost:
 
     def _slower(self, is_prefill: bool, is_alone: bool) -> float:
         """How much longer a batch takes for what else the device does."""
-        engine, slower = self._engine, 0.0
-        if not is_alone:
-            own = engine.prefill_interference if is_prefill else engine.decode_interference
-            slower = engine.interference if own is None else own
-        if is_prefill and self._split and not self._is_covered(1 if is_alone else len(self._split)):
-            slower = max(slower, engine.service_interference)
-        return 1 + slower
+        if is_alone:
+            return 1.0
+        engine = self._engine
+        own = engine.prefill_interference if is_prefill else engine.decode_interference
+        return 1 + (engine.interference if own is None else own)
 
     def _batch_control_s(self, model: str, work: BatchWork) -> float:
         return self._control_step_s * work.share + self._control_s[model] * work.decodes

@@ -35,6 +35,9 @@ class Surroundings(Protocol):
     ) -> None:
         """Requests got `num_tokens` more each, the last of them at `last_s`; they go on."""
 
+    def weigh(self, model: str, unit: str, num_tokens: int) -> None:
+        """Requests of `model` in `unit` got so many tokens more in all; `advance` says which."""
+
     def emit(self, outputs: tuple[Output, ...]) -> None:
         """Tokens and ends of one step."""
 
@@ -84,7 +87,7 @@ class SimUnit:
         self._folding = None
         if self._folds:
             self._folding = FoldingExecutor(
-                self._loop, self._cost, copies, around.advance, self._horizon
+                self._loop, self._cost, copies, around.advance, around.weigh, self._horizon
             )
         executor = self._folding or MeshExecutor(self._loop, self._cost, copies)
         self.unit = build_unit(self.plan, executor, self._now, around.emit)

@@ -20,20 +20,28 @@ from muxrt.worker.process_lane import ProcessLane
 
 
 def open_device_executor(
-    plan: UnitPlan, models: dict[str, DeviceLlama], device: torch.device
+    plan: UnitPlan,
+    models: dict[str, DeviceLlama],
+    device: torch.device,
+    shares: Shares | None = None,
 ) -> LaneExecutor:
     """Reserve the unit's memory and start its lanes on `device`; `models` is emptied.
 
-    Raises ConfigError where the device has too few SMs, MuxrtError where a lane cannot start.
+    `shares` is what threads get of a device that other units of this process use, too; whoever
+    made it closes it. Raises ConfigError where the device has too few SMs, MuxrtError where a lane
+    cannot start.
     """
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.callback(torch.cuda.empty_cache)  # what the lanes' streams left behind
         storage = DeviceStorage(plan, device)
         stack.callback(storage.close)
-        open_lanes = _open_processes if plan.spec.lanes.kind == "mps" else _open_threads
+        if plan.spec.lanes.kind == "mps":
+            opening = _open_processes(plan, models, storage, stack)
+        else:
+            opening = _open_threads(plan, models, storage, stack, shares)
         lanes: list[Lane] = []
-        for lane in open_lanes(plan, models, storage, stack):
+        for lane in opening:
             stack.callback(lane.close)
             lanes.append(lane)
         for lane in lanes:
@@ -43,9 +51,13 @@ def open_device_executor(
 
 
 def _open_threads(
-    plan: UnitPlan, models: dict[str, DeviceLlama], storage: DeviceStorage, stack: ExitStack
+    plan: UnitPlan,
+    models: dict[str, DeviceLlama],
+    storage: DeviceStorage,
+    stack: ExitStack,
+    shares: Shares | None,
 ) -> Iterator[Lane]:
-    shares = open_shares(plan, storage.device, stack)
+    shares = shares or open_shares(plan, storage.device, stack)
     residents = {name: DeviceResident.of(models.pop(name), name, storage) for name in plan.models}
     for number in range(plan.num_lanes):
         make = _launcher(plan, residents, shares, number)

@@ -18,6 +18,8 @@ class Adbs:
     prompts would stop every stream. Prefill turns go by time, not by batches (docs/decisions.md).
     """
 
+    beside_share = 1.0
+
     def __init__(self, quota_period_s: float) -> None:
         self._period_s = quota_period_s
         self._prefills = TimedTurns()

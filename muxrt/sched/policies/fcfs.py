@@ -8,6 +8,8 @@ from muxrt.sched.scheduler import Scheduler
 class Fcfs:
     """The model whose oldest unfinished request came first has the lane: prefill, then decode."""
 
+    beside_share = 1.0
+
     def next_batch(self, scheduler: Scheduler, lane: int, now: float) -> Batch | None:
         """The next batch of the first model in arrival order that can run at all."""
         for model in _by_arrival(scheduler):

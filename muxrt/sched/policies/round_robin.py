@@ -9,6 +9,8 @@ from muxrt.sched.scheduler import Scheduler
 class RoundRobin:
     """Every model in turn gets one batch."""
 
+    beside_share = 1.0
+
     def __init__(self) -> None:
         self._turns = Turns()
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from muxrt.config.placement import Slo
 from muxrt.core import Batch, Sequence, SequenceState
 from muxrt.errors import ConfigError
-from muxrt.sched.admission import HOPELESS_TOKENS
+from muxrt.sched.admission import HOPELESS_TOKENS, ROUND_SHARE
 from muxrt.sched.queues import ModelQueue, ServedModel
 from muxrt.sched.rotation import Rotation
 from muxrt.sched.scheduler import LATENESS_MARGIN, Scheduler
@@ -38,6 +38,10 @@ PATIENCE = 16
 
 class LeastSlack:
     """Every model has targets. What a decode did is remembered per model, not per sequence."""
+
+    # A lane that only just keeps the pace lets nobody catch up. Under the other policies late
+    # requests block those behind them, so that starting them at that cost still pays.
+    beside_share = ROUND_SHARE
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         """Raises ConfigError for a model without targets: nothing of it would ever be due."""
