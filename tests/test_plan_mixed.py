@@ -7,10 +7,11 @@ import pytest
 from command_line import CommandLine
 
 from muxrt.cli.plan_input import load_problem
-from muxrt.cli.plan_judge import Simulator
+from muxrt.cli.plan_judge import Simulator, _steady
 from muxrt.config.load import load
 from muxrt.planner.phase_plan import to_placement
 from muxrt.planner.strategies.distserve import distserve
+from muxrt.workload.arrivals import arrivals
 
 PROFILE = Path(__file__).parent.parent / "configs" / "profiles" / "opt_a100.yaml"
 OPT = (
@@ -111,6 +112,16 @@ def test_the_simulator_knows_the_network_of_the_plan(plan: Path) -> None:
             placement = to_placement(asked.problem, distserve(asked.problem))
         kept.append(Simulator(asked).placement(placement).goodput_rps)
     assert kept[1] < 0.8 * kept[0]
+
+
+def test_the_simulator_draws_a_model_s_own_joint_lengths(plan: Path) -> None:
+    """It had the default lengths instead."""
+    seen = "joint: {seen: [{prompt_tokens: 1900, output_tokens: 2}]}"
+    begin, end = TRAFFIC.index("prompt: {mean_tokens: 1100"), TRAFFIC.rindex(", slo:")
+    (plan.parent / "traffic.yaml").write_text(TRAFFIC[:begin] + seen + TRAFFIC[end:])
+    traffic = _steady(load_problem(plan, None, None, None))
+    found = {a.output_tokens for a in arrivals(traffic) if a.model == "code"}
+    assert found == {2}
 
 
 def test_a_comparison_of_strategies_has_both_kinds(
