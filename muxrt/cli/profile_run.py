@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from muxrt.cli.profile_control import Control, measure_control
+from muxrt.cli.profile_service import Service, measure_service
 from muxrt.cli.profile_source import Subject
 from muxrt.cli.profile_target import Target
 from muxrt.config.profile import SideBySide
 from muxrt.core import Phase
 from muxrt.cost.grid import Pass, levels
 from muxrt.cost.memory import kv_token_bytes
-from muxrt.cost.profile import Cell
+from muxrt.cost.profile import Cell, Profile
 from muxrt.engine.build import DTYPE_BYTES, kv_dtype
 from muxrt.errors import ConfigError, MuxrtError
 from muxrt.metrics import percentile
@@ -65,6 +66,7 @@ class Found:
     bursts: dict[Key, list[float]] = field(default_factory=dict)
     side_by_side: tuple[SideBySide, ...] = ()
     control: Control | None = None
+    service: Service | None = None
     elapsed_s: float = 0.0
 
     @property
@@ -139,6 +141,19 @@ def _control(subject: Subject, console: Console) -> Control | None:
     except MuxrtError as error:  # weights without a tokenizer can be measured, not served
         console.print(f"what the endpoint takes was not measured: {error.message}", markup=False)
         return None
+
+
+def in_service(
+    subject: Subject, profile: Profile, effort: Effort, console: Console
+) -> Service | None:
+    """What steps take among those of other models, on lanes of the smallest size."""
+    with _showing(console, effort.budget_s) as show:
+        show("the models, served together", effort.budget_s)
+        try:
+            return measure_service(subject, profile, effort.lanes[0], effort.is_quick)
+        except MuxrtError as error:
+            console.print(f"steps in service were not measured: {error.message}", markup=False)
+            return None
 
 
 @dataclass(frozen=True, slots=True)
