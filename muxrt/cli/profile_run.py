@@ -29,6 +29,7 @@ BURSTS, QUICK_BURSTS = 9, 3  # of each cell, if the time allows
 QUICK_LEVELS = 2
 BESIDE_S = 0.25  # of two passes beside each other, each time
 BESIDE_SHARE = 0.15  # of the budget
+SERVICE_SHARE, QUICK_SERVICE_S = 0.5, 3.0  # of requests, beyond the budget of cells
 BESIDE_BATCH = 8
 # A prompt as chats have them; longer ones read their weights more seldom and suffer less.
 BESIDE_TOKENS = 128
@@ -46,6 +47,11 @@ class Effort:
     @property
     def num_levels(self) -> int | None:
         return QUICK_LEVELS if self.is_quick else None
+
+    @property
+    def service_s(self) -> float:
+        """Seconds of requests on lanes of either arrangement."""
+        return QUICK_SERVICE_S if self.is_quick else SERVICE_SHARE * self.budget_s
 
     @property
     def num_bursts(self) -> int:
@@ -150,7 +156,7 @@ def in_service(
     with _showing(console, effort.budget_s) as show:
         show("the models, served together", effort.budget_s)
         try:
-            return measure_service(subject, profile, effort.lanes[0], effort.is_quick)
+            return measure_service(subject, profile, effort.lanes[0], effort.service_s)
         except MuxrtError as error:
             console.print(f"steps in service were not measured: {error.message}", markup=False)
             return None

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import msgspec
 
 from muxrt.bench.client import replay, session
 from muxrt.bench.job import Job, Progress, Status, Target
-from muxrt.bench.run import make_jobs
 from muxrt.cli.batch_counts import Batches, batches_since, read_batches
 from muxrt.cli.endpoint import start_endpoint
 from muxrt.cli.profile_source import Subject
@@ -41,8 +41,9 @@ from muxrt.sim.simulate import tasks
 from muxrt.workload.arrivals import Arrival, arrivals
 from muxrt.workload.spec import Lengths, Traffic, Workload
 
-LOADS = (0.5, 0.9)  # of what the simulator answers when all requests are there at once
-LOAD_S, QUICK_LOAD_S = 20.0, 3.0  # of arrivals at each load
+LOADS = (0.4, 0.7, 1.0)  # of what the simulator answers when all requests are there at once
+LOAD_S, WARM_S = 12.0, 3.0  # of arrivals at a load, each time other ones
+MOST_RPS = 30.0  # beyond it, tiny models would measure the endpoint and its client
 REPORT_S = 1.5  # in which a unit that went idle has said what it computed
 SEED, SAMPLE = 11, 100
 MEAN_PROMPT, MEAN_OUTPUT = 128, 64  # tokens; as of a chat, and short
@@ -63,39 +64,40 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
+class Served:
     """What an endpoint was asked, what it computed, and what its client did."""
 
     config: ServeConfig
-    arrivals: tuple[tuple[Arrival, ...], ...]  # by load
+    arrivals: tuple[tuple[Arrival, ...], ...]
     batches: Batches  # of all loads
     client_token_s: float
 
 
-def measure_service(subject: Subject, profile: Profile, cores: int, is_quick: bool) -> Service:
+def measure_service(subject: Subject, profile: Profile, cores: int, seconds: float) -> Service:
     """Serve the profile's models on one lane of `cores`, then on lanes that take all of them.
 
-    Raises MuxrtError where they cannot be served.
+    Each time about `seconds` of requests: machines are uneasy, so steps of the same requests differ
+    by some per cent from minute to minute. Raises MuxrtError where they cannot be served.
     """
     assert profile.file is not None and profile.file.kind is not None, "it was just written"
     lanes = profile.file.kind.sms // cores
-    one = _serve(subject, profile, (cores,), is_quick)
-    ratios = _ratios(profile, one)
+    one = _serve(subject, profile, (cores,), seconds)
+    ratios = find_ratios(profile, one)
     if lanes == 1:
         return Service(ratios)
-    known = _with_ratios(profile, ratios)
-    everywhere = _serve(subject, known, (cores,) * lanes, is_quick)
-    return Service(ratios, *_beside(known, everywhere))
+    known = with_ratios(profile, ratios)
+    everywhere = _serve(subject, known, (cores,) * lanes, seconds)
+    return Service(ratios, *find_interference(known, everywhere))
 
 
-def _ratios(profile: Profile, served: _Served) -> tuple[ServiceRatio, ...]:
+def find_ratios(profile: Profile, served: Served) -> tuple[ServiceRatio, ...]:
     """What each model's steps have to be multiplied by."""
     found: dict[Key, float] = dict.fromkeys(served.batches, 1.0)
     for _ in range(ROUNDS):
-        simulated = _simulate(_with_ratios(profile, _as_ratios(found)), served)
+        ours = simulated(with_ratios(profile, _as_ratios(found)), served)
         for key, measured in served.batches.items():
-            if measured.batches and key in simulated:
-                found[key] *= _mean_s(measured) / _mean_s(simulated[key])
+            if measured.batches and key in ours:
+                found[key] *= _mean_s(measured) / _mean_s(ours[key])
     return _as_ratios(found)
 
 
@@ -110,13 +112,13 @@ def _as_ratios(found: Mapping[Key, float]) -> tuple[ServiceRatio, ...]:
     )
 
 
-def _beside(profile: Profile, served: _Served) -> tuple[float, float]:
+def find_interference(profile: Profile, served: Served) -> tuple[float, float]:
     """How much slower prefills and decode steps are beside another lane's."""
     slower = dict.fromkeys((Phase.PREFILL, Phase.DECODE), 0.0)
     for _ in range(ROUNDS):
-        simulated = _simulate(profile, served, slower)
+        ours = simulated(profile, served, slower)
         for phase in slower:
-            mine = [(b, simulated[k]) for k, b in served.batches.items() if k[1] is phase]
+            mine = [(b, ours[k]) for k, b in served.batches.items() if k[1] is phase and k in ours]
             measured_s = sum(batch.seconds for batch, _ in mine)
             expected_s = sum(batch.batches * _mean_s(one) for batch, one in mine)
             slower[phase] = max(0.0, (1 + slower[phase]) * measured_s / expected_s - 1)
@@ -127,7 +129,7 @@ def _mean_s(stats: BatchStats) -> float:
     return stats.seconds / stats.batches
 
 
-def _with_ratios(profile: Profile, ratios: tuple[ServiceRatio, ...]) -> Profile:
+def with_ratios(profile: Profile, ratios: tuple[ServiceRatio, ...]) -> Profile:
     assert profile.file is not None, "it was just written"
     return replace(profile, file=msgspec.structs.replace(profile.file, in_service=ratios))
 
@@ -147,8 +149,8 @@ def _setting(
     return Setting(profile.shapes, cost, facts, gpus, asks_exactly=True, fold=False)
 
 
-def _simulate(
-    profile: Profile, served: _Served, slower: Mapping[Phase, float] | None = None
+def simulated(
+    profile: Profile, served: Served, slower: Mapping[Phase, float] | None = None
 ) -> dict[Key, BatchStats]:
     """What the simulator computes for the same requests."""
     setting = _setting(profile, slower, served.client_token_s)
@@ -184,19 +186,19 @@ def _run(
 
 def _capacity_rps(config: ServeConfig, profile: Profile) -> float:
     """Requests/s when all are there at once."""
-    sample = arrivals(_workload(config, SAMPLE / 100, 100.0))
+    sample = arrivals(workload(config, SAMPLE / 100, 100.0))
     at_once = [replace(one, at_s=0.0) for one in sample]
     return len(at_once) / _run(config, _setting(profile, None, 0.0), at_once)[0]
 
 
-def _workload(config: ServeConfig, rate_rps: float, duration_s: float) -> Workload:
+def workload(config: ServeConfig, rate_rps: float, duration_s: float, seed: int = SEED) -> Workload:
     """Poisson arrivals, as popular as the models' own rates say, or all alike."""
     weights = {model.name: model.rate_rps or 1.0 for model in config.models}
     longest = min(model.max_model_len or 0 for model in config.models)
     prompt, output = min(MEAN_PROMPT, longest // 4), min(MEAN_OUTPUT, longest // 8)
     return Workload(
         duration_s=duration_s,
-        seed=SEED,
+        seed=seed,
         models=tuple(
             Traffic(name=name, rate_rps=rate_rps * weight / sum(weights.values()))
             for name, weight in weights.items()
@@ -206,7 +208,7 @@ def _workload(config: ServeConfig, rate_rps: float, duration_s: float) -> Worklo
     )
 
 
-def _config(subject: Subject, profile: Profile, split: tuple[int, ...]) -> ServeConfig:
+def config_of(subject: Subject, profile: Profile, split: tuple[int, ...]) -> ServeConfig:
     """All models in one unit, with memory for all that comes."""
     assert profile.file is not None and profile.file.kind is not None, "it was just written"
     wanted = 2 * LONGEST * (MEAN_PROMPT + MEAN_OUTPUT)
@@ -230,21 +232,25 @@ def _config(subject: Subject, profile: Profile, split: tuple[int, ...]) -> Serve
     return ServeConfig(models=tuple(models), units=(unit,), endpoint=Endpoint(port=0, drain_s=1.0))
 
 
-def _serve(subject: Subject, profile: Profile, split: tuple[int, ...], is_quick: bool) -> _Served:
+def _serve(subject: Subject, profile: Profile, split: tuple[int, ...], seconds: float) -> Served:
     """A real endpoint under each load."""
-    config = _config(subject, profile, split)
-    most_rps = _capacity_rps(config, profile)
-    seconds = QUICK_LOAD_S if is_quick else LOAD_S
+    config = config_of(subject, profile, split)
+    most_rps = min(MOST_RPS, _capacity_rps(config, profile))
+    rounds = max(1, round(seconds / (LOAD_S * len(LOADS))))
+    plan = [
+        arrivals(workload(config, load * most_rps, min(seconds, LOAD_S), seed))
+        for seed in range(SEED, SEED + rounds)
+        for load in LOADS
+    ]
     with _endpoint(config) as url:
-        client = _Client(url)
-        client.ask(arrivals(_workload(config, most_rps, QUICK_LOAD_S)))  # code is compiled, warm
+        client = _Client(url, {name: shape.vocab_size for name, shape in subject.shapes.items()})
+        client.ask(arrivals(workload(config, most_rps, WARM_S)))  # code is compiled, buffers made
         before, begun_s = read_batches(url), time.process_time()
-        loads = [_workload(config, load * most_rps, seconds) for load in LOADS]
-        asked = tuple(client.ask(arrivals(load)) for load in loads)
+        asked = tuple(client.ask(load) for load in plan)
         client_s = time.process_time() - begun_s
         found = batches_since(before, read_batches(url))
     tokens = sum(one.output_tokens for load in asked for one in load)
-    return _Served(config, asked, found, client_s / max(tokens, 1))
+    return Served(config, asked, found, client_s / max(tokens, 1))
 
 
 @contextmanager
@@ -263,8 +269,9 @@ def _endpoint(config: ServeConfig) -> Iterator[str]:
 class _Client:
     """Sends arrivals, and says what the server made of them."""
 
-    def __init__(self, url: str) -> None:
-        self._target = Target(url)
+    def __init__(self, url: str, vocab_sizes: Mapping[str, int]) -> None:
+        self._target, self._vocab_sizes = Target(url), vocab_sizes
+        self._random = Random(SEED)
 
     def ask(self, asked: Sequence[Arrival]) -> tuple[Arrival, ...]:
         """The requests with the server's count of tokens. Raises MuxrtError where one fails."""
@@ -272,10 +279,15 @@ class _Client:
         time.sleep(REPORT_S)
         return found
 
+    def _job(self, one: Arrival) -> Job:
+        words = range(self._vocab_sizes[one.model])
+        ids = self._random.choices(words, k=one.prompt_tokens)
+        return Job(one.at_s, one.model, ids, one.output_tokens)
+
     async def _ask(self, asked: Sequence[Arrival]) -> tuple[Arrival, ...]:
         async with session(self._target) as http:
             routes = {one.model: self._target for one in asked}
-            jobs: list[Job] = await make_jobs(http, routes, asked, SEED)
+            jobs = [self._job(one) for one in asked]
             done = await replay(http, routes, jobs, Progress(len(jobs)))
         for one in done:
             if one.status is not Status.OK:
