@@ -47,7 +47,7 @@ from muxrt.sim.loop import FINISH, EventLoop
 from muxrt.worker.kv_storage import Storage
 from muxrt.worker.lanes import attempt
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.transfer import Exchange, Ids
+from muxrt.worker.transfer import Exchange, Geometry, Ids
 from muxrt.worker.transports import SharedTransport
 
 BATCH_S, COPY_S = 0.01, 0.005
@@ -100,7 +100,8 @@ class Host:
         self.storage = Storage(plan)
         arena = self.storage.arena
         self.transport = FaultyTransport(SharedTransport(arena.fd, arena.num_bytes))
-        self.exchange = Exchange(identity, plan, arena.tensor(), self.transport)
+        geometries = {model: Geometry.of(plan, model) for model in plan.models}
+        self.exchange = Exchange(identity, geometries, arena.tensor(), self.transport)
         residents = {m: Resident.of(demo_llama(m), m, self.storage) for m in plan.models}
         self._runner = Runner(residents, Team())
         self._copier = Copier(self.storage, plan.arena.block_bytes, self.exchange, residents)
