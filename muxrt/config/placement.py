@@ -161,9 +161,10 @@ class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     mesh: Mesh = Mesh()
     lanes: Lanes = Lanes()
     scheduling: Scheduling = Scheduling()
-    # How units with roles read each other's K and V: memory that processes of one machine share, or
-    # NIXL (pip install muxrt[nixl]), which also goes from machine to machine.
-    transfer: Literal["nixl", "shared"] = "shared"
+    # How units with roles read each other's K and V: memory that processes of one machine share,
+    # NIXL (pip install muxrt[nixl]), which also goes from machine to machine, or torch.distributed
+    # where NIXL is missing.
+    transfer: Literal["gloo", "nixl", "shared"] = "shared"
     exchanges: bool = False  # it does though it is mixed; `exchanging` says so where it has to
 
     @property
