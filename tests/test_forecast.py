@@ -1,6 +1,8 @@
 """The forecast: exact where days repeat, never negative, in proportion to the traffic."""
 
+import sys
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -19,6 +21,10 @@ from muxrt.planner.forecast import (
     forecast,
     sample_lengths,
 )
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
+import backtest_forecast
 
 PER_DAY = 4
 Floats = npt.NDArray[np.float64]
@@ -110,3 +116,10 @@ def test_newer_lengths_are_more_likely() -> None:
     assert len(found) == 200 and found[0].prompt_tokens == 2
     assert 0 < sum(one.prompt_tokens == 1 for one in found) < 40  # a sixteenth of the weight
     assert len(sample_lengths(old, 2000, Random(0))) == 1000
+
+
+def test_it_beats_yesterdays_mean_where_days_have_hours_and_popularity_drifts() -> None:
+    counts = backtest_forecast.synthetic(5, 0.2, 7, drift=True, hours=True)
+    losses = backtest_forecast.backtest(counts, 24, 2)
+    ours, theirs = losses["forecast"], losses["yesterday's mean"]
+    assert ours["mean"] < 0.85 * theirs["mean"] and ours["0.5"] < 0.85 * theirs["0.5"]

@@ -1,8 +1,9 @@
 """What `muxrt traffic` reads and writes."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from time import time
 
@@ -11,7 +12,7 @@ import msgspec
 from muxrt.config.load import load
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
-from muxrt.server.traffic_files import Entry, add_history, read_entries
+from muxrt.server.traffic_files import Entry, add_history, newest_s, read_entries
 from muxrt.workload.trace import read_trace
 
 HOUR_S = 3600.0
@@ -19,18 +20,15 @@ HOUR_S = 3600.0
 HEADERS = {"at_s": "time", "prompt_tokens": "prompt", "output_tokens": "output"}
 
 
-def read(log: Path, hours: float | None) -> list[Entry]:
-    """The requests by time, those of the last `hours` before the newest one.
+def read(log: Path, hours: float | None) -> Iterator[Entry]:
+    """The requests day by day, those of the last `hours` before the newest one.
 
     Raises ConfigError for what is no log, and for one without requests.
     """
-    entries = sorted(read_entries(log), key=lambda entry: entry.at_s)
-    if not entries:
+    last_s = newest_s(log)
+    if last_s is None:
         raise ConfigError(f"{log}: the log has no requests yet")
-    if hours is None:
-        return entries
-    since_s = entries[-1].at_s - hours * HOUR_S
-    return [entry for entry in entries if entry.at_s >= since_s]
+    return read_entries(log, -inf if hours is None else last_s - hours * HOUR_S)
 
 
 def targets(config: Path | None) -> dict[str, Slo | None]:
@@ -38,7 +36,7 @@ def targets(config: Path | None) -> dict[str, Slo | None]:
     return {} if config is None else {model.name: model.slo for model in load(config).models}
 
 
-def write_csv(path: Path, entries: Sequence[Entry]) -> None:
+def write_csv(path: Path, entries: Iterable[Entry]) -> None:
     """All columns; what has no value is empty. Raises ConfigError."""
     if path.suffix != ".csv":
         raise ConfigError(
@@ -50,10 +48,13 @@ def write_csv(path: Path, entries: Sequence[Entry]) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([HEADERS.get(name, name) for name in names])
-            writer.writerows(msgspec.structs.astuple(entry) for entry in entries)
+            count = 0
+            for entry in entries:
+                writer.writerow(msgspec.structs.astuple(entry))
+                count += 1
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    print(f"{len(entries)} requests are in {path}")
+    print(f"{count} requests are in {path}")
 
 
 def take_in(log: Path, trace: Path, model: str | None, ends: str | None) -> None:

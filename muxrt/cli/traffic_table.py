@@ -1,18 +1,22 @@
 """A traffic log in figures: per model, and per model and hour."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from muxrt.cli.show import show_count
 from muxrt.config.placement import Slo
-from muxrt.metrics import Timing, is_met, percentile
+from muxrt.metrics import Timing, is_met
 from muxrt.server.traffic_files import Entry
 
 HOUR_S = 3600
@@ -60,66 +64,81 @@ class Summary:
     total: Line
 
 
-def summarise(entries: Sequence[Entry], slos: Mapping[str, Slo | None]) -> Summary:
-    """Figures of requests in order of time, at least one; attainment of models with targets."""
-    first_s, last_s = entries[0].at_s, entries[-1].at_s
-    by_model: dict[str, list[Entry]] = {}
+@dataclass(slots=True)
+class _Tally:
+    """What is added up of one model, request by request."""
+
+    requests: int = 0
+    left: int = 0
+    timed: int = 0  # that count for attainment
+    met: int = 0
+    ttfts_s: "array[float]" = field(default_factory=lambda: array("f"))
+    hours: dict[int, list[int]] = field(default_factory=dict)  # as `Hour` has them
+
+    def add(self, entry: Entry, slo: Slo | None) -> None:
+        is_left, is_ok = entry.status == CLIENT_LEFT, entry.status == OK
+        hour = self.hours.setdefault(int(entry.at_s // HOUR_S), [0, 0, 0, 0])
+        hour[0] += 1
+        hour[1] += entry.prompt_tokens or 0
+        hour[2] += entry.output_tokens
+        hour[3] += not (is_ok or is_left)
+        self.requests += 1
+        self.left += is_left
+        if entry.ttft_s is not None:
+            self.ttfts_s.append(entry.ttft_s)
+        # Those that a trace brought have no times, and no unit.
+        if slo is not None and not is_left and (entry.unit is not None or not is_ok):
+            self.timed += 1
+            self.met += is_ok and is_met(Timing(entry.ttft_s, entry.tpot_s), slo)
+
+    def merge(self, other: "_Tally") -> None:
+        self.requests += other.requests
+        self.left += other.left
+        self.timed += other.timed
+        self.met += other.met
+        self.ttfts_s += other.ttfts_s
+        for hour, counts in other.hours.items():
+            mine = self.hours.get(hour, [0] * len(counts))
+            self.hours[hour] = [a + b for a, b in zip(mine, counts, strict=True)]
+
+    def line(self, name: str, first_s: float, last_s: float) -> Line:
+        ttfts_s = np.sort(np.array(self.ttfts_s))
+        hours = [
+            Hour(hour * HOUR_S, *self.hours.get(hour, (0, 0, 0, 0)))
+            for hour in range(int(first_s // HOUR_S), int(last_s // HOUR_S) + 1)
+        ]
+        return Line(
+            model=name,
+            requests=self.requests,
+            rate_rps=self.requests / max(last_s - first_s, 1.0),
+            prompt_tokens=sum(hour.prompt_tokens for hour in hours),
+            output_tokens=sum(hour.output_tokens for hour in hours),
+            ttft_p50_s=_percentile(ttfts_s, 50),
+            ttft_p99_s=_percentile(ttfts_s, 99),
+            attainment=self.met / self.timed if self.timed else None,
+            errors=sum(hour.errors for hour in hours),
+            left=self.left,
+            hours=tuple(hours),
+        )
+
+
+def _percentile(ordered: npt.NDArray[np.float32], pct: float) -> float | None:
+    return float(np.percentile(ordered, pct)) if len(ordered) else None
+
+
+def summarise(entries: Iterable[Entry], slos: Mapping[str, Slo | None]) -> Summary:
+    """Figures of requests, at least one, in any order; attainment of models with targets."""
+    tallies: dict[str, _Tally] = {}
+    first_s, last_s = inf, -inf
     for entry in entries:
-        by_model.setdefault(entry.model, []).append(entry)
-    lines = [_line(name, mine, first_s, last_s, slos) for name, mine in by_model.items()]
+        first_s, last_s = min(first_s, entry.at_s), max(last_s, entry.at_s)
+        tallies.setdefault(entry.model, _Tally()).add(entry, slos.get(entry.model))
+    total = _Tally()
+    for tally in tallies.values():
+        total.merge(tally)
+    lines = [tally.line(name, first_s, last_s) for name, tally in tallies.items()]
     lines.sort(key=lambda line: -line.requests)
-    return Summary(first_s, last_s, tuple(lines), _line(ALL, entries, first_s, last_s, slos))
-
-
-def _line(
-    name: str,
-    entries: Sequence[Entry],
-    first_s: float,
-    last_s: float,
-    slos: Mapping[str, Slo | None],
-) -> Line:
-    hours = range(int(first_s // HOUR_S), int(last_s // HOUR_S) + 1)
-    dealt: dict[int, list[Entry]] = {hour: [] for hour in hours}
-    for entry in entries:
-        dealt[int(entry.at_s // HOUR_S)].append(entry)
-    ttfts = sorted(entry.ttft_s for entry in entries if entry.ttft_s is not None)
-    return Line(
-        model=name,
-        requests=len(entries),
-        rate_rps=len(entries) / max(last_s - first_s, 1.0),
-        prompt_tokens=sum(entry.prompt_tokens or 0 for entry in entries),
-        output_tokens=sum(entry.output_tokens for entry in entries),
-        ttft_p50_s=percentile(ttfts, 50),
-        ttft_p99_s=percentile(ttfts, 99),
-        attainment=_attainment(entries, slos),
-        errors=_errors(entries),
-        left=sum(entry.status == CLIENT_LEFT for entry in entries),
-        hours=tuple(
-            Hour(
-                hour * HOUR_S,
-                len(mine),
-                sum(entry.prompt_tokens or 0 for entry in mine),
-                sum(entry.output_tokens for entry in mine),
-                _errors(mine),
-            )
-            for hour, mine in dealt.items()
-        ),
-    )
-
-
-def _errors(entries: Sequence[Entry]) -> int:
-    return sum(entry.status not in (OK, CLIENT_LEFT) for entry in entries)
-
-
-def _attainment(entries: Sequence[Entry], slos: Mapping[str, Slo | None]) -> float | None:
-    """Share of requests within both targets; those that a trace brought have no times."""
-    met = []
-    for entry in entries:
-        slo = slos.get(entry.model)
-        is_timed = entry.unit is not None or entry.status != OK
-        if slo is not None and is_timed and entry.status != CLIENT_LEFT:
-            met.append(entry.status == OK and is_met(Timing(entry.ttft_s, entry.tpot_s), slo))
-    return sum(met) / len(met) if met else None
+    return Summary(first_s, last_s, tuple(lines), total.line(ALL, first_s, last_s))
 
 
 def print_summary(console: Console, log: Path, summary: Summary) -> None:

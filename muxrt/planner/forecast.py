@@ -30,6 +30,7 @@ LEVEL_DAYS, SHAPE_DAYS = 0.5, 7.0
 RECENT = 0.25
 # Days whose errors make the quantiles: the newest.
 ERROR_DAYS = 14
+LEAST_ERRORS = 4  # that a quantile is taken of
 LENGTHS_DAYS = 1.0  # half-life of a request's weight among the lengths
 
 
@@ -98,20 +99,26 @@ def expected(counts: Floats, num_bins: int, per_day: int) -> Floats:
 def at_quantile(counts: Floats, num_bins: int, per_day: int, quantile: float) -> Floats:
     """`expected`, moved by the quantile of the errors that it made on the days before.
 
-    With a single day there are none yet: then counts are taken to be Poisson.
+    With few of them, as with a single day, counts are taken to be Poisson.
     """
     mean = expected(counts, num_bins, per_day)
     found = errors(counts, per_day)
     # The root of a Poisson count has a deviation of 1/2.
     poisson = NormalDist().inv_cdf(quantile) / 2
-    off = float(np.quantile(found, quantile)) if len(found) else poisson
+    off = float(np.quantile(found, quantile)) if len(found) >= LEAST_ERRORS else poisson
     moved: Floats = np.maximum(np.sqrt(mean) + off, 0.0) ** 2
     return moved
 
 
 def errors(counts: Floats, per_day: int) -> Floats:
-    """Of the square roots, of every bin of the newest days that have a whole day before them."""
+    """Of the square roots, of every bin of the newest days that have a whole day before them.
+
+    Before the first day has passed, of every bin by those before it.
+    """
     num_days = len(counts) // per_day
+    if not num_days:
+        told = [expected(counts[:end], 1, per_day)[0] for end in range(1, len(counts))]
+        return np.sqrt(counts[1:]) - np.sqrt(np.array(told, np.float64))
     found = []
     for back in range(1, min(num_days, ERROR_DAYS + 1)):
         end = len(counts) - (back - 1) * per_day

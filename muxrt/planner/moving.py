@@ -108,6 +108,8 @@ def decide(
     gain = fmean(gains_rps)
     if found.is_empty:
         return Decision(False, gain, "the old placement is as good as any that was found")
+    if gain <= 0:
+        return Decision(False, gain, "nothing that was found serves more")
     if min(gains_rps) <= 0:
         return Decision(
             False, gain, f"it would gain {gain:.2f} requests/s, and nothing under other requests"

@@ -178,7 +178,19 @@ def read_entries(
             with closing(_open_to_read(path)) as database:
                 yield from (Entry(*row) for row in database.execute(SELECT, (since_s, until_s)))
         except sqlite3.Error as error:
-            raise ConfigError(f"{path}: cannot be read as a traffic log: {error}") from None
+            raise _unreadable(path, error) from None
+
+
+def newest_s(source: Path) -> float | None:
+    """When the newest request of a log came; None where there is none. Raises ConfigError."""
+    found = []
+    for path in _sources(source):
+        try:
+            with closing(_open_to_read(path)) as database:
+                found.append(database.execute("SELECT MAX(at_s) FROM requests").fetchone()[0])
+        except sqlite3.Error as error:
+            raise _unreadable(path, error) from None
+    return max((at_s for at_s in found if at_s is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +221,12 @@ def count_asked(source: Path, until_s: float, bin_s: float) -> Counted | None:
                     first_s, last_s = min(first_s, first), max(last_s, last)
                     requests += rows
         except sqlite3.Error as error:
-            raise ConfigError(f"{path}: cannot be read as a traffic log: {error}") from None
+            raise _unreadable(path, error) from None
     return Counted(sequences, first_s, last_s, requests) if requests else None
+
+
+def _unreadable(path: Path, error: sqlite3.Error) -> ConfigError:
+    return ConfigError(f"{path}: cannot be read as a traffic log: {error}")
 
 
 def _sources(source: Path) -> list[Path]:
