@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from planner_world import demand, problem
 
 from muxrt.config.placement import GIB, Lanes, Memory, Mesh, Scheduling, UnitModel, UnitSpec
@@ -186,3 +188,39 @@ def test_names_are_of_the_old_placement_only_once() -> None:
     found = align(FOUR, old, new)
     assert sorted(one.name for one in found) == ["x", "y"]
     assert msgspec.structs.replace(found[0], name="") != msgspec.structs.replace(found[1], name="")
+
+
+TWO_NODES = problem([demand(name) for name in "abcdef"], gpus=4, nodes=2)
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> list[UnitSpec]:
+    """Units of 1, 2 and 4 GPUs packed into two nodes as a plan packs them: the largest first."""
+    free = [0, 0]
+    units = []
+    for size in sorted(draw(st.lists(st.sampled_from([1, 2, 4]), max_size=6)), reverse=True):
+        node = next((n for n in (0, 1) if free[n] + size <= 4), None)
+        if node is None:
+            break
+        models = draw(st.sets(st.sampled_from("abcdef"), min_size=1, max_size=2))
+        gpus = range(free[node], free[node] + size)
+        units.append(unit(f"unit-{len(units)}", "".join(sorted(models)), gpus, node=node))
+        free[node] += size
+    return units
+
+
+def contents(units: Sequence[UnitSpec]) -> list[tuple[int, list[str]]]:
+    return sorted((len(u.mesh.gpus or ()), sorted(p.name for p in u.models)) for u in units)
+
+
+@given(old=placements(), new=placements(), retune=st.booleans())
+def test_any_plan_can_be_laid_over_any_placement(
+    old: list[UnitSpec], new: list[UnitSpec], retune: bool
+) -> None:
+    found = align(TWO_NODES, old, new, retune=retune)
+    taken = [(one.mesh.node, gpu) for one in found for gpu in one.mesh.gpus or ()]
+    assert len(taken) == len(set(taken)) and {gpu for _, gpu in taken} <= set(range(4))
+    assert contents(found) == contents(new)
+    assert len({one.name for one in found}) == len(found)
+    again = align(TWO_NODES, found, new)
+    assert diff(found, again).is_empty, "what is laid already stays"

@@ -7,8 +7,6 @@ from math import inf
 from pathlib import Path
 from time import time
 
-import msgspec
-
 from muxrt.config.load import load
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
@@ -43,14 +41,13 @@ def write_csv(path: Path, entries: Iterable[Entry]) -> None:
             f"found --export {path}, expected a name that ends in .csv: Parquet is not written,"
             " as nothing here depends on a library for it"
         )
-    names = [field.name for field in msgspec.structs.fields(Entry)]
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([HEADERS.get(name, name) for name in names])
+            writer.writerow([HEADERS.get(name, name) for name in Entry._fields])
             count = 0
             for entry in entries:
-                writer.writerow(msgspec.structs.astuple(entry))
+                writer.writerow(entry)
                 count += 1
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

@@ -7,8 +7,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-
-import msgspec
+from typing import NamedTuple
 
 from muxrt.errors import ConfigError
 
@@ -27,16 +26,7 @@ CREATE TABLE requests (
   ttft_s REAL, tpot_s REAL, status INTEGER NOT NULL, unit TEXT, key INTEGER,
   sequences INTEGER NOT NULL)
 """
-# One statement for a whole batch: SQLite runs without the interpreter's lock, and a row each would
-# ask for it back after every row, while the event loop has it.
-INSERT = """
-INSERT INTO requests SELECT
-  json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-  json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'),
-  json_extract(value, '$[6]'), json_extract(value, '$[7]'), json_extract(value, '$[8]'),
-  json_extract(value, '$[9]')
-FROM json_each(?)
-"""
+INSERT = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 SELECT = "SELECT * FROM requests WHERE at_s >= ? AND at_s < ? ORDER BY at_s, rowid"
 
 # What a planner counts: answers, clients that left, and what there was no room or no unit for.
@@ -48,7 +38,7 @@ FROM requests WHERE at_s < ? AND {ASKED} GROUP BY model, back
 """
 
 
-class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Entry(NamedTuple):
     """One HTTP request to generate, as it ended; in the order of the columns."""
 
     at_s: float  # when it came, seconds since 1970
@@ -112,7 +102,7 @@ class Writer:
         if database is None or self._file is None or not self._has_room(self._file, today):
             database = self._open(today)
         with database:
-            database.execute(INSERT, (msgspec.json.encode(entries).decode(),))
+            database.executemany(INSERT, entries)
         self._trim(today)
 
     def close(self) -> None:
@@ -160,7 +150,7 @@ def add_history(folder: Path, entries: Iterable[Entry]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for day, found in by_day.items():
             with closing(_open_to_write(folder / f"{day}.0.db", WAL_PAGES)) as database, database:
-                database.execute(INSERT, (msgspec.json.encode(found).decode(),))
+                database.executemany(INSERT, found)
     except (sqlite3.Error, OSError) as error:
         raise ConfigError(f"{folder}: cannot be written: {error}") from None
     return sum(map(len, by_day.values()))
