@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from muxrt.config.document import Key, KeyedError
 from muxrt.config.placement import (
+    GIB,
     MIB,
     Count,
     ModelSpec,
@@ -43,6 +44,17 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     drain_s: NotNegative = 30.0  # what runs at SIGTERM may finish until then
 
 
+class TrafficFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A log of who was asked how much when, for `muxrt traffic` and `muxrt replan`.
+
+    A folder with an SQLite file per day (UTC). It never holds what was asked or answered.
+    """
+
+    path: Name  # relative paths are relative to the YAML
+    keep_days: Count = 28  # older days are deleted: four weeks
+    max_bytes: Annotated[int, Meta(ge=MIB)] = GIB  # beyond it, the oldest go first
+
+
 class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One endpoint, its models, and where they live."""
 
@@ -50,6 +62,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     units: tuple[UnitSpec, ...]
     endpoint: Endpoint = Endpoint()
     routing: Routing = Routing()
+    traffic: TrafficFolder | None = None  # None = no log
 
     @property
     def placement(self) -> Placement:
