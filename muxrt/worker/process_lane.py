@@ -21,7 +21,7 @@ import msgspec
 
 import muxrt
 from muxrt.config.model import ModelShape
-from muxrt.core import Batch, Result, SlotOpen, Work
+from muxrt.core import Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
@@ -103,7 +103,7 @@ class Learn(msgspec.Struct, frozen=True, tag="learn"):
     opened: tuple[SlotOpen, ...]
 
 
-_ORDERS: msgspec.msgpack.Decoder[Batch | Learn] = msgspec.msgpack.Decoder(Batch | Learn)
+_ORDERS: msgspec.msgpack.Decoder[Work | Learn] = msgspec.msgpack.Decoder(Work | Learn)
 _RESULTS = msgspec.msgpack.Decoder(Result)
 
 
@@ -164,10 +164,18 @@ class ProcessLane:
         self._orders = self._results = -1
         self._process.wait()
 
+    def kill(self) -> None:
+        """End it at once, whatever it does; no error if it has ended."""
+        self._process.kill()
+
     def _send(self, order: Any) -> None:
+        self.write(msgspec.msgpack.encode(order))
+
+    def write(self, order: bytes) -> None:
+        """Send an order that is encoded already. Raises LaneDied."""
         try:
             # The other end reads on a thread of its own: this waits for no batch.
-            write_frame(self._orders, msgspec.msgpack.encode(order))
+            write_frame(self._orders, order)
         except BrokenPipeError:
             raise self._death() from None
 
