@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from muxrt.config.model import load_shape
 from muxrt.config.placement import ModelSpec
@@ -38,6 +41,12 @@ def mesh(plan: UnitPlan, folders: Mapping[str, Path]) -> Iterator[LaneExecutor]:
         yield executor
 
 
+def over(exchange: Any, plan: UnitPlan) -> UnitPlan:
+    """The same, its ranks adding up over shared memory or over gloo."""
+    mesh = msgspec.structs.replace(plan.spec.mesh, exchange=exchange)
+    return replace(plan, spec=msgspec.structs.replace(plan.spec, mesh=mesh))
+
+
 def alone(executor: LaneExecutor) -> Compute:
     """One work at a time."""
 
@@ -46,8 +55,3 @@ def alone(executor: LaneExecutor) -> Compute:
         return result
 
     return compute
-
-
-def kept(result: Result) -> Any:
-    """What a result says, but for how long it took."""
-    return (result.tokens, result.stopped, result.error)

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mesh_world import Compute, alone, mesh  # noqa: E402
+from mesh_world import Compute, alone, mesh, over  # noqa: E402
 from real_world import DEMO, MODELS, RealWorld, demo_plan, prompts  # noqa: E402
 from test_equality import TIE, keys_of, logits_after  # noqa: E402
 
@@ -30,10 +30,11 @@ SETTING: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Compute]:
+@pytest.fixture(scope="module", params=["shared", "gloo"])
+def two(request: pytest.FixtureRequest) -> Iterator[Compute]:
     """The three demo models on two ranks of two lanes."""
-    with mesh(demo_plan(MODELS, tp=2, **SETTING), {m: DEMO / m for m in MODELS}) as executor:
+    plan = over(request.param, demo_plan(MODELS, tp=2, **SETTING))
+    with mesh(plan, {m: DEMO / m for m in MODELS}) as executor:
         yield alone(executor)
 
 
@@ -127,10 +128,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def busy(home: Path) -> Iterator[tuple[LaneExecutor, Desk]]:
+@pytest.fixture(scope="module", params=["shared", "gloo"])
+def busy(home: Path, request: pytest.FixtureRequest) -> Iterator[tuple[LaneExecutor, Desk]]:
     """Two models that are cut differently: kv heads dealt out, and one that both ranks hold."""
-    plan = make_plan(home, 4, Lanes(split=(1, 1)), tp=2)
+    plan = over(request.param, make_plan(home, 4, Lanes(split=(1, 1)), tp=2))
     with mesh(plan, {name: home / name for name in plan.models}) as executor:
         yield executor, Desk(plan)
 
