@@ -4,7 +4,7 @@
 
 Telling: rank 0 encodes a decode step of `--sequences` sequences and sends it to one other rank,
 which decodes it and answers with a byte, over each of three channels. Exchanges: an all-reduce of
-[tokens, hidden] floats between two ranks, by gloo. Steps: batches of a demo model on one core, and
+[tokens, hidden] floats between two ranks, over shared memory and by gloo. Steps: batches of a demo model on one core, and
 on two ranks of a core each.
 """
 
@@ -26,7 +26,7 @@ import zmq
 from bench_record import CORES, Record
 from rich.console import Console
 from rich.table import Table
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from muxrt.config.model import load_shape
 from muxrt.config.placement import (
@@ -42,11 +42,14 @@ from muxrt.config.shard import Shard
 from muxrt.core import Batch, BatchEntry, Phase, Prompt, SamplingParams, SlotOpen
 from muxrt.engine.build import UnitPlan, plan_unit
 from muxrt.models.llama import Llama
+from muxrt.models.ranks import Ranks
 from muxrt.worker.build import open_executor
-from muxrt.worker.collectives import GlooRanks
+from muxrt.worker.collectives import GlooRanks, open_store
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.frames import FrameReader, write_frame
+from muxrt.worker.kv_storage import Segment
 from muxrt.worker.mesh import open_mesh
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes
 
 MODEL = Path(__file__).parent.parent / "configs" / "demo_models" / "pydoc-l"
 BLOCKS = 64  # ids that a sequence gets with a new block group: 32 layers x 32 heads / 16 planes
@@ -97,10 +100,10 @@ def ipc() -> Channel:
 
 def gloo() -> Channel:
     """torch.distributed: the length, then the bytes."""
-    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
+    server = open_store()
 
     def open_group(rank: int) -> Callable[[torch.Tensor], None]:
-        store = TCPStore("127.0.0.1", port + 1, 2, rank == 0, timedelta(seconds=30))
+        store = server if rank == 0 else open_store(server.port)
         options: Any = ProcessGroupGloo._Options()
         options._devices = [ProcessGroupGloo.create_device(interface="lo")]
         options._timeout = timedelta(seconds=30)
@@ -177,15 +180,19 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return dict(zip(("p50", "p90", "p99"), found.round(1).tolist(), strict=True))
 
 
-def exchange(num_tokens: int, rounds: int) -> dict[str, Any]:
+def exchange(kind: str, num_tokens: int, rounds: int) -> dict[str, Any]:
     """An all-reduce of [tokens, HIDDEN] between two processes of one core each."""
-    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server, memory = open_store(), Segment(num_bytes(2, 1))
 
     def times(rank: int) -> list[float]:
         os.sched_setaffinity(0, {CORES[rank % len(CORES)]})
         torch.set_num_threads(1)
-        store = server if rank == 0 else TCPStore("127.0.0.1", server.port, is_master=False)
-        line = GlooRanks(store, "bench", Shard(rank, 2), 30.0)
+        line: Ranks
+        if kind == "gloo":
+            store = server if rank == 0 else open_store(server.port)
+            line = GlooRanks(store, "bench", Shard(rank, 2), 30.0)
+        else:
+            line = SharedRanks(memory, 0, 0, Shard(rank, 2), 30.0)
         values, found = torch.zeros(num_tokens, HIDDEN), []
         for _ in range(rounds + rounds // 10):
             begun_s = perf_counter()
@@ -201,16 +208,17 @@ def exchange(num_tokens: int, rounds: int) -> dict[str, Any]:
     child.start()
     found = times(0)
     child.join()
-    return {"tokens": num_tokens, "hidden": HIDDEN, "us": spread(found)}
+    memory.close()
+    return {"kind": kind, "tokens": num_tokens, "hidden": HIDDEN, "us": spread(found)}
 
 
-def plan_of(tp: int) -> tuple[UnitPlan, ModelSpec]:
+def plan_of(tp: int, kind: Any) -> tuple[UnitPlan, ModelSpec]:
     spec = ModelSpec(name="m", path=str(MODEL), dtype="float32")
     unit = UnitSpec(
         name="bench",
         models=(UnitModel(name="m"),),
         memory=Memory(kv_bytes=KV_BYTES),
-        mesh=Mesh(gpus=tuple(range(tp))),
+        mesh=Mesh(gpus=tuple(range(tp)), exchange=kind),
         lanes=Lanes(split=(1,)),
         scheduling=Scheduling(max_sequences=64),
     )
@@ -218,8 +226,8 @@ def plan_of(tp: int) -> tuple[UnitPlan, ModelSpec]:
 
 
 @contextmanager
-def executor_of(tp: int) -> Iterator[tuple[UnitPlan, LaneExecutor]]:
-    plan, spec = plan_of(tp)
+def executor_of(tp: int, kind: str) -> Iterator[tuple[UnitPlan, LaneExecutor]]:
+    plan, spec = plan_of(tp, kind)
     shapes = {"m": load_shape(MODEL)}
 
     def load(shard: Shard) -> dict[str, Llama]:
@@ -233,9 +241,9 @@ def executor_of(tp: int) -> Iterator[tuple[UnitPlan, LaneExecutor]]:
             yield plan, stack.enter_context(open_mesh(plan, [spec], shapes, cores, load))
 
 
-def steps(tp: int, rounds: int) -> Iterator[dict[str, Any]]:
+def steps(tp: int, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of a prompt of 256 tokens, and of decode steps behind prompts of 100."""
-    with executor_of(tp) as (plan, executor):
+    with executor_of(tp, kind) as (plan, executor):
         layout = plan.models["m"].layout
         for name, size, tokens in (("prefill", 1, 256), ("decode", 1, 1), ("decode", 16, 1)):
             length = tokens if name == "prefill" else 100
@@ -259,7 +267,7 @@ def steps(tp: int, rounds: int) -> Iterator[dict[str, Any]]:
             timed = first if name == "prefill" else step
             found = [executor.run([timed])[0].elapsed_s for _ in range(rounds)]
             quick, middle = min(found) * 1e3, statistics.median(found) * 1e3
-            row = {"tp": tp, "phase": name, "sequences": size, "tokens": tokens}
+            row = {"tp": tp, "kind": kind, "phase": name, "sequences": size, "tokens": tokens}
             yield row | {"best_ms": round(quick, 3), "median_ms": round(middle, 3)}
 
 
@@ -274,11 +282,13 @@ def main(
     os.sched_setaffinity(0, {CORES[0]})
     for name in CHANNELS:
         record.add("tell", tell(name, decode_step(sequences), rounds))
-    for tokens in (1, 16, 256):
-        record.add("exchange", exchange(tokens, max(20, rounds // (1 + tokens // 16))))
+    for kind in ("shared", "gloo"):
+        for tokens in (1, 16, 256):
+            few = max(20, rounds // (1 + tokens // 4))
+            record.add("exchange", exchange(kind, tokens, few))
     os.sched_setaffinity(0, set(CORES))
-    for tp in (1, 2):
-        for row in steps(tp, max(20, rounds // 10)):
+    for tp, kind in ((1, "shared"), (2, "shared"), (2, "gloo")):
+        for row in steps(tp, kind, max(20, rounds // 10)):
             record.add("steps", row)
     show(record.data)
 
@@ -296,14 +306,14 @@ def show(data: dict[str, Any]) -> None:
     console.print(table)
     table = Table("all-reduce of tokens x hidden", "us p50 / p99")
     for row in data["exchange"]:
-        table.add_row(
-            f"{row['tokens']} x {row['hidden']}", f"{row['us']['p50']} / {row['us']['p99']}"
-        )
+        name = f"{row['kind']}, {row['tokens']} x {row['hidden']}"
+        table.add_row(name, f"{row['us']['p50']} / {row['us']['p99']}")
     console.print(table)
     table = Table("step", "tp", "ms best / median")
     for row in data["steps"]:
         name = f"{row['phase']}, {row['sequences']} x {row['tokens']}"
-        table.add_row(name, str(row["tp"]), f"{row['best_ms']} / {row['median_ms']}")
+        ranks = f"{row['tp']}, {row['kind']}" if row["tp"] > 1 else "1"
+        table.add_row(name, ranks, f"{row['best_ms']} / {row['median_ms']}")
     console.print(table)
 
 

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -126,6 +127,7 @@ class ProcessLane:
         finally:
             os.close(down)
             os.close(up)
+        self._steps: deque[Result] = deque()
         os.set_blocking(self._results, False)
         self._send(setup)
 
@@ -134,11 +136,16 @@ class ProcessLane:
         return self._process.pid
 
     def wait_started(self) -> None:
-        """Return when the lane takes work. Raises MuxrtError with the reason if it cannot."""
-        while not (results := self.collect()):
+        """Return when the lane takes work. Raises MuxrtError with the reason if it cannot.
+
+        A process that starts in steps says so after each: one call for every step.
+        """
+        while not self._steps:
             select.select([self._results], [], [])
-        if results[0].error is not None:
-            raise MuxrtError(f"lane {self.name} could not start: {results[0].error}")
+            self._steps += self.collect()
+        error = self._steps.popleft().error
+        if error is not None:
+            raise MuxrtError(f"lane {self.name} could not start: {error}")
 
     def launch(self, work: Work) -> None:
         self._send(work)
