@@ -4,8 +4,8 @@
 
 Telling: rank 0 encodes a decode step of `--sequences` sequences and sends it to one other rank,
 which decodes it and answers with a byte, over each of three channels. Exchanges: an all-reduce of
-[tokens, hidden] floats between two ranks, over shared memory and by gloo. Steps: batches of a demo model on one core, and
-on two ranks of a core each.
+[tokens, hidden] floats between two ranks, over shared memory and by gloo. Steps: batches of a
+demo model on one core, and on two ranks of a core each.
 """
 
 import os

@@ -63,8 +63,8 @@ def submit(world: RealWorld, count: int, longest: int, output: int, **sampling: 
     [
         ({}, 8, 120, 24),  # two lanes, at depth 2
         ({"prefill_tokens": 32}, 6, 200, 8),  # in chunks
-        ({"preempt": "swap"}, 12, 600, 200),
-        ({"preempt": "recompute"}, 12, 600, 100),
+        ({"preempt": "swap"}, 10, 600, 50),
+        ({"preempt": "recompute"}, 10, 600, 50),
     ],
 )
 def test_two_ranks_give_the_tokens_of_one(

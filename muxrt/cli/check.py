@@ -69,7 +69,8 @@ def check(
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
     for problem in stage_problems(config.units, "`muxrt serve`"):
         raise problem
-    for index, unit in enumerate(config.units):
+    for index, unit in enumerate(exchanging(config.units)):
+        _check_exchange(index, unit)
         _check_lanes(index, unit)
         if unit.mesh.device == "gpu":
             _check_gpu(index, unit, gpus)
@@ -162,6 +163,16 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
                 ("units", index, "models", number, "sm_pct"),
                 "found shares of its own, expected none: lanes are the unit's (lanes.sm_pct)",
             )
+
+
+def _check_exchange(index: int, unit: UnitSpec) -> None:
+    """What lies on several ranks is not handed over, so far."""
+    if unit.exchanges and unit.mesh.tp > 1:
+        raise KeyedError(
+            ("units", index, "mesh", "gpus"),
+            f"found {unit.mesh.tp} ranks of a unit that hands sequences over, expected one: K and V"
+            " on several ranks are not handed over, so far",
+        )
 
 
 def _check_dtypes(unit: UnitSpec, config: ServeConfig) -> None:

@@ -247,13 +247,6 @@ def rank_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Itera
             f"found processes on a mesh of {size} ranks, expected cores: a rank is a process, its"
             " lanes are threads",
         )
-    for position, part in enumerate(unit.models):
-        if part.role != "mixed":
-            yield KeyedError(
-                ("units", index, "models", position, "role"),
-                f"found {part.role} on a mesh of {size} ranks, expected mixed: K and V that lie on"
-                " several ranks are not handed over, so far",
-            )
 
 
 def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iterator[KeyedError]:
