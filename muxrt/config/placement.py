@@ -82,8 +82,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The devices of one unit; on a CPU a set of cores. Tensor parallel over all `gpus`.
 
-    With `pp` > 1 they are so many pipeline stages of equal length, tensor parallel inside each:
-    the first `len(gpus) / pp` GPUs are the first stage. That can be planned and simulated only.
+    On a CPU `gpus` are as many equal parts of the cores, one for each rank. With `pp` > 1 they are
+    so many pipeline stages of equal length, tensor parallel inside each: the first `len(gpus) / pp`
+    GPUs are the first stage. That can be planned and simulated only.
     """
 
     device: Literal["cpu", "gpu"] = "cpu"
@@ -93,6 +94,14 @@ class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     gpus: tuple[Index, ...] | None = None  # as that machine numbers them
     pp: Count = 1  # pipeline stages
     nodes: tuple[Index, ...] | None = None  # the machine of each stage, instead of `node`
+    # How ranks on cores add up: memory that all have mapped, or torch.distributed's gloo.
+    exchange: Literal["shared", "gloo"] = "shared"
+    timeout_s: Positive = 5.0  # a rank that does not move for so long takes the unit down
+
+    @property
+    def tp(self) -> int:
+        """Devices that a layer is cut over: the ranks of a tensor-parallel mesh."""
+        return max(1, len(self.gpus or ()) // self.pp)
 
 
 class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -107,7 +116,7 @@ class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Explicit byte budgets; nothing is probed."""
 
-    kv_bytes: Count
+    kv_bytes: Count  # of all ranks of the mesh together, as all budgets here
     swap_bytes: Index = 0  # host memory for preempted sequences; 0 = recompute only
     graph_bytes: Index = 2 * GIB  # of a GPU, for CUDA graphs of decode steps; 0 = none
     planes_per_block: Count | None = None  # None = the largest power of two <= 16 wasting <= 1 %
