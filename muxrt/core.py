@@ -332,12 +332,16 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
 
 class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
-    """A model falls asleep: the memory of its weights is free from then on."""
+    """A model falls asleep: the memory of its weights is free from then on.
+
+    Where it `makes_room`, a `Load` follows that takes that memory over; before it nobody else may.
+    """
 
     id: int
     lane: int
     model: str
     num_bytes: int  # of its weights
+    makes_room: bool = False
 
 
 Scheduled = Batch | Copy | Transfer  # what names sequences

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from real_world import DEMO
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
 from muxrt.worker.host_weights import HostWeights
+from muxrt.worker.kv_storage import Segment
+from muxrt.worker.pages import HUGE_BYTES
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -57,6 +60,24 @@ def test_asleep_it_takes_no_memory_and_awake_the_same_bytes(
     weights.drop()
     assert resident_bytes(model.norm) == 0
     assert not model.norm.any()
+
+
+def test_pages_of_who_slept_are_taken_over() -> None:
+    """The larger one wakes on what the smaller one left, and on new pages behind it."""
+    with ExitStack() as stack:
+        sizes = [3 * HUGE_BYTES + 5, 2 * HUGE_BYTES + 70]
+        ours, theirs = (Segment(size, is_private=True) for size in sizes)
+        stack.callback(ours.close)
+        stack.callback(theirs.close)
+        theirs.tensor().fill_(7)
+        assert ours.take_pages(0, theirs) == 2 * HUGE_BYTES
+        assert ours.tensor()[: 2 * HUGE_BYTES].eq(7).all()
+        assert not ours.tensor()[2 * HUGE_BYTES :].any()
+        assert not theirs.tensor()[: 2 * HUGE_BYTES].any()
+        assert theirs.tensor()[2 * HUGE_BYTES :].eq(7).all()
+        theirs.tensor().fill_(1)  # both can be used as before
+        ours.tensor().fill_(2)
+        assert theirs.tensor().eq(1).all()
 
 
 def test_a_copy_that_is_cut_short_is_noticed(moved: tuple[HostWeights, Llama, Llama]) -> None:

@@ -96,10 +96,8 @@ class Mover:
         self.residency.want(model, now)
 
     def sleep(self, model: str, now: float) -> None:
-        """It is to be asleep, whatever its residency. Those that wait for it still wake it."""
+        """It is to be asleep, whatever its residency; a wish that it wakes comes after that."""
         resident = self.residency.models[model]
-        if not self._waiting[model]:
-            resident.wanted_s = None
         if resident.state is State.AWAKE and not resident.habits.pin:
             resident.on(Event.EVICTED, now)
 
@@ -125,7 +123,7 @@ class Mover:
         number, lane = next(self._scheduler.work_ids), self._scheduler.limits.copy_lane
         name, num_bytes = resident.name, resident.habits.num_bytes
         if resident.state is State.DRAINING:
-            return Sleep(number, lane, name, num_bytes)
+            return Sleep(number, lane, name, num_bytes, bool(self.residency.wanted))
         return Load(number, lane, name, num_bytes, *self._extents.pop(name))
 
     def _reserve(self, resident: Resident) -> None:

@@ -10,7 +10,7 @@ takes what nobody else needs, and is read from the disk where the system had bet
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from time import perf_counter
 from typing import Self
@@ -65,8 +65,15 @@ class HostWeights:
         """The model sleeps: its memory is the system's."""
         self.weights.segment.discard()
 
-    def load(self, threads: Executor) -> None:
-        """It wakes: its weights are there. Raises MuxrtError where the copy cannot be read."""
+    def load(self, threads: Executor, left: Sequence[Segment] = ()) -> None:
+        """It wakes: its weights are there. Raises MuxrtError where the copy cannot be read.
+
+        `left` are segments that nobody computes with any more, whose pages it may have: to get new
+        ones takes as long as to fill them.
+        """
+        taken = 0
+        for segment in left:
+            taken += self.weights.segment.take_pages(taken, segment)
         try:
             list(threads.map(self._read, self._pieces()))
         except OSError as error:
@@ -103,18 +110,25 @@ class WeightMover:
         self._arena = arena
         self._block_bytes = block_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
+        self._left: list[Segment] = []  # of who fell asleep, for who wakes next
 
     def run(self, work: Load | Sleep) -> Result:
         """Wake a model or let it sleep. Raises MuxrtError where its weights cannot be read."""
         begun_s = perf_counter()
         model = self._weights[work.model]
-        if isinstance(work, Sleep):
+        if isinstance(work, Sleep) and work.makes_room:
+            self._left.append(model.weights.segment)
+        elif isinstance(work, Sleep):
             model.drop()
         else:
             # First the memory that the weights are to have, or there would be more than there is.
             ends = (work.first_block * self._block_bytes, work.end_block * self._block_bytes)
             self._arena.discard(*ends)
-            model.load(self._threads)
+            try:
+                model.load(self._threads, self._left)
+            finally:
+                while self._left:
+                    self._left.pop().discard()
         elapsed_s = perf_counter() - begun_s
         log.info(
             "event=%s model=%s mb=%.1f ms=%.2f",

@@ -23,6 +23,7 @@ from muxrt.kernels import KvCache, map_pages
 from muxrt.kvcache.layout import ModelLayout
 from muxrt.models.weights import TensorPlace
 from muxrt.sched.queues import ServedModel
+from muxrt.worker.pages import HUGE_BYTES, address, move_pages
 
 KV_DTYPES = {
     "float32": torch.float32,
@@ -85,6 +86,18 @@ class Segment:
         if begin < end:
             advice = mmap.MADV_DONTNEED if self._fd < 0 else mmap.MADV_REMOVE
             self._map.madvise(advice, begin, end - begin)
+
+    def take_pages(self, begin: int, other: "Segment") -> int:
+        """Make pages of another private segment ours, from byte `begin` on; how many bytes.
+
+        What they hold comes with them; there they are gone. 0 where pages cannot change hands.
+        """
+        assert self._map is not None and other._map is not None, "a segment is closed"
+        num_bytes = min(self.num_bytes - begin, other.num_bytes) // HUGE_BYTES * HUGE_BYTES
+        if self._fd >= 0 or other._fd >= 0 or not num_bytes:
+            return 0
+        target = address(self._map) + begin
+        return num_bytes if move_pages(address(other._map), target, num_bytes) else 0
 
     def close(self) -> None:
         """Give all pages back now; tensors that still look at them read zeros."""
