@@ -35,6 +35,7 @@ from muxrt.server.app import Server
 
 KV_BYTES = 256 * MIB
 MAX_MODEL_LEN = 512
+RETRIES = 50
 SETTLE_S = 3.0  # for the last pages of the start to be given back
 
 
@@ -73,7 +74,8 @@ class Swapper:
     def __init__(self, server: Server, units: dict[str, UnitSpec], limit: int) -> None:
         self._server, self._units, self._limit = server, units, limit
         self._models = {spec.name: spec for spec in server.config.models}
-        self._used_s = {name: 0.0 for name in server.supervisor.units}
+        self._used_s = dict.fromkeys(server.supervisor.units, 0.0)
+        self._starting: dict[str, asyncio.Task[None]] = {}
         self._turn = asyncio.Lock()
         self.num_started = 0
 
@@ -82,9 +84,12 @@ class Swapper:
         self._used_s[model] = time.monotonic()
         if self._is_up(model):
             return
+        if model not in self._starting:  # all that wait for it wait for the same start
+            self._starting[model] = asyncio.create_task(self._start(model))
+        await self._starting[model]
+
+    async def _start(self, model: str) -> None:
         async with self._turn:
-            if self._is_up(model):
-                return
             supervisor = self._server.supervisor
             while len(supervisor.units) >= self._limit:
                 oldest = min(supervisor.units, key=lambda name: self._used_s[name])
@@ -93,7 +98,9 @@ class Swapper:
                 await supervisor.remove(oldest)
             await supervisor.add(self._units[model], (self._models[model],))
             supervisor.units[model].is_routed = True
+            self._used_s[model] = time.monotonic()
             self.num_started += 1
+            del self._starting[model]
 
     def _is_up(self, model: str) -> bool:
         unit = self._server.supervisor.units.get(model)
@@ -113,7 +120,7 @@ async def ask(
         "ignore_eos": True,
         "stream": True,
     }
-    for _ in range(3):  # between `ready` and here, the swap baseline may have ended it again
+    for _ in range(RETRIES):  # before it is there, the swap baseline may have ended its unit
         await ready(one.model)
         async with http.post("/v1/completions", json=body) as response:
             if response.status != 200:
