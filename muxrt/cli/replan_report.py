@@ -187,6 +187,7 @@ def as_data(found: Replan) -> dict[str, Any]:
             }
             for unit in best.diff.units
         ],
+        "placement": msgspec.to_builtins(found.config.units),
         "moves": [asdict(move) for move in best.diff.moves],
         "notes": found.notes,
         "unknown_models": outlook.unknown,

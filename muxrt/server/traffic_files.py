@@ -7,9 +7,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from muxrt.errors import ConfigError
+
+astuple = msgspec.structs.astuple
 
 # In the header of every file: whose it is ("muxT"), and the version of its columns.
 APPLICATION_ID, VERSION = 0x6D757854, 1
@@ -38,7 +41,7 @@ FROM requests WHERE at_s < ? AND {ASKED} GROUP BY model, back
 """
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One HTTP request to generate, as it ended; in the order of the columns."""
 
     at_s: float  # when it came, seconds since 1970
@@ -102,7 +105,7 @@ class Writer:
         if database is None or self._file is None or not self._has_room(self._file, today):
             database = self._open(today)
         with database:
-            database.executemany(INSERT, entries)
+            database.executemany(INSERT, map(astuple, entries))
         self._trim(today)
 
     def close(self) -> None:
@@ -150,7 +153,7 @@ def add_history(folder: Path, entries: Iterable[Entry]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for day, found in by_day.items():
             with closing(_open_to_write(folder / f"{day}.0.db", WAL_PAGES)) as database, database:
-                database.executemany(INSERT, found)
+                database.executemany(INSERT, map(astuple, found))
     except (sqlite3.Error, OSError) as error:
         raise ConfigError(f"{folder}: cannot be written: {error}") from None
     return sum(map(len, by_day.values()))
