@@ -37,6 +37,7 @@ BANDS = 4
 LEAST_RPS = 1 / HOUR_S
 NUM_LENGTHS = 1000  # of each model
 LENGTHS_S = 3 * 86400.0  # older ones have less than an eighth of a new one's weight
+MOST_READ = 200_000  # requests whose lengths are looked at
 LEAST_REQUESTS = 100
 
 
@@ -109,7 +110,8 @@ def look_out(words: Words) -> Outlook:
     bands = _bands(told, hours, parts)
     others = (scenario(history, num_bins, Random(n)) for n in range(1, words.num_scenarios))
     scenarios = (bands, *(_bands(other, hours, parts) for other in others))
-    workload = Workload(models=tuple(_traffic(words, served, bands[0])), slo=words.slo)
+    traffic = tuple(_traffic(words, served, bands[0], found))
+    workload = Workload(models=traffic, slo=words.slo)
     asked = join(_plan(words.plan, served), workload, None)
     unknown = sorted({model for model, _ in found.sequences} - set(served.models))
     return Outlook(
@@ -176,14 +178,16 @@ def _bands(told: Forecast, hours: Floats, parts: Sequence[Bins]) -> tuple[Band, 
     )
 
 
-def _traffic(words: Words, served: Variant, band: Band) -> Iterator[Traffic]:
+def _traffic(words: Words, served: Variant, band: Band, found: Counted) -> Iterator[Traffic]:
     """Each model's rate and the lengths that it was asked for; of all, where it was asked nothing.
 
     Raises TooLittle where no request was answered lately.
     """
     since_s = words.now_s - LENGTHS_S
     by_model: dict[str, list[SeenLengths]] = {name: [] for name in served.models}
-    for one in read_entries(words.log, since_s, words.now_s):
+    lately = sum(n for (_, back), n in found.sequences.items() if back * HOUR_S < LENGTHS_S)
+    every = 1 + lately // MOST_READ
+    for one in read_entries(words.log, since_s, words.now_s, every):
         if one.model in by_model and one.status == 200 and one.prompt_tokens and one.output_tokens:
             prompt = max(1, round(one.prompt_tokens / one.sequences))
             output = max(1, round(one.output_tokens / one.sequences))
