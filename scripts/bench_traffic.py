@@ -4,7 +4,8 @@
 
 Both are `muxrt serve --null-executor 0`: tokens cost nothing, so what is left is the endpoint. They
 are asked in turns (with, without, without, with), and what their API processes compute per request
-is compared, the log's thread included. The cost of `add` alone is measured in this process.
+is compared, the log's thread included. By itself: `add`, on the event loop, and the
+writer's thread per row, in this process. All times are of CPU, so that a busy machine does less.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter, time
+from time import perf_counter, process_time, time
 from timeit import repeat
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from muxrt.cli.endpoint import OwnEndpoint, start_endpoint
 from muxrt.config.load import load
 from muxrt.config.serve import TrafficFolder
 from muxrt.server.traffic import TrafficLog
-from muxrt.server.traffic_files import Entry, log_files, read_entries
+from muxrt.server.traffic_files import Entry, Writer, log_files, read_entries
 
 MODEL = Path(__file__).parent.parent / "configs" / "demo_models" / "pydoc-s"
 CONFIG = """
@@ -40,6 +41,7 @@ units:
 TRAFFIC = "traffic: {path: log}\n"
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 NUM_ADDS = 20_000
+BATCHES = (10, 100, 1000)  # requests that ended within the 0.4 s of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def window(server: OwnEndpoint, has_log: bool, clients: int, tokens: int, second
 
 
 def add_us() -> float:
-    """Of an entry and its `add`, the best of some runs; nothing is written meanwhile."""
+    """Of an entry and its `add` on the event loop, the best of some runs; nothing is written."""
     with tempfile.TemporaryDirectory() as folder:
 
         def run() -> None:
@@ -105,7 +107,17 @@ def add_us() -> float:
             for _ in range(NUM_ADDS):
                 log.add(Entry(time(), "null", 12, 16, 0.1, 0.01, 200, "main", None, 1))
 
-        return 1e6 * min(repeat(run, number=1, repeat=7)) / NUM_ADDS
+        return 1e6 * min(repeat(run, number=1, repeat=7, timer=process_time)) / NUM_ADDS
+
+
+def write_us(batch: int) -> float:
+    """Of a row in a batch of so many, in the writer's thread; the best of some batches."""
+    rows = [Entry(time(), "null", 12, 16, 0.1, 0.01, 200, "main", None, 1)] * batch
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Writer(Path(folder), keep_days=1, max_bytes=1 << 30)
+        spent = repeat(lambda: writer.write(rows, time()), number=1, repeat=50, timer=process_time)
+        writer.close()
+    return 1e6 * min(spent) / batch
 
 
 def main(
@@ -138,6 +150,7 @@ def main(
         "cpu_us_without": off,
         "ratio": on / off,
         "add_us": add_us(),
+        "write_us": {str(batch): write_us(batch) for batch in BATCHES},
         "bytes_per_request": num_bytes / rows,
     }
     record.put("figures", figures)

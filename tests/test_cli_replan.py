@@ -65,7 +65,7 @@ def muxrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 def words(world: Path, log: Path, file: str = "serve.yaml") -> list[object]:
     asked = [world / file, "--traffic", log, "--plan", world / "plan.yaml", "--at", AT]
-    return ["replan", *asked, "--least-history", 2, "--window", 4, "--seeds", 1]
+    return ["replan", *asked, "--least-history", 2, "--window", 4, "--scenarios", 1]
 
 
 def test_popularity_that_moved_moves_models(muxrt: CommandLine, world: Path) -> None:

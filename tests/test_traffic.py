@@ -52,6 +52,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     writer.write([entry(NOON_S + 2)], NOON_S)
     assert list(read_entries(tmp_path)) == [entry(), strange, entry(NOON_S + 2)]
     assert list(read_entries(tmp_path, NOON_S + 1, NOON_S + 2)) == [strange]
+    assert list(read_entries(tmp_path, every=2)) == [strange]
     writer.close()
 
 

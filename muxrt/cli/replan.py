@@ -50,6 +50,14 @@ Out = Annotated[
 Picture = Annotated[
     Path | None, typer.Option(help="Draw both placements beside each other: .svg or .png.")
 ]
+Scenarios = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Ways that the traffic may go, the forecast and others within its errors: a change"
+        " must gain in each.",
+    ),
+]
 Ttft = Annotated[float | None, typer.Option(min=1e-3, help="Seconds, for models without an slo.")]
 Tpot = Annotated[float | None, typer.Option(min=1e-4, help="Seconds, for models without an slo.")]
 
@@ -66,7 +74,7 @@ def replan(
     least_history: LeastHistory = 24.0,
     most_age: MostAge = 6.0,
     at: At = None,
-    seeds: Annotated[int, typer.Option(min=1, help="A gain must show from each of them.")] = 2,
+    scenarios: Scenarios = 3,
     ttft: Ttft = None,
     tpot: Tpot = None,
     out: Out = None,
@@ -96,8 +104,10 @@ def replan(
     now_s = time() if at is None else point_in_time("--at", at)
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     outlook = look_out(
-        Words(config, traffic, plan, now_s, window, quantile, least_history, most_age, slo)
+        Words(
+            config, traffic, plan, now_s, window, quantile, least_history, most_age, slo, scenarios
+        )
     )
     terms = Terms(window_s(outlook), margin, least_gain)
-    found = run(outlook, strategy.value, seeds, terms)
+    found = run(outlook, strategy.value, terms)
     report(found, out=out, picture=picture, as_json=as_json)

@@ -1,6 +1,6 @@
 """From a served file and its traffic log to what `muxrt replan` plans for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import ceil
@@ -9,6 +9,7 @@ from random import Random
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from muxrt.cli.plan_input import Asked, join
 from muxrt.cli.simulate_input import Variant, load_variant
@@ -22,9 +23,12 @@ from muxrt.planner.forecast import (
     SeenLengths,
     forecast,
     sample_lengths,
+    scenario,
 )
 from muxrt.server.traffic_files import Counted, count_asked, read_entries
 from muxrt.workload.spec import Joint, Seen, Traffic, Workload
+
+Bins = npt.NDArray[np.intp]  # numbers of bins
 
 HOUR_S, HOURS_PER_DAY = 3600.0, 24
 # Of the window, by how busy they are: each is planned for and simulated as one.
@@ -33,6 +37,7 @@ BANDS = 4
 LEAST_RPS = 1 / HOUR_S
 NUM_LENGTHS = 1000  # of each model
 LENGTHS_S = 3 * 86400.0  # older ones have less than an eighth of a new one's weight
+MOST_READ = 200_000  # requests whose lengths are looked at
 LEAST_REQUESTS = 100
 
 
@@ -53,6 +58,7 @@ class Words:
     least_h: float  # of history
     most_age_h: float  # of the newest request
     slo: Slo | None
+    num_scenarios: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Outlook:
     asked: Asked  # at the rates of the busiest band
     forecast: Forecast
     bands: tuple[Band, ...]  # the busiest first
+    # The same hours as they may come: first as forecast, then with each model's error at random.
+    scenarios: tuple[tuple[Band, ...], ...]
     requests: int  # that it was made from
     first_s: float
     last_s: float
@@ -95,13 +103,27 @@ def look_out(words: Words) -> Outlook:
     """Read everything and forecast. Raises ConfigError, and TooLittle for a log that is."""
     served = load_variant(words.config)
     history, found = _history(words, served.models)
-    told = forecast(history, ceil(words.window_h), words.quantile)
-    bands = _bands(told, words.window_h)
-    workload = Workload(models=tuple(_traffic(words, served, bands[0])), slo=words.slo)
+    num_bins = ceil(words.window_h)
+    told = forecast(history, num_bins, words.quantile)
+    hours = _hours_of(words.window_h, num_bins)
+    parts = _parts(told)
+    bands = _bands(told, hours, parts)
+    others = (scenario(history, num_bins, Random(n)) for n in range(1, words.num_scenarios))
+    scenarios = (bands, *(_bands(other, hours, parts) for other in others))
+    traffic = tuple(_traffic(words, served, bands[0], found))
+    workload = Workload(models=traffic, slo=words.slo)
     asked = join(_plan(words.plan, served), workload, None)
     unknown = sorted({model for model, _ in found.sequences} - set(served.models))
     return Outlook(
-        served, asked, told, bands, found.requests, found.first_s, found.last_s, tuple(unknown)
+        served,
+        asked,
+        told,
+        bands,
+        scenarios,
+        found.requests,
+        found.first_s,
+        found.last_s,
+        tuple(unknown),
     )
 
 
@@ -132,30 +154,40 @@ def _history(words: Words, models: list[str]) -> tuple[History, Counted]:
     return History(counts, HOUR_S * min(1.0, span_h), HOURS_PER_DAY), found
 
 
-def _bands(told: Forecast, window_h: float) -> tuple[Band, ...]:
-    """The hours of the window in groups of equal number, by how much is asked in them."""
-    names = list(told.rates_rps)
-    rates: Floats = np.array([told.rates_rps[name] for name in names])  # [models, hours]
-    hours = np.ones(rates.shape[1])
-    hours[-1] = window_h - (len(hours) - 1)
-    busiest_first = np.argsort(-rates.sum(axis=0), kind="stable")
+def _hours_of(window_h: float, num_bins: int) -> Floats:
+    """How long each bin of the window is: the last may be cut."""
+    hours = np.ones(num_bins)
+    hours[-1] = window_h - (num_bins - 1)
+    return hours
+
+
+def _parts(told: Forecast) -> list[Bins]:
+    """The bins of the window in groups of equal number, the busiest first."""
+    total: Floats = np.sum([*told.rates_rps.values()], axis=0)
+    busiest_first = np.argsort(-total, kind="stable")
+    return np.array_split(busiest_first, min(BANDS, len(total)))
+
+
+def _bands(told: Forecast, hours: Floats, parts: Sequence[Bins]) -> tuple[Band, ...]:
     return tuple(
         Band(
             float(hours[part].sum()),
-            {name: float(rates[i, part].mean()) for i, name in enumerate(names)},
+            {name: float(rates[part].mean()) for name, rates in told.rates_rps.items()},
         )
-        for part in np.array_split(busiest_first, min(BANDS, len(hours)))
+        for part in parts
     )
 
 
-def _traffic(words: Words, served: Variant, band: Band) -> Iterator[Traffic]:
+def _traffic(words: Words, served: Variant, band: Band, found: Counted) -> Iterator[Traffic]:
     """Each model's rate and the lengths that it was asked for; of all, where it was asked nothing.
 
     Raises TooLittle where no request was answered lately.
     """
     since_s = words.now_s - LENGTHS_S
     by_model: dict[str, list[SeenLengths]] = {name: [] for name in served.models}
-    for one in read_entries(words.log, since_s, words.now_s):
+    lately = sum(n for (_, back), n in found.sequences.items() if back * HOUR_S < LENGTHS_S)
+    every = 1 + lately // MOST_READ
+    for one in read_entries(words.log, since_s, words.now_s, every):
         if one.model in by_model and one.status == 200 and one.prompt_tokens and one.output_tokens:
             prompt = max(1, round(one.prompt_tokens / one.sequences))
             output = max(1, round(one.output_tokens / one.sequences))

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 from muxrt.cli.plan_picture import (
     ALARM,
@@ -30,12 +29,12 @@ def draw(path: Path, found: Replan) -> None:
     panels = (
         Panel(
             "now",
-            fmean(found.before.goodput_rps),
+            found.before.goodput_rps[0],
             tuple(_blocks(problem, outlook.served.config.units, found.before, fates, Fate.REMOVED)),
         ),
         Panel(
             "then" if best.decision.is_worth else "then, if it were worth it",
-            fmean(best.served.goodput_rps),
+            best.served.goodput_rps[0],
             tuple(_blocks(problem, best.units, best.served, fates, Fate.ADDED)),
         ),
     )

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -55,7 +54,7 @@ def _print(to: Console, found: Replan) -> None:
     word = "change" if decision.is_worth else "stay"
     to.print(f"[bold]{word}[/bold]: {decision.reason}", highlight=False)
     to.print(_forecast_line(found), highlight=False)
-    before, after = fmean(found.before.goodput_rps), fmean(best.served.goodput_rps)
+    before, after = found.before.goodput_rps[0], best.served.goodput_rps[0]
     to.print(
         f"goodput {before:.2f} -> {after:.2f} of {found.offered_rps:.2f} requests/s by the"
         f" simulator ({best.name}); {_cost_line(best)}",
@@ -168,8 +167,8 @@ def as_data(found: Replan) -> dict[str, Any]:
         "planned_for": best.name,
         "gain_rps": best.decision.gain_rps,
         "goodput_rps": {
-            "before": fmean(found.before.goodput_rps),
-            "after": fmean(best.served.goodput_rps),
+            "before": found.before.goodput_rps[0],
+            "after": best.served.goodput_rps[0],
             "offered": found.offered_rps,
         },
         "cost": asdict(best.cost) | {"total_bytes": best.cost.total_bytes},
@@ -188,6 +187,7 @@ def as_data(found: Replan) -> dict[str, Any]:
             }
             for unit in best.diff.units
         ],
+        "placement": msgspec.to_builtins(found.config.units),
         "moves": [asdict(move) for move in best.diff.moves],
         "notes": found.notes,
         "unknown_models": outlook.unknown,

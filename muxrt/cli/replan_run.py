@@ -25,10 +25,10 @@ PARTS = (1.0, 0.8, 0.6, 0.4, 0.2)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a placement serves within targets, over the window; by seed."""
+    """What a placement serves within targets, over the window."""
 
-    goodput_rps: tuple[float, ...]
-    attainment: Mapping[str, float]  # of each model's requests; the mean of the seeds
+    goodput_rps: tuple[float, ...]  # by scenario, of which the first is the forecast
+    attainment: Mapping[str, float]  # of each model's requests, if all comes as forecast
     kv: Mapping[str, float]  # share of each unit's KV that is held, in the busiest hours
 
 
@@ -71,13 +71,13 @@ class Replan:
 
 
 class Judge:
-    """Simulates placements under the forecast: each band of hours, from each seed."""
+    """Simulates placements under what may come: each band of hours of each scenario."""
 
-    def __init__(self, outlook: Outlook, num_seeds: int) -> None:
+    def __init__(self, outlook: Outlook) -> None:
         self._bands = outlook.bands
         self._simulators = [
-            [Simulator(outlook.at(band.rates_rps), seed) for band in outlook.bands]
-            for seed in range(num_seeds)
+            [Simulator(outlook.at(band.rates_rps), seed) for band in bands]
+            for seed, bands in enumerate(outlook.scenarios)
         ]
 
     def __call__(self, units: tuple[UnitSpec, ...]) -> Served:
@@ -85,9 +85,8 @@ class Judge:
         reports = [[sim.report(placement) for sim in by_band] for by_band in self._simulators]
         hours = [band.hours for band in self._bands]
         goodputs = tuple(_mean(hours, [_goodput(one) for one in by_band]) for by_band in reports)
-        kept = [_attainment(hours, by_band) for by_band in reports]
         shares = {unit.unit: unit.kv_mean for unit in reports[0][0].units}
-        return Served(goodputs, {n: fmean(one[n] for one in kept) for n in kept[0]}, shares)
+        return Served(goodputs, _attainment(hours, reports[0]), shares)
 
 
 def _goodput(report: Report) -> float:
@@ -111,9 +110,9 @@ def _attainment(hours: Sequence[float], reports: Sequence[Report]) -> dict[str, 
     return found
 
 
-def replan(outlook: Outlook, strategy: str, num_seeds: int, terms: Terms) -> Replan:
+def replan(outlook: Outlook, strategy: str, terms: Terms) -> Replan:
     """Plan, judge and decide. Raises ConfigError where nothing can be planned or simulated."""
-    judge = Judge(outlook, num_seeds)
+    judge = Judge(outlook)
     old = outlook.served.config.units
     before = judge(old)
     hours = [band.hours for band in outlook.bands]

@@ -7,6 +7,8 @@ from math import inf
 from pathlib import Path
 from time import time
 
+import msgspec
+
 from muxrt.config.load import load
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
@@ -44,10 +46,10 @@ def write_csv(path: Path, entries: Iterable[Entry]) -> None:
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([HEADERS.get(name, name) for name in Entry._fields])
+            writer.writerow([HEADERS.get(name, name) for name in Entry.__struct_fields__])
             count = 0
             for entry in entries:
-                writer.writerow(entry)
+                writer.writerow(msgspec.structs.astuple(entry))
                 count += 1
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None

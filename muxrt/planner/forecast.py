@@ -31,6 +31,7 @@ RECENT = 0.25
 # Days whose errors make the quantiles: the newest.
 ERROR_DAYS = 14
 LEAST_ERRORS = 4  # that a quantile is taken of
+LIKELY = (0.1, 0.9)  # quantiles that a scenario draws from
 LENGTHS_DAYS = 1.0  # half-life of a request's weight among the lengths
 
 
@@ -77,6 +78,15 @@ def forecast(history: History, num_bins: int, quantile: float = 0.5) -> Forecast
         model: at_quantile(counts, num_bins, per_day, quantile) / history.bin_s
         for model, counts in history.counts.items()
     }
+    return Forecast(rates, history.bin_s, history.num_bins // per_day)
+
+
+def scenario(history: History, num_bins: int, rng: Random) -> Forecast:
+    """One way that the next bins may go: each model at a quantile of its own, drawn at random."""
+    per_day, rates = history.bins_per_day, {}
+    for model, counts in history.counts.items():
+        quantile = rng.uniform(*LIKELY)
+        rates[model] = at_quantile(counts, num_bins, per_day, quantile) / history.bin_s
     return Forecast(rates, history.bin_s, history.num_bins // per_day)
 
 

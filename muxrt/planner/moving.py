@@ -104,7 +104,7 @@ class Decision:
 def decide(
     found: Diff, goodput_rps: float, gains_rps: Sequence[float], cost: Cost, terms: Terms
 ) -> Decision:
-    """`gains_rps`: what the change adds to `goodput_rps`, predicted from several seeds."""
+    """`gains_rps`: what the change adds to `goodput_rps`, in each way that the traffic may go."""
     gain = fmean(gains_rps)
     if found.is_empty:
         return Decision(False, gain, "the old placement is as good as any that was found")
@@ -112,7 +112,10 @@ def decide(
         return Decision(False, gain, "nothing that was found serves more")
     if min(gains_rps) <= 0:
         return Decision(
-            False, gain, f"it would gain {gain:.2f} requests/s, and nothing under other requests"
+            False,
+            gain,
+            f"it would gain {gain:.2f} requests/s, but {min(gains_rps):.2f} if the traffic goes"
+            " otherwise within the forecast's errors",
         )
     if gain < terms.least_gain * goodput_rps:
         return Decision(
