@@ -1,5 +1,6 @@
 """`muxrt replan`: from the traffic that came to the placement for what will come."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,17 @@ Scenarios = Annotated[
         " must gain in each.",
     ),
 ]
+Apply = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Of a running server: the old units are its own, and it gets"
+        " the new ones if the change is worth it.",
+    ),
+]
+AdminKey = Annotated[
+    str | None, typer.Option(envvar="MUXRT_ADMIN_KEY", help="The server's, for --apply.")
+]
 Ttft = Annotated[float | None, typer.Option(min=1e-3, help="Seconds, for models without an slo.")]
 Tpot = Annotated[float | None, typer.Option(min=1e-4, help="Seconds, for models without an slo.")]
 
@@ -79,19 +91,26 @@ def replan(
     tpot: Tpot = None,
     out: Out = None,
     picture: Picture = None,
+    apply: Apply = None,
+    admin_key: AdminKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Plan anew by the traffic that came: what would change, what it brings, what it costs.
 
-    Nothing is changed: it says what it would do, and writes the new file where it is worth it.
-    Refuses (exit status 1) where the log says too little or is stale.
+    Without --apply nothing is changed: it says what it would do, and --out writes the new file
+    where it is worth it. Refuses (exit status 1) where the log says too little or is stale.
 
     Example: muxrt replan serve.yaml --traffic traffic --plan plan.yaml --out new.yaml
     """
     if (ttft is None) != (tpot is None):
         raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
+    if apply is not None and admin_key is None:
+        raise typer.BadParameter(
+            "needs --admin-key, or MUXRT_ADMIN_KEY in the environment", param_hint="--apply"
+        )
     from time import time
 
+    from muxrt.cli.admin_client import AdminClient
     from muxrt.cli.replan_input import Words, look_out
     from muxrt.cli.replan_report import check_paths, report
     from muxrt.cli.replan_run import replan as run
@@ -101,13 +120,27 @@ def replan(
     from muxrt.planner.moving import Terms
 
     check_paths(out, picture)
+    admin = AdminClient(apply, admin_key) if apply and admin_key else None
     now_s = time() if at is None else point_in_time("--at", at)
     slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
     outlook = look_out(
         Words(
-            config, traffic, plan, now_s, window, quantile, least_history, most_age, slo, scenarios
+            config,
+            traffic,
+            plan,
+            now_s,
+            window,
+            quantile,
+            least_history,
+            most_age,
+            slo,
+            scenarios,
+            admin.units() if admin else None,
         )
     )
     terms = Terms(window_s(outlook), margin, least_gain)
     found = run(outlook, strategy.value, terms)
     report(found, out=out, picture=picture, as_json=as_json)
+    if admin is not None and found.best.decision.is_worth:
+        phase = admin.apply(found.best.units)
+        print(f"{apply} serves the new placement ({phase})", file=sys.stderr)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from muxrt.cli.plan_input import Asked, join
 from muxrt.cli.simulate_input import Variant, load_variant
-from muxrt.config.placement import Slo
+from muxrt.config.placement import Slo, UnitSpec
 from muxrt.config.plan import PlanInput, load_plan
-from muxrt.errors import MuxrtError
+from muxrt.errors import ConfigError, MuxrtError
 from muxrt.planner.forecast import (
     Floats,
     Forecast,
@@ -59,6 +59,7 @@ class Words:
     most_age_h: float  # of the newest request
     slo: Slo | None
     num_scenarios: int = 3
+    units: tuple[UnitSpec, ...] | None = None  # that a server says it has; None = the file's
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Outlook:
 
 def look_out(words: Words) -> Outlook:
     """Read everything and forecast. Raises ConfigError, and TooLittle for a log that is."""
-    served = load_variant(words.config)
+    served = _served(words)
     history, found = _history(words, served.models)
     num_bins = ceil(words.window_h)
     told = forecast(history, num_bins, words.quantile)
@@ -125,6 +126,18 @@ def look_out(words: Words) -> Outlook:
         found.last_s,
         tuple(unknown),
     )
+
+
+def _served(words: Words) -> Variant:
+    """The file's models, where they are. Raises ConfigError where a server has others."""
+    found = load_variant(words.config)
+    if words.units is None:
+        return found
+    running = {part.name for unit in words.units for part in unit.models}
+    if running != set(found.models):
+        odd = ", ".join(sorted(running ^ set(found.models)))
+        raise ConfigError(f"{words.config}: the server's models differ from these: {odd}")
+    return replace(found, config=msgspec.structs.replace(found.config, units=words.units))
 
 
 def _history(words: Words, models: list[str]) -> tuple[History, Counted]:

@@ -1,0 +1,65 @@
+"""Asks a running server's /admin what it serves, and to serve something else."""
+
+import json
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import msgspec
+
+from muxrt.bench.client import EndpointError
+from muxrt.config.placement import UnitSpec
+from muxrt.errors import MuxrtError
+
+ANSWER_S = 10.0
+CHANGE_S = 3600.0  # until all new units are loaded
+
+
+class AdminError(MuxrtError):
+    """The server refused, or undid the change."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdminClient:
+    """The administrator of the server at `url`."""
+
+    url: str
+    key: str
+
+    def units(self) -> tuple[UnitSpec, ...]:
+        """The placement that is served now. Raises EndpointError and AdminError."""
+        found = self._ask("/admin/placement", None, ANSWER_S)
+        return msgspec.convert(found["units"], tuple[UnitSpec, ...])
+
+    def apply(self, units: tuple[UnitSpec, ...]) -> str:
+        """Serve these units instead; where the change is once new requests go to them.
+
+        Raises EndpointError where the server cannot be asked, AdminError with why it serves what it
+        served before.
+        """
+        body = msgspec.json.encode({"units": units})
+        phase: str = self._ask("/admin/placement", body, CHANGE_S)["phase"]
+        return phase
+
+    def _ask(self, path: str, body: bytes | None, timeout_s: float) -> Any:
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        request = Request(self.url.rstrip("/") + path, body, headers)
+        try:
+            with urlopen(request, timeout=timeout_s) as response:
+                return json.load(response)
+        except HTTPError as error:
+            raise AdminError(f"{self.url}: {error.code}: {_why(error)}") from None
+        except (OSError, HTTPException, ValueError) as error:
+            raise EndpointError(f"{self.url} does not answer: {error}") from None
+
+
+def _why(error: HTTPError) -> str:
+    """What the server said; of another server, or one without `admin`, that it is not there."""
+    if error.code == 404:
+        return "found no /admin/placement, expected a muxrt server whose file has `admin`"
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return error.reason
