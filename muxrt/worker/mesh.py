@@ -36,7 +36,7 @@ from muxrt.worker.kv_storage import Segment, Storage
 from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, attempt, split_cores
 from muxrt.worker.process_lane import ProcessLane
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.shared_ranks import SharedRanks, num_bytes
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
 from muxrt.worker.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -57,13 +57,14 @@ class RankSetup(msgspec.Struct, frozen=True):
     models: tuple[ModelSpec, ...]
     cores: tuple[int, ...]
     memory: int  # descriptor of what all ranks map: beats, and rooms for exchanges
+    wakes: tuple[tuple[int, ...], ...]  # eventfds, by lane and rank
     port: int | None  # of gloo's store; None: sums go through that memory
     module: str = "muxrt.worker.rank"
     environ: dict[str, str] = {}
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return (self.memory,)
+        return (self.memory, *(wake for lane in self.wakes for wake in lane))
 
 
 class Others:
@@ -187,6 +188,7 @@ def open_mesh(
     with ExitStack() as stack:
         memory = Segment(memory_bytes(plan))
         stack.callback(memory.close)
+        wakes = _open_wakes(plan, stack)
         store = open_store() if plan.spec.mesh.exchange == "gloo" else None
         setups = [
             RankSetup(
@@ -197,6 +199,7 @@ def open_mesh(
                 models=tuple(models),
                 cores=parts[shard.rank],
                 memory=memory.fd,
+                wakes=wakes,
                 port=None if store is None else store.port,
             )
             for shard in shards
@@ -218,7 +221,17 @@ def open_mesh(
 
 def memory_bytes(plan: UnitPlan) -> int:
     """What the ranks of a unit share."""
-    return BEATS_BYTES + num_bytes(plan.spec.mesh.tp, plan.num_lanes + 1)
+    return BEATS_BYTES + (plan.num_lanes + 1) * num_bytes(plan.spec.mesh.tp)
+
+
+def _open_wakes(plan: UnitPlan, stack: ExitStack) -> tuple[tuple[int, ...], ...]:
+    """By lane and rank; none where gloo wakes."""
+    lanes = range(plan.num_lanes + 1 if plan.spec.mesh.exchange == "shared" else 0)
+    wakes = tuple(tuple(open_wake() for _ in range(plan.spec.mesh.tp)) for _ in lanes)
+    for lane in wakes:
+        for wake in lane:
+            stack.callback(os.close, wake)
+    return wakes
 
 
 def open_beats(memory: Segment, size: int) -> npt.NDArray[np.int64]:
@@ -235,7 +248,9 @@ def open_lines(
     timeout_s = setup.plan.spec.mesh.timeout_s
     for lane in range(setup.plan.num_lanes + 1):
         if store is None:
-            lines.append(SharedRanks(memory, BEATS_BYTES, lane, setup.shard, timeout_s))
+            size = num_bytes(setup.shard.size)
+            rooms = memory.tensor(offset=BEATS_BYTES + lane * size, count=size)
+            lines.append(SharedRanks(rooms, setup.wakes[lane], setup.shard, timeout_s))
         else:
             gloo = GlooRanks(store, f"lane-{lane}", setup.shard, timeout_s)
             stack.callback(gloo.close)
