@@ -65,7 +65,9 @@ def check(
 
     `gpus` counts those of this machine, or raises NoGpu.
     """
-    _check_keys(config.endpoint.api_keys, environ)
+    _check_keys(config.endpoint.api_keys, environ, ("endpoint", "api_keys"))
+    if config.admin is not None:
+        _check_keys(config.admin.keys, environ, ("admin", "keys"))
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
     for problem in stage_problems(config.units, "`muxrt serve`"):
         raise problem
@@ -80,17 +82,17 @@ def check(
     return Checked(config, shapes, plans)
 
 
-def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str]) -> None:
+def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str], at: Key) -> None:
     if keys is None:
         return
     if keys.file is not None and not Path(keys.file).is_file():
         raise KeyedError(
-            ("endpoint", "api_keys", "file"),
+            (*at, "file"),
             f"there is no file {keys.file}, expected one with an API key per line",
         )
     if keys.env is not None and not environ.get(keys.env):
         raise KeyedError(
-            ("endpoint", "api_keys", "env"),
+            (*at, "env"),
             f"the variable {keys.env} is not set, expected API keys separated by commas",
         )
 
@@ -222,6 +224,8 @@ def _plan(
 def _check_floor(index: int, unit: UnitSpec, plan: UnitPlan) -> None:
     """The arena must hold one sequence of maximum length of every model at the same time."""
     block_bytes = plan.arena.block_bytes
+    if plan.habits is not None:
+        return  # those that are awake together: `plan_unit` says what is missing
     floors = {name: model.floor_blocks for name, model in plan.models.items()}
     needed = sum(floors.values()) * block_bytes
     if needed <= unit.memory.kv_bytes:
@@ -296,4 +300,5 @@ def _share_summary(model: ServedModel, plan: UnitPlan) -> dict[str, Any]:
         "quota_tokens": quota // model.layout.blocks_per_group * model.layout.block_tokens,
         "floor_blocks": model.floor_blocks,
         "sequences_of_max_len": quota // model.floor_blocks,
+        "is_awake": plan.habits is None or model.name in plan.awake,  # at the start
     }

@@ -27,10 +27,18 @@ def load_shapes(boot: UnitBoot) -> dict[str, ModelShape]:
     return {spec.name: load_shape(spec.folder) for spec in boot.models}
 
 
-def plan_boot(boot: UnitBoot, num_cores: int, shapes: Mapping[str, ModelShape]) -> UnitPlan:
-    """The geometry of the unit on `num_cores` cores. Raises ConfigError."""
+def plan_boot(
+    boot: UnitBoot,
+    num_cores: int,
+    shapes: Mapping[str, ModelShape],
+    weights: Mapping[str, int] | None = None,
+) -> UnitPlan:
+    """The geometry of the unit on `num_cores` cores; `weights`: see `plan_unit`.
+
+    Raises ConfigError.
+    """
     specs = {spec.name: spec for spec in boot.models}
-    return plan_unit(with_split(boot.unit, num_cores), specs, shapes)
+    return plan_unit(with_split(boot.unit, num_cores), specs, shapes, weights)
 
 
 def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:

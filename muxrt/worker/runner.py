@@ -18,8 +18,10 @@ from muxrt.core import (
     Copy,
     CopyKind,
     Layers,
+    Load,
     Prompt,
     Result,
+    Sleep,
     SlotOpen,
     TokenLogprobs,
     Transfer,
@@ -30,6 +32,7 @@ from muxrt.errors import MuxrtError
 from muxrt.kernels import KvCache, MetaArrays, Team
 from muxrt.models.llama import Llama, Session
 from muxrt.models.ranks import Ranks
+from muxrt.worker.host_weights import WeightMover
 from muxrt.worker.kv_storage import SlotTable, Storage
 from muxrt.worker.sampler import SLICE_ELEMS, Drawn, Sampling, describe
 from muxrt.worker.transfer import Exchange
@@ -165,8 +168,13 @@ class Copier:
         block_bytes: int,
         exchange: Exchange | None = None,
         models: Mapping[str, Resident] | None = None,
+        mover: WeightMover | None = None,
     ) -> None:
-        """`models` learn of slots that are opened here; lane processes learn by themselves."""
+        """`models` learn of slots that are opened here; lane processes learn by themselves.
+
+        `mover` is for models that sleep.
+        """
+        self._mover = mover
         self._arena = storage.arena.tensor()
         self._host = storage.host.tensor()
         self._slots = storage.slots
@@ -175,12 +183,15 @@ class Copier:
         self._models = models or {}
 
     def run(self, work: Work) -> Result:
-        """Swap one sequence out or in, or seal or fetch it.
+        """Swap one sequence out or in, or seal or fetch it; wake a model or let it sleep.
 
-        Coming in, its slot's block table becomes `blocks`.
+        When a sequence comes in, its slot's block table becomes `blocks`.
         """
         if isinstance(work, Transfer):
             return self._transfer(work)
+        if isinstance(work, Load | Sleep):
+            assert self._mover is not None, "the models of this unit are always awake"
+            return self._mover.run(work)
         assert isinstance(work, Copy), "batches have lanes of their own"
         return self._copy(work)
 
