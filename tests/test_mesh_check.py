@@ -77,6 +77,12 @@ def test_a_mesh_of_cores_can_be_served_here(folder: Path) -> None:
             "found processes on a mesh of 2 ranks, expected cores",
         ),
         (
+            "24MiB}",
+            "24MiB, weight_bytes: 64MiB}",
+            "",
+            "found memory.weight_bytes and 2 ranks, expected one of them",
+        ),
+        (
             "name: large}]",
             "name: large, role: prefill}]\n"
             "  - {name: b, memory: {kv_bytes: 24MiB}, models: [{name: large, role: decode}]}",
