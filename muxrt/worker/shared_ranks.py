@@ -39,7 +39,7 @@ class SharedRanks:
         `wakes` are eventfds, one by which each rank is woken. Who is missing for `timeout_s` is
         lost.
         """
-        self.rank, self._size, self._timeout_s = shard.rank, shard.size, timeout_s
+        self.rank, self.size, self._timeout_s = shard.rank, shard.size, timeout_s
         counters = _counters_bytes(shard.size)
         self._counters = memory[:counters].view(torch.int64).numpy()
         rooms = memory[counters:].view(torch.float32).view(2, shard.size, ROOM)
@@ -59,12 +59,12 @@ class SharedRanks:
         for piece in _pieces(values.view(-1).numpy()):
             rooms = self._exchange(piece)
             np.add(rooms[0, : len(piece)], rooms[1, : len(piece)], out=piece)
-            for rank in range(2, self._size):
+            for rank in range(2, self.size):
                 piece += rooms[rank, : len(piece)]
 
     def join(self, part: Tensor, width: int) -> Tensor | None:
         rows = len(part)
-        cuts = [part_of(width, rank, self._size) for rank in range(self._size)]
+        cuts = [part_of(width, rank, self.size) for rank in range(self.size)]
         step = ROOM // max(len(cut) for cut in cuts)
         joined = np.empty((rows, width), np.float32) if self.rank == 0 else None
         for begin in range(0, rows, step):
@@ -94,11 +94,11 @@ class SharedRanks:
         return rooms
 
     def _meet(self, looks: int) -> int:
-        state: int = meeting.meet(self._counters, self.rank, self._size, self._turn, looks)
+        state: int = meeting.meet(self._counters, self.rank, self.size, self._turn, looks)
         return state
 
     def _wake(self) -> None:
-        asleep = self._counters[self._size * meeting.SPACING :: meeting.SPACING]
+        asleep = self._counters[self.size * meeting.SPACING :: meeting.SPACING]
         for rank in np.flatnonzero(asleep).tolist():
             os.eventfd_write(self._wakes[rank], 1)
 
@@ -106,18 +106,18 @@ class SharedRanks:
         """Until all have come. Raises RankLost."""
         due_s = monotonic() + self._timeout_s
         while True:
-            meeting.doze(self._counters, self.rank, self._size, 1)
+            meeting.doze(self._counters, self.rank, self.size, 1)
             # Who came before it could see that we sleep is seen by us now.
             state = self._meet(1)
             if state != meeting.MET:
                 self._poll.poll(max(0.0, due_s - monotonic()) * 1000)
-            meeting.doze(self._counters, self.rank, self._size, -1)
+            meeting.doze(self._counters, self.rank, self.size, -1)
             with suppress(BlockingIOError):
                 os.eventfd_read(self._wakes[self.rank])
             if state == meeting.MET or self._meet(1) == meeting.MET:
                 return
             if monotonic() >= due_s:
-                counts = self._counters[: self._size * meeting.SPACING : meeting.SPACING]
+                counts = self._counters[: self.size * meeting.SPACING : meeting.SPACING]
                 missing = np.flatnonzero(counts < self._turn).tolist()
                 raise RankLost(
                     f"an exchange between ranks failed: {missing} did not come within"
