@@ -1,11 +1,11 @@
 """What a tensor-parallel mesh of cores costs: telling the ranks, exchanging sums, whole steps.
 
-    python scripts/bench_mesh.py --out docs/benchmarks
+    python scripts/bench_mesh.py --model 88m --out docs/benchmarks
 
 Telling: rank 0 encodes a decode step of `--sequences` sequences and sends it to one other rank,
 which decodes it and answers with a byte, over each of three channels. Exchanges: an all-reduce of
 [tokens, hidden] floats between two ranks, over shared memory and by gloo. Steps: batches of a
-demo model on one core, and on two ranks of a core each.
+model on one core, and on two ranks of a core each.
 """
 
 import os
@@ -23,7 +23,9 @@ import numpy as np
 import torch
 import typer
 import zmq
+from bench_models import preset_folders
 from bench_record import CORES, Record
+from bench_unit import model_spec
 from rich.console import Console
 from rich.table import Table
 from torch.distributed import PrefixStore, ProcessGroupGloo
@@ -49,13 +51,13 @@ from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment
 from muxrt.worker.mesh import open_mesh
-from muxrt.worker.shared_ranks import SharedRanks, num_bytes
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
 
-MODEL = Path(__file__).parent.parent / "configs" / "demo_models" / "pydoc-l"
 BLOCKS = 64  # ids that a sequence gets with a new block group: 32 layers x 32 heads / 16 planes
 GROUP_TOKENS = 16  # so one sequence in so many needs a group
 HIDDEN = 4096
-KV_BYTES = 64 << 20
+KV_BYTES = 256 << 20
+MAX_MODEL_LEN = 512
 
 Send = Callable[[bytes], None]
 FORK = get_context("fork")
@@ -182,7 +184,8 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def exchange(kind: str, num_tokens: int, rounds: int) -> dict[str, Any]:
     """An all-reduce of [tokens, HIDDEN] between two processes of one core each."""
-    server, memory = open_store(), Segment(num_bytes(2, 1))
+    server, memory = open_store(), Segment(num_bytes(2))
+    wakes = [open_wake() for _ in range(2)]
 
     def times(rank: int) -> list[float]:
         os.sched_setaffinity(0, {CORES[rank % len(CORES)]})
@@ -192,7 +195,7 @@ def exchange(kind: str, num_tokens: int, rounds: int) -> dict[str, Any]:
             store = server if rank == 0 else open_store(server.port)
             line = GlooRanks(store, "bench", Shard(rank, 2), 30.0)
         else:
-            line = SharedRanks(memory, 0, 0, Shard(rank, 2), 30.0)
+            line = SharedRanks(memory.tensor(), wakes, Shard(rank, 2), 30.0)
         values, found = torch.zeros(num_tokens, HIDDEN), []
         for _ in range(rounds + rounds // 10):
             begun_s = perf_counter()
@@ -212,8 +215,8 @@ def exchange(kind: str, num_tokens: int, rounds: int) -> dict[str, Any]:
     return {"kind": kind, "tokens": num_tokens, "hidden": HIDDEN, "us": spread(found)}
 
 
-def plan_of(tp: int, kind: Any) -> tuple[UnitPlan, ModelSpec]:
-    spec = ModelSpec(name="m", path=str(MODEL), dtype="float32")
+def plan_of(model: Path, tp: int, kind: Any) -> tuple[UnitPlan, ModelSpec]:
+    spec = model_spec(model, name="m", dtype="float32", max_model_len=MAX_MODEL_LEN)
     unit = UnitSpec(
         name="bench",
         models=(UnitModel(name="m"),),
@@ -222,16 +225,16 @@ def plan_of(tp: int, kind: Any) -> tuple[UnitPlan, ModelSpec]:
         lanes=Lanes(split=(1,)),
         scheduling=Scheduling(max_sequences=64),
     )
-    return plan_unit(unit, {"m": spec}, {"m": load_shape(MODEL)}), spec
+    return plan_unit(unit, {"m": spec}, {"m": load_shape(model)}), spec
 
 
 @contextmanager
-def executor_of(tp: int, kind: str) -> Iterator[tuple[UnitPlan, LaneExecutor]]:
-    plan, spec = plan_of(tp, kind)
-    shapes = {"m": load_shape(MODEL)}
+def executor_of(model: Path, tp: int, kind: str) -> Iterator[tuple[UnitPlan, LaneExecutor]]:
+    plan, spec = plan_of(model, tp, kind)
+    shapes = {"m": load_shape(model)}
 
     def load(shard: Shard) -> dict[str, Llama]:
-        return {"m": Llama.load(MODEL, "float32", shard=shard)}
+        return {"m": Llama.load(model, "float32", shard=shard)}
 
     with ExitStack() as stack:
         if tp == 1:
@@ -241,9 +244,9 @@ def executor_of(tp: int, kind: str) -> Iterator[tuple[UnitPlan, LaneExecutor]]:
             yield plan, stack.enter_context(open_mesh(plan, [spec], shapes, cores, load))
 
 
-def steps(tp: int, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
+def steps(model: Path, tp: int, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
     """Milliseconds of a prompt of 256 tokens, and of decode steps behind prompts of 100."""
-    with executor_of(tp, kind) as (plan, executor):
+    with executor_of(model, tp, kind) as (plan, executor):
         layout = plan.models["m"].layout
         for name, size, tokens in (("prefill", 1, 256), ("decode", 1, 1), ("decode", 16, 1)):
             length = tokens if name == "prefill" else 100
@@ -272,13 +275,15 @@ def steps(tp: int, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def main(
+    model: Annotated[str, typer.Option(help="Whose steps: a shape of llama_folder.py.")] = "88m",
     sequences: Annotated[int, typer.Option(help="Of the step that ranks are told of.")] = 256,
     rounds: Annotated[int, typer.Option(help="Repetitions of everything.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="Folder for mesh.json.")] = None,
 ) -> None:
     """Measure a mesh of two ranks on this machine."""
-    folder = out or Path("/tmp")
-    record = Record(folder / "mesh.json", {"sequences": sequences, "rounds": rounds})
+    (folder,) = preset_folders([model])
+    settings = {"model": model, "sequences": sequences, "rounds": rounds}
+    record = Record((out or Path.cwd()) / "mesh.json", settings)
     os.sched_setaffinity(0, {CORES[0]})
     for name in CHANNELS:
         record.add("tell", tell(name, decode_step(sequences), rounds))
@@ -288,7 +293,7 @@ def main(
             record.add("exchange", exchange(kind, tokens, few))
     os.sched_setaffinity(0, set(CORES))
     for tp, kind in ((1, "shared"), (2, "shared"), (2, "gloo")):
-        for row in steps(tp, kind, max(20, rounds // 10)):
+        for row in steps(folder, tp, kind, max(20, rounds // 20)):
             record.add("steps", row)
     show(record.data)
 

@@ -28,8 +28,8 @@ def cores_of(num_ranks: int, lanes: int) -> list[int]:
 
 
 @contextmanager
-def mesh(plan: UnitPlan, folders: Mapping[str, Path]) -> Iterator[LaneExecutor]:
-    """The unit of `plan`, its models in float32."""
+def mesh(plan: UnitPlan, folders: Mapping[str, Path], unit: str = "") -> Iterator[LaneExecutor]:
+    """The unit of `plan`, its models in float32; `unit` is its name and generation."""
     specs = [ModelSpec(name=name, path=str(folders[name]), dtype="float32") for name in plan.models]
     shapes = {name: load_shape(folders[name]) for name in plan.models}
 
@@ -37,7 +37,7 @@ def mesh(plan: UnitPlan, folders: Mapping[str, Path]) -> Iterator[LaneExecutor]:
         return {name: Llama.load(folders[name], "float32", shard=shard) for name in plan.models}
 
     cores = cores_of(plan.spec.mesh.tp, plan.num_lanes)
-    with open_mesh(plan, specs, shapes, cores, load) as executor:
+    with open_mesh(plan, specs, shapes, cores, load, unit) as executor:
         yield executor
 
 

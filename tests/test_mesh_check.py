@@ -77,11 +77,10 @@ def test_a_mesh_of_cores_can_be_served_here(folder: Path) -> None:
             "found processes on a mesh of 2 ranks, expected cores",
         ),
         (
-            "name: large}]",
-            "name: large, role: prefill}]\n"
-            "  - {name: b, memory: {kv_bytes: 24MiB}, models: [{name: large, role: decode}]}",
-            "mesh.gpus",
-            "found 2 ranks of a unit that hands sequences over, expected one",
+            "24MiB}",
+            "24MiB, weight_bytes: 64MiB}",
+            "",
+            "found memory.weight_bytes and 2 ranks, expected one of them",
         ),
     ],
 )
@@ -93,12 +92,14 @@ def test_what_a_mesh_cannot_be(folder: Path, old: str, new: str, key: str, messa
     assert "\n" not in raised.value.message
 
 
-def test_a_mixed_unit_beside_units_with_roles_is_refused_too(folder: Path) -> None:
-    """It would hand over, and be handed over to."""
+def test_ranks_hand_over_through_memory_only(folder: Path) -> None:
+    """A mixed unit hands over, too, where others have roles."""
     unit = "  - {{name: {0}, memory: {{kv_bytes: 24MiB}}, models: [{{name: large, role: {0}}}]}}\n"
-    more = "".join(unit.format(role) for role in ("prefill", "decode"))
-    with pytest.raises(KeyedError, match=r"units\[0\].mesh.gpus: .* hands sequences over"):
-        check(load(write(folder, FILE + more)), FOUR, {})
+    text = FILE + "".join(unit.format(role) for role in ("prefill", "decode"))
+    assert check(load(write(folder, text)), FOUR, {}).plans[0].spec.has_roles
+    over_nixl = text.replace("    mesh:", "    transfer: nixl\n    mesh:", 1)
+    with pytest.raises(KeyedError, match=r"units\[0\].transfer: found nixl and 2 ranks"):
+        check(load(write(folder, over_nixl)), FOUR, {})
 
 
 def test_the_shipped_mesh_is_served_where_there_are_two_cores() -> None:

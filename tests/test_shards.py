@@ -1,10 +1,11 @@
 """How a model is cut over ranks: every part is somewhere, read once, and adds up to the whole."""
 
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from time import sleep, thread_time
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,13 @@ from muxrt.config.shard import Shard, check_split  # noqa: E402
 from muxrt.engine.ranks import plan_rank, rank_cores  # noqa: E402
 from muxrt.errors import ConfigError  # noqa: E402
 from muxrt.models.llama import Llama, Session  # noqa: E402
+from muxrt.models.ranks import Ranks  # noqa: E402
 from muxrt.models.weights import Kind, list_weights  # noqa: E402
 from muxrt.worker.collectives import GlooRanks, RankLost  # noqa: E402
+from muxrt.worker.kv_storage import Segment  # noqa: E402
+from muxrt.worker.shared_ranks import ROOM, SharedRanks, num_bytes, open_wake  # noqa: E402
+
+TIMEOUT_S, LATE_S = 3.0, 0.5
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
@@ -163,17 +169,23 @@ def test_what_others_hold_may_be_anything(folder: Path, tmp_path: Path) -> None:
 # -- the forward pass, over gloo between two threads -----------------------------------------
 
 
-@pytest.fixture
-def lines() -> Iterator[list[GlooRanks]]:
-    store, found = HashStore(), [None, None]
+@pytest.fixture(params=["shared", "gloo"])
+def lines(request: pytest.FixtureRequest) -> Iterator[list[Ranks]]:
+    """A line of each of two ranks."""
+    memory, wakes = Segment(num_bytes(2)), [open_wake(), open_wake()]
+    store, found = HashStore(), {}
 
     def meet(rank: int) -> None:
-        found[rank] = GlooRanks(store, "test", Shard(rank, 2), 5.0)  # type: ignore[call-overload]
+        shard = Shard(rank, 2)
+        if request.param == "gloo":
+            found[rank] = GlooRanks(store, "test", shard, TIMEOUT_S)
+        else:
+            found[rank] = SharedRanks(memory.tensor(), wakes, shard, TIMEOUT_S)
 
     together(meet)
-    yield found  # type: ignore[misc]
-    for line in found:
-        line.close()  # type: ignore[attr-defined]
+    yield [found[0], found[1]]
+    for wake in wakes:
+        os.close(wake)
 
 
 def together(work: Any) -> None:
@@ -195,7 +207,7 @@ def together(work: Any) -> None:
         raise errors[0]
 
 
-def test_two_parts_compute_what_the_whole_does(folder: Path, lines: list[GlooRanks]) -> None:
+def test_two_parts_compute_what_the_whole_does(folder: Path, lines: list[Ranks]) -> None:
     """A prompt in two chunks and a decode step, logits within rounding."""
     whole = Llama.load(folder, "float32")
     single = PagedRunner(whole, make_kv(load_shape(folder)))
@@ -224,8 +236,33 @@ def test_two_parts_compute_what_the_whole_does(folder: Path, lines: list[GlooRan
         torch.testing.assert_close(here, there, atol=2e-4, rtol=1e-4)
 
 
-def test_a_rank_that_does_not_come_is_found_in_time(lines: list[GlooRanks]) -> None:
-    with ExitStack() as stack:
-        stack.enter_context(pytest.raises(RankLost, match="an exchange between ranks failed"))
-        lines[1].close()
+def test_a_rank_that_does_not_come_is_found(lines: list[Ranks]) -> None:
+    with pytest.raises(RankLost, match="an exchange between ranks failed"):
         lines[0].add(torch.ones(4))
+
+
+def test_one_that_comes_late_is_waited_for_asleep(lines: list[Ranks]) -> None:
+    """And what is exchanged may be larger than the room for it."""
+    count, used_s = ROOM + 1000, []
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            sleep(LATE_S)
+        begun_s = thread_time()
+        values = torch.full((count,), float(rank + 1))
+        values[-1] = 10.0 * (rank + 1)
+        lines[rank].add(values)
+        assert values[0] == 3.0 and values[-2] == 3.0 and values[-1] == 30.0
+        ids = torch.arange(count, dtype=torch.int32) if rank == 0 else torch.zeros(count).int()
+        lines[rank].share(ids)
+        assert torch.equal(ids, torch.arange(count, dtype=torch.int32))
+        part = torch.full((70, 2000 + rank), float(rank))
+        joined = lines[rank].join(part, 4001)
+        used_s.append(thread_time() - begun_s)
+        assert (joined is None) == (rank == 1)
+        if joined is not None:
+            assert joined.shape == (70, 4001)
+            assert (joined[:, :2000] == 0).all() and (joined[:, 2000:] == 1).all()
+
+    together(work)
+    assert max(used_s) < LATE_S / 2

@@ -74,6 +74,7 @@ def make_plan(
     kv_dtype: str = "auto",
     graph_bytes: int = 0,
     tp: int = 1,
+    exchanges: bool = False,
     **scheduling: Any,
 ) -> UnitPlan:
     """A unit with both models; 8 and 4 tokens per block group."""
@@ -88,6 +89,7 @@ def make_plan(
             plane_tokens=4,
         ),
         mesh=Mesh(gpus=tuple(range(tp))),
+        exchanges=exchanges,
         lanes=lanes or Lanes(),
         scheduling=Scheduling(max_sequences=16, **scheduling),
     )

@@ -168,12 +168,12 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
 
 
 def _check_exchange(index: int, unit: UnitSpec) -> None:
-    """What lies on several ranks is not handed over, so far."""
-    if unit.exchanges and unit.mesh.tp > 1:
+    """What lies on several ranks is handed over through memory that processes share."""
+    if unit.exchanges and unit.mesh.tp > 1 and unit.transfer != "shared":
         raise KeyedError(
-            ("units", index, "mesh", "gpus"),
-            f"found {unit.mesh.tp} ranks of a unit that hands sequences over, expected one: K and V"
-            " on several ranks are not handed over, so far",
+            ("units", index, "transfer"),
+            f"found {unit.transfer} and {unit.mesh.tp} ranks, expected shared: ranks hand over"
+            " within a machine only, so far",
         )
 
 

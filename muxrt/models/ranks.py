@@ -13,6 +13,7 @@ class Ranks(Protocol):
     """
 
     rank: int
+    size: int
 
     def share(self, values: Tensor) -> None:
         """`values` become the first rank's."""

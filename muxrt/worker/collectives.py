@@ -45,7 +45,7 @@ class GlooRanks:
         An exchange that takes longer than `timeout_s` raises RankLost.
         """
         self.rank = shard.rank
-        self._size = shard.size
+        self.size = shard.size
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(interface=LOOPBACK)]
         options._timeout = timedelta(seconds=timeout_s)
@@ -67,16 +67,16 @@ class GlooRanks:
 
     def join(self, part: Tensor, width: int) -> Tensor | None:
         rows, columns = part.shape
-        widest = -(-width // self._size)
+        widest = -(-width // self.size)
         if columns < widest:  # gloo gathers pieces of one size
             part = torch.cat((part, part.new_zeros(rows, widest - columns)), dim=1)
         is_first = self.rank == 0
-        pieces = [torch.empty(rows, widest) for _ in range(self._size)] if is_first else []
+        pieces = [torch.empty(rows, widest) for _ in range(self.size)] if is_first else []
         outputs = [pieces] if is_first else []
         self._wait(self._group.gather(outputs, [part.contiguous()], self._gather))
         if not is_first:
             return None
-        counts = [len(part_of(width, rank, self._size)) for rank in range(self._size)]
+        counts = [len(part_of(width, rank, self.size)) for rank in range(self.size)]
         held = [piece[:, :count] for piece, count in zip(pieces, counts, strict=True)]
         return torch.cat(held, dim=1)
 

@@ -9,14 +9,14 @@ from typing import Self
 from muxrt.core import Batch, Result, Transfer, Work
 from muxrt.engine.executor import Done
 from muxrt.worker.lanes import Lane
-from muxrt.worker.transfer import Exchange
+from muxrt.worker.transfer import Reached
 
 
 class LaneExecutor:
     """The `Executor` of real hardware: lanes by number, the copy lane last."""
 
     def __init__(
-        self, lanes: Sequence[Lane], resources: ExitStack, exchange: Exchange | None = None
+        self, lanes: Sequence[Lane], resources: ExitStack, exchange: Reached | None = None
     ) -> None:
         """`resources` closes the lanes, and then what they computed with.
 

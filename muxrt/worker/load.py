@@ -89,7 +89,7 @@ def _open_on_cores(
         }
 
     if plan.spec.mesh.tp > 1:
-        return open_mesh(plan, boot.models, shapes, cores, load)
+        return open_mesh(plan, boot.models, shapes, cores, load, boot.identity)
     return open_executor(plan, load(WHOLE), cores, boot.identity)
 
 

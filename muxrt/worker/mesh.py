@@ -11,8 +11,9 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -33,10 +34,12 @@ from muxrt.models.ranks import Ranks
 from muxrt.worker.collectives import GlooRanks, RankLost, open_store
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.kv_storage import Segment, Storage
-from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, attempt, split_cores
+from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, split_cores
+from muxrt.worker.mesh_copies import CopyTogether, join_addresses, open_exchange
 from muxrt.worker.process_lane import ProcessLane
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.shared_ranks import SharedRanks, num_bytes
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
+from muxrt.worker.transfer import Reached
 from muxrt.worker.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -57,13 +60,15 @@ class RankSetup(msgspec.Struct, frozen=True):
     models: tuple[ModelSpec, ...]
     cores: tuple[int, ...]
     memory: int  # descriptor of what all ranks map: beats, and rooms for exchanges
+    wakes: tuple[tuple[int, ...], ...]  # eventfds, by lane and rank
+    unit: str  # name and generation
     port: int | None  # of gloo's store; None: sums go through that memory
     module: str = "muxrt.worker.rank"
     environ: dict[str, str] = {}
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        return (self.memory,)
+        return (self.memory, *(wake for lane in self.wakes for wake in lane))
 
 
 class Others:
@@ -173,10 +178,12 @@ def open_mesh(
     shapes: Mapping[str, ModelShape],
     cores: Sequence[int],
     load: Load,
+    unit: str = "",
 ) -> LaneExecutor:
     """Start the other ranks, load this one's weights and start its lanes.
 
-    Raises ConfigError for a unit that cannot be cut, MuxrtError where a rank cannot start.
+    `unit` is its name and generation, for units that fetch from it. Raises ConfigError for a unit
+    that cannot be cut, MuxrtError where a rank cannot start.
     """
     size, timeout_s = plan.spec.mesh.tp, plan.spec.mesh.timeout_s
     parts = rank_cores(cores, size)
@@ -187,6 +194,7 @@ def open_mesh(
     with ExitStack() as stack:
         memory = Segment(memory_bytes(plan))
         stack.callback(memory.close)
+        wakes = _open_wakes(plan, stack)
         store = open_store() if plan.spec.mesh.exchange == "gloo" else None
         setups = [
             RankSetup(
@@ -197,6 +205,8 @@ def open_mesh(
                 models=tuple(models),
                 cores=parts[shard.rank],
                 memory=memory.fd,
+                wakes=wakes,
+                unit=unit,
                 port=None if store is None else store.port,
             )
             for shard in shards
@@ -206,19 +216,28 @@ def open_mesh(
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
-        lanes: list[Lane] = []
-        for lane in open_lanes(setups[0], loaded, lines, stack, others.lose):
-            lanes.append(MeshLane(lane, others))
+        opened = open_lanes(setups[0], loaded, lines, stack, others.lose)
+        lanes: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
         watch = Watch(open_beats(memory, size), 0, others.pids, timeout_s, others.silence)
         stack.callback(watch.close)
-        return LaneExecutor([*lanes, others], stack.pop_all())
+        return LaneExecutor([*lanes, others], stack.pop_all(), opened.reached)
     raise AssertionError("an exit stack swallows nothing")
 
 
 def memory_bytes(plan: UnitPlan) -> int:
     """What the ranks of a unit share."""
-    return BEATS_BYTES + num_bytes(plan.spec.mesh.tp, plan.num_lanes + 1)
+    return BEATS_BYTES + (plan.num_lanes + 1) * num_bytes(plan.spec.mesh.tp)
+
+
+def _open_wakes(plan: UnitPlan, stack: ExitStack) -> tuple[tuple[int, ...], ...]:
+    """By lane and rank; none where gloo wakes."""
+    lanes = range(plan.num_lanes + 1 if plan.spec.mesh.exchange == "shared" else 0)
+    wakes = tuple(tuple(open_wake() for _ in range(plan.spec.mesh.tp)) for _ in lanes)
+    for lane in wakes:
+        for wake in lane:
+            stack.callback(os.close, wake)
+    return wakes
 
 
 def open_beats(memory: Segment, size: int) -> npt.NDArray[np.int64]:
@@ -235,7 +254,9 @@ def open_lines(
     timeout_s = setup.plan.spec.mesh.timeout_s
     for lane in range(setup.plan.num_lanes + 1):
         if store is None:
-            lines.append(SharedRanks(memory, BEATS_BYTES, lane, setup.shard, timeout_s))
+            size = num_bytes(setup.shard.size)
+            rooms = memory.tensor(offset=BEATS_BYTES + lane * size, count=size)
+            lines.append(SharedRanks(rooms, setup.wakes[lane], setup.shard, timeout_s))
         else:
             gloo = GlooRanks(store, f"lane-{lane}", setup.shard, timeout_s)
             stack.callback(gloo.close)
@@ -243,44 +264,45 @@ def open_lines(
     return lines
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedRank:
+    """The lanes of one rank, the copy lane last."""
+
+    lanes: list[ThreadLane]
+    reached: Reached | None  # on the first rank, where the unit hands sequences over
+
+
 def open_lanes(
     setup: RankSetup, models: dict[str, Llama], lines: Sequence[Ranks], stack: ExitStack, lose: Lose
-) -> Iterator[ThreadLane]:
-    """The lanes of one rank, started; `models` is emptied, `lose` hears why the mesh is broken."""
+) -> OpenedRank:
+    """Start a rank's lanes; `models` is emptied, `lose` hears why the mesh is broken."""
     plan = setup.plan
     storage = Storage(plan)
     stack.callback(storage.close)
     there = {name: Resident.of(models.pop(name), name, storage) for name in plan.models}
-    copier = Copier(storage, plan.arena.block_bytes, models=there)
+    exchange = (
+        open_exchange(setup.unit, setup.shard, plan, setup.shapes, storage, stack)
+        if plan.spec.has_roles
+        else None
+    )
+    reached = join_addresses(exchange, plan.models, lines[-1]) if exchange else None
+    copier = Copier(storage, plan.arena.block_bytes, exchange, there)
     shares = split_cores(setup.cores, plan.spec.lanes.split)
     lanes = [
         ThreadLane(f"lane-{number}", share, _batches(there, lines[number], lose))
         for number, share in enumerate(shares)
     ]
-    lanes.append(ThreadLane("copy", setup.cores, _copies(copier, lines[-1], lose), size=1))
+    together = _guarded(CopyTogether(copier, lines[-1]).run, lose)
+    lanes.append(ThreadLane("copy", setup.cores, lambda _: together, size=1))
     for lane in lanes:
         stack.callback(lane.close)
     for lane in lanes:
         lane.wait_started()
-        yield lane
+    return OpenedRank(lanes, reached)
 
 
 def _batches(models: Mapping[str, Resident], line: Ranks, lose: Lose) -> Callable[[Team], Run]:
     return lambda team: _guarded(Runner(models, team, line).run, lose)
-
-
-def _copies(copier: Copier, line: Ranks, lose: Lose) -> Callable[[Team], Run]:
-    """A copy is over when it is on every rank: its blocks may be used again then."""
-
-    def run(work: Work) -> Result:
-        result = attempt(copier.run, work)
-        failed = torch.tensor([float(result.error is not None)])
-        line.add(failed)
-        if failed.item() and result.error is None:
-            raise MuxrtError(f"{int(failed.item())} other ranks could not copy")
-        return result
-
-    return lambda _: _guarded(run, lose)
 
 
 def _guarded(run: Run, lose: Lose) -> Run:

@@ -10,7 +10,6 @@ from typing import NoReturn
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.worker.collectives import open_store
 from muxrt.worker.kv_storage import Segment
-from muxrt.worker.lanes import ThreadLane
 from muxrt.worker.load import load_model
 from muxrt.worker.logs import log_to_stderr
 from muxrt.worker.mesh import RankSetup, memory_bytes, open_beats, open_lanes, open_lines
@@ -41,9 +40,7 @@ class RankChild:
         store = None if setup.port is None else open_store(setup.port)
         give(Result())  # loaded: rank 0 meets us as soon as all are
         lines = open_lines(setup, memory, store, self._stack)
-        self._lanes: list[ThreadLane] = list(
-            open_lanes(setup, models, lines, self._stack, self._end)
-        )
+        self._lanes = open_lanes(setup, models, lines, self._stack, self._end).lanes
         beats, timeout_s = open_beats(memory, setup.shard.size), setup.plan.spec.mesh.timeout_s
         self._watch = Watch(beats, setup.shard.rank, (0,), timeout_s, self._end_unit)
 

@@ -3,11 +3,15 @@
 Everybody writes its part into its own room, all meet, and each reads what it needs from the rooms
 of the others: an all-reduce is one write and one sum, in the order of the ranks. There are two sets
 of rooms in turn, so that nobody writes where a slower rank still reads: who comes to the next
-meeting has read everything of the last.
+meeting has read everything of the last. Who waits looks for a moment, then sleeps and is woken: on
+a core that others want, too, a rank that spins has used up its share of it when it is needed.
 """
 
-from collections.abc import Iterator
-from time import monotonic, sleep
+import os
+import select
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
@@ -15,31 +19,34 @@ import torch
 from torch import Tensor
 
 from muxrt.config.shard import Shard, part_of
-from muxrt.kernels import MEET_SPACING, meet
+from muxrt.kernels import meeting
 from muxrt.worker.collectives import RankLost
-from muxrt.worker.kv_storage import Segment
 
 Floats = npt.NDArray[np.float32]
 
 ROOM = 1 << 18  # floats that a rank exchanges at a time
-LOOKS = 20_000  # about a millisecond; later than that a rank is late, and is waited for asleep
-ASLEEP_S = 1e-4
+LOOKS = 2_000  # 40 us on a Xeon; a rank that comes later is waited for asleep
 
 
 class SharedRanks:
     """The `Ranks` of one lane."""
 
     def __init__(
-        self, memory: Segment, offset: int, lane: int, shard: Shard, timeout_s: float
+        self, memory: Tensor, wakes: Sequence[int], shard: Shard, timeout_s: float
     ) -> None:
-        """`memory` has `num_bytes` from `offset` on. Who is missing for `timeout_s` is lost."""
-        self.rank, self._size, self._timeout_s = shard.rank, shard.size, timeout_s
-        counters, rooms = shard.size * MEET_SPACING, 2 * shard.size * ROOM
-        at = offset + lane * num_bytes(shard.size, 1)
-        self._counters = memory.tensor(torch.int64, at, counters).numpy()
-        floats = memory.tensor(torch.float32, at + 8 * counters, rooms)
-        self._rooms: Floats = floats.view(2, shard.size, ROOM).numpy()
-        self._turn = 0
+        """memory [num_bytes(size)] uint8, zeros at first: shared by the ranks, as is `wakes`.
+
+        `wakes` are eventfds, one by which each rank is woken. Who is missing for `timeout_s` is
+        lost.
+        """
+        self.rank, self.size, self._timeout_s = shard.rank, shard.size, timeout_s
+        counters = _counters_bytes(shard.size)
+        self._counters = memory[:counters].view(torch.int64).numpy()
+        rooms = memory[counters:].view(torch.float32).view(2, shard.size, ROOM)
+        self._rooms: Floats = rooms.numpy()
+        self._wakes, self._turn = tuple(wakes), 0
+        self._poll = select.poll()
+        self._poll.register(self._wakes[self.rank], select.POLLIN)
 
     def share(self, values: Tensor) -> None:
         """values 1-D int32."""
@@ -52,12 +59,12 @@ class SharedRanks:
         for piece in _pieces(values.view(-1).numpy()):
             rooms = self._exchange(piece)
             np.add(rooms[0, : len(piece)], rooms[1, : len(piece)], out=piece)
-            for rank in range(2, self._size):
+            for rank in range(2, self.size):
                 piece += rooms[rank, : len(piece)]
 
     def join(self, part: Tensor, width: int) -> Tensor | None:
         rows = len(part)
-        cuts = [part_of(width, rank, self._size) for rank in range(self._size)]
+        cuts = [part_of(width, rank, self.size) for rank in range(self.size)]
         step = ROOM // max(len(cut) for cut in cuts)
         joined = np.empty((rows, width), np.float32) if self.rank == 0 else None
         for begin in range(0, rows, step):
@@ -78,30 +85,58 @@ class SharedRanks:
         self._turn += 1
         rooms: Floats = self._rooms[self._turn % 2]
         rooms[self.rank, : len(values)] = values
-        if not self._has_met():
-            due_s = monotonic() + self._timeout_s
-            while not self._has_met():
-                self._check(due_s)
+        state = self._meet(LOOKS)
+        if state == meeting.AWAITED:
+            self._wake()
+            state = self._meet(LOOKS)
+        if state != meeting.MET:
+            self._sleep()
         return rooms
 
-    def _has_met(self) -> bool:
-        met: bool = meet(self._counters, self.rank, self._size, self._turn, LOOKS)
-        return met
+    def _meet(self, looks: int) -> int:
+        state: int = meeting.meet(self._counters, self.rank, self.size, self._turn, looks)
+        return state
 
-    def _check(self, due_s: float) -> None:
-        if monotonic() > due_s:
-            counts = self._counters[::MEET_SPACING]
-            missing = np.flatnonzero(counts < self._turn).tolist()
-            raise RankLost(
-                f"an exchange between ranks failed: {missing} did not come within"
-                f" {self._timeout_s:g} s"
-            )
-        sleep(ASLEEP_S)
+    def _wake(self) -> None:
+        asleep = self._counters[self.size * meeting.SPACING :: meeting.SPACING]
+        for rank in np.flatnonzero(asleep).tolist():
+            os.eventfd_write(self._wakes[rank], 1)
+
+    def _sleep(self) -> None:
+        """Until all have come. Raises RankLost."""
+        due_s = monotonic() + self._timeout_s
+        while True:
+            meeting.doze(self._counters, self.rank, self.size, 1)
+            # Who came before it could see that we sleep is seen by us now.
+            state = self._meet(1)
+            if state != meeting.MET:
+                self._poll.poll(max(0.0, due_s - monotonic()) * 1000)
+            meeting.doze(self._counters, self.rank, self.size, -1)
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._wakes[self.rank])
+            if state == meeting.MET or self._meet(1) == meeting.MET:
+                return
+            if monotonic() >= due_s:
+                counts = self._counters[: self.size * meeting.SPACING : meeting.SPACING]
+                missing = np.flatnonzero(counts < self._turn).tolist()
+                raise RankLost(
+                    f"an exchange between ranks failed: {missing} did not come within"
+                    f" {self._timeout_s:g} s"
+                )
 
 
-def num_bytes(size: int, lanes: int) -> int:
-    """What a segment needs for `lanes` lanes of `size` ranks; pages are taken when touched."""
-    return lanes * size * (8 * MEET_SPACING + 2 * 4 * ROOM)
+def open_wake() -> int:
+    """An eventfd by which a rank is woken; rank processes inherit it."""
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+def _counters_bytes(size: int) -> int:
+    return 2 * size * meeting.SPACING * 8
+
+
+def num_bytes(size: int) -> int:
+    """Memory of one lane; pages are taken when touched."""
+    return _counters_bytes(size) + 2 * size * ROOM * 4
 
 
 def _pieces(values: npt.NDArray[np.float32]) -> Iterator[Floats]:

@@ -159,6 +159,13 @@ class Transport(Protocol):
         """Nobody is read from or reads here any more."""
 
 
+class Reached(Protocol):
+    """Whose K and V others can fetch."""
+
+    def address(self, model: str) -> bytes:
+        """Where they find those of `model`."""
+
+
 class Exchange:
     """Seals our blocks and fetches those of other units: of the kv heads that we have."""
 
@@ -273,6 +280,6 @@ def seal_heads(arena: Tensor, planes: Ids, plane_bytes: int) -> tuple[int, ...]:
     return tuple(kernels.checksum(arena, torch.from_numpy(ids), plane_bytes) for ids in by_head)
 
 
-def addresses(exchange: Exchange | None, models: Mapping[str, object]) -> dict[str, bytes]:
+def addresses(exchange: Reached | None, models: Mapping[str, object]) -> dict[str, bytes]:
     """The address of each model; none where nothing is exchanged."""
     return {model: exchange.address(model) if exchange else b"" for model in models}
