@@ -192,6 +192,14 @@ def test_check_says_who_prefills_and_who_decodes(muxrt: CommandLine) -> None:
         assert text in answer.out
 
 
+def test_check_says_who_sleeps_and_over_how_many_ranks_models_run(muxrt: CommandLine) -> None:
+    tail = muxrt("serve", DISAGG.with_name("longtail.yaml"), "--check")
+    assert "27.0 MiB of weights are awake" in tail.out.replace("\n", " ")
+    assert "tail-20 (asleep)" in tail.out and "tail-01 (asleep)" not in tail.out
+    mesh = muxrt("serve", DISAGG.with_name("tensor_parallel.yaml"), "--check")
+    assert "every core, 2 ranks" in mesh.out
+
+
 def test_check_says_how_requests_are_routed(muxrt: CommandLine, tmp_path: Path) -> None:
     plain = muxrt("serve", DISAGG, "--check")
     assert "routing distserve: each phase of a request to its shortest queue" in plain.out

@@ -77,6 +77,8 @@ def _unit_line(plan: UnitPlan) -> str:
     )
     swap_bytes = spec.memory.swap_bytes
     line = f"{line}; {show_bytes(swap_bytes)} to swap" if swap_bytes else line
+    if plan.habits is not None:
+        line += f"; {show_bytes(plan.weight_bytes)} of weights are awake at a time"
     return f"{line}; K and V by {_TRANSFERS[spec.transfer]}" if spec.has_roles else line
 
 
@@ -89,7 +91,14 @@ def _mesh(spec: UnitSpec) -> str:
         shares = ", ".join(f"{share} %" for share in spec.lanes.sm_pct or (100,))
         return f"GPU {(spec.mesh.gpus or (0,))[0]} in {spec.lanes.kind} lanes of {shares}"
     cores = "every core" if spec.mesh.cores is None else f"cores {_listed(spec.mesh.cores)}"
+    if spec.mesh.tp > 1:
+        cores += f", {spec.mesh.tp} ranks"
     return f"{cores} in lanes of {_listed(spec.lanes.split)}" if spec.lanes.split else cores
+
+
+def _asleep(plan: UnitPlan, model: str) -> str:
+    """Who has no quota before somebody asks for it."""
+    return "" if plan.habits is None or model in plan.awake else " (asleep)"
 
 
 def shares_table(plan: UnitPlan) -> Table:
@@ -101,7 +110,7 @@ def shares_table(plan: UnitPlan) -> Table:
     for model in plan.models.values():
         quota, layout = plan.quotas[model.name], model.layout
         table.add_row(
-            model.name + _DOES[roles[model.name]],
+            model.name + _DOES[roles[model.name]] + _asleep(plan, model.name),
             str(quota),
             f"{quota / plan.num_blocks:.0%}",
             str(quota // layout.blocks_per_group * layout.block_tokens),
