@@ -1,6 +1,7 @@
 """A unit of the brain on a virtual clock: its timer, its lanes, its deaths."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Protocol
 
 from muxrt.config.placement import ModelSpec, UnitSpec
@@ -54,13 +55,17 @@ class SimUnit:
         models: Sequence[ModelSpec],
         setting: Setting,
         around: Surroundings,
+        is_lent: bool = False,
     ) -> None:
-        """Raises ConfigError where the unit cannot be laid out or costed."""
+        """`is_lent`: units with roles help each other as their queues are.
+
+        Raises ConfigError where the unit cannot be laid out or costed.
+        """
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        # What another unit hands over comes at no time that a run could know of before.
-        self._folds = setting.fold and self._cost.can_fold and not spec.has_roles
+        # Who borrows looks at every step, and changes with it.
+        self._folds = setting.fold and self._cost.can_fold and not (spec.has_roles and is_lent)
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
         self.start()
@@ -110,8 +115,15 @@ class SimUnit:
         return self._loop.now_s
 
     def _horizon(self) -> float:
-        """The next request or sample of the group, or the unit's own timer."""
-        around_s = self._around.horizon()
+        """The next request or sample of the group, or the unit's own timer.
+
+        Other units speak to one that has roles: that comes with any event of theirs, or of a link.
+        """
+        if self.plan.spec.has_roles:
+            due_s = self.unit.scheduler.transfers.next_s()
+            around_s = min(self._loop.next_s(), inf if due_s is None else due_s)
+        else:
+            around_s = self._around.horizon()
         return around_s if self._timer_s is None else min(around_s, self._timer_s)
 
     def add(self, request: Request) -> None:
