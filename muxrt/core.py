@@ -319,7 +319,35 @@ class Transfer(msgspec.Struct, frozen=True, tag="transfer"):
     opened: tuple[SlotOpen, ...] = ()  # FETCH: with the last piece
 
 
-Work = Batch | Copy | Transfer
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """A model wakes: its weights come from host memory to where they are computed with.
+
+    The blocks `first_block` to `end_block` of the arena give up their memory for them.
+    """
+
+    id: int
+    lane: int
+    model: str
+    num_bytes: int  # of its weights
+    first_block: int = 0
+    end_block: int = 0
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """A model falls asleep: the memory of its weights is free from then on.
+
+    Where it `makes_room`, a `Load` follows that takes that memory over; before it nobody else may.
+    """
+
+    id: int
+    lane: int
+    model: str
+    num_bytes: int  # of its weights
+    makes_room: bool = False
+
+
+Scheduled = Batch | Copy | Transfer  # what names sequences
+Work = Scheduled | Load | Sleep
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

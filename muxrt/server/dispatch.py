@@ -28,7 +28,7 @@ from muxrt.engine.messages import Abort, Extend, ModelReady, Step, Submit, ToUni
 from muxrt.engine.pools import make_router
 from muxrt.engine.relay import Relay
 from muxrt.engine.requests import Ledger, LiveRequest
-from muxrt.engine.router import Ask, Replica, Switch
+from muxrt.engine.router import Ask, Replica, Route, Switch
 from muxrt.errors import BadRequest, Overloaded, Unavailable
 from muxrt.server.unit_process import UnitProcess
 
@@ -52,6 +52,7 @@ class Draft:
     deadline_s: float | None = None
     keys: tuple[bytes, ...] = ()
     block_tokens: int = 0  # what `keys` were made for
+    path: str | None = None  # of the folder that its tokens are of; None: whatever is served
 
     def request(self, request_id: int, block_tokens: int) -> Request:
         """The request for a unit whose block groups hold `block_tokens` tokens."""
@@ -129,6 +130,7 @@ class Dispatcher:
         self._relay = Relay(self.ledger, self)
         self._waiters: dict[int, _Waiter] = {}
         self._idle = asyncio.Event()
+        self._ended = asyncio.Event()  # some request has
 
     # -- before a request --------------------------------------------------------------------
 
@@ -160,13 +162,17 @@ class Dispatcher:
         return [
             self._replica(unit, model)
             for unit in self._units.units.values()
-            if unit.is_ready and model in unit.models
+            if unit.is_ready and unit.is_routed and model in unit.models
         ]
 
     def _homes(self, model: str) -> list[UnitProcess]:
-        """Units that have it, ready or not."""
+        """Units that have it and may be given new requests, ready or not."""
         units = self._units.units.values()
-        return [unit for unit in units if any(part.name == model for part in unit.spec.models)]
+        return [
+            unit
+            for unit in units
+            if unit.is_routed and any(part.name == model for part in unit.spec.models)
+        ]
 
     def _unavailable(self, model: str) -> Unavailable:
         waits = [unit.retry_after_s(self._now()) for unit in self._homes(model)]
@@ -190,7 +196,10 @@ class Dispatcher:
     def _start(self, request_id: int, waiter: _Waiter, near: str | None = None) -> bool:
         """Send a request that gave nothing yet, to `near` if that suits; False if none is ready."""
         draft = waiter.draft
-        route = self.router.route(Ask(draft.model, draft.num_tokens, draft.max_tokens > 1, near))
+        route = self._leaving(near, draft.model)
+        if route is None and self._is_known(draft):
+            ask = Ask(draft.model, draft.num_tokens, draft.max_tokens > 1, near)
+            route = self.router.route(ask)
         if route is None:
             return False
         name = route.replica.unit
@@ -204,6 +213,18 @@ class Dispatcher:
         self.ledger.open(request, name, route.decoder)
         self._send(request, waiter, name)
         return True
+
+    def _is_known(self, draft: Draft) -> bool:
+        """Its model is still served, and no other one has that name now."""
+        spec = self.models.get(draft.model)
+        return spec is not None and draft.path in (None, spec.path)
+
+    def _leaving(self, name: str | None, model: str) -> Route | None:
+        """To a unit that only finishes, for who belongs to something that runs there."""
+        unit = self._units.units.get(name) if name is not None else None
+        if unit is None or unit.is_routed or not unit.is_ready:
+            return None
+        return Route(self._replica(unit, model))
 
     def _send(self, request: Request, waiter: _Waiter, unit: str) -> None:
         self._waiters[request.id] = waiter
@@ -229,6 +250,7 @@ class Dispatcher:
         if waiter is not None and waiter.handoff is not None:
             self._relay.let_go(request_id, waiter.handoff)
         live = self.ledger.close(request_id)
+        self._ended.set()
         if not self._waiters:
             self._idle.set()
         return live
@@ -378,6 +400,17 @@ class Dispatcher:
     def _resumed(self, request_id: int, source: Source | None) -> Request:
         waiter = self._waiters[request_id]
         return waiter.draft.resumed(request_id, waiter.outputs, source)
+
+    def serve(self, models: Sequence[ModelSpec]) -> None:
+        """These are the models from now on; what is live of others goes on."""
+        self.models.clear()
+        self.models.update((model.name, model) for model in models)
+
+    async def quiet(self, unit: str) -> None:
+        """Until nothing is live in `unit`, or on its way there."""
+        while self.ledger.of_unit(unit) or self.ledger.promised_to(unit):
+            self._ended.clear()
+            await self._ended.wait()
 
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new; True once nothing is live, False if that takes too long."""

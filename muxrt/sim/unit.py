@@ -64,8 +64,11 @@ class SimUnit:
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        # Who borrows looks at every step, and changes with it.
-        self._folds = setting.fold and self._cost.can_fold and not (spec.has_roles and is_lent)
+        # Who borrows looks at every step, and changes with it; a model that wakes comes at no time
+        # that a run could know of before.
+        is_looked_at = spec.has_roles and is_lent
+        comes_alone = self.plan.habits is None and not is_looked_at
+        self._folds = setting.fold and self._cost.can_fold and comes_alone
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
         self.start()
