@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from muxrt.config.cluster import KINDS
 from muxrt.config.placement import (
     Lanes,
@@ -66,6 +68,19 @@ def placement(routing: Routing, num_prefill: int | None = NUM_GPUS // 2) -> Serv
 
     units = tuple(unit(index) for index in range(NUM_GPUS))
     return ServeConfig(models=(MODEL,), units=units, routing=routing)
+
+
+def in_both(num_prefill: int, num_decode: int) -> ServeConfig:
+    """So many GPUs serve the model apart, the others colocated; traffic as there are GPUs."""
+    units = []
+    for index, unit in enumerate(placement(Routing()).units):
+        role: Role = "mixed"
+        if index < num_prefill + num_decode:
+            role = "prefill" if index < num_prefill else "decode"
+        traffic = (num_prefill + num_decode) / num_prefill if role == "prefill" else 1.0
+        models = (UnitModel(name="chat", role=role, traffic=traffic),)
+        units.append(msgspec.structs.replace(unit, name=f"{role}-{index}", models=models))
+    return ServeConfig(models=(MODEL,), units=tuple(units))
 
 
 def shifting(first: Traffic, second: Traffic, seed: int) -> list[Arrival]:

@@ -11,12 +11,22 @@ from msgspec.structs import replace as replace_struct
 from sim_world import GB, SLO, burst, config, setting, unit
 
 from muxrt.config.cluster import KINDS
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitSpec
+from muxrt.config.placement import (
+    Lanes,
+    Memory,
+    ModelSpec,
+    Role,
+    Scheduling,
+    UnitModel,
+    UnitSpec,
+)
 from muxrt.config.plan import EngineFacts
 from muxrt.config.serve import ServeConfig
+from muxrt.core import Phase
 from muxrt.cost.latency import BatchShape
 from muxrt.sim.executor import Job, MeshExecutor
 from muxrt.sim.group import Simulation, groups
+from muxrt.sim.setting import Failure
 from muxrt.sim.simulate import Run, simulate
 from muxrt.sim.sprint import LOG_STEPS
 from muxrt.workload.arrivals import Arrival
@@ -250,3 +260,70 @@ def test_the_brain_is_left_as_it_would_be(
         predicted = [brain.scheduler.latency.predict(n, BatchShape(3, 900)) for n in names]
         left.append((brain.stats(), predicted, brain.next_timer()))
     assert left[0] == left[1]
+
+
+# -- units with roles ----------------------------------------------------------------------------
+
+
+def apart(kv_gb: float, policy: str = "fcfs", mixed: bool = False, **knobs: object) -> ServeConfig:
+    """Two units that prefill, two that decode, of two models; and one that does both of one."""
+    scheduling = Scheduling(policy=policy, prefill_tokens=512, **knobs)  # type: ignore[arg-type]
+    roles: list[tuple[str, Role]] = [(f"p{n}", "prefill") for n in range(2)]
+    roles += [(f"d{n}", "decode") for n in range(2)] + ([("m", "mixed")] if mixed else [])
+    return config(
+        *(
+            unit(
+                name=name,
+                gpus=(gpu,),
+                parts=[UnitModel(name=model, role=role) for model in "ab"],
+                kv_bytes=int(kv_gb * GB),
+                scheduling=scheduling,
+            )
+            for gpu, (name, role) in enumerate(roles)
+        )
+    )
+
+
+@pytest.mark.parametrize("stream_tokens", [1, 256, 10**6])
+@pytest.mark.parametrize("policy", ["fcfs", "adbs", "slo"])
+def test_folding_units_with_roles_changes_nothing(policy: str, stream_tokens: int) -> None:
+    placed = apart(30, policy, stream_tokens=stream_tokens)
+    asked = traffic("ab", 3.0, 60, seed=3)
+    unfolded, folded = both(placed, asked)
+    assert folded == unfolded
+    assert all(served.is_answered for served in folded.served)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rate_rps=st.sampled_from([0.5, 3.0, 12.0]),
+    kv_gb=st.sampled_from([3, 30]),
+    seed=st.integers(0, 10**6),
+    mixed=st.booleans(),
+    stream_tokens=st.sampled_from([1, 256, 10**6]),
+    failure_s=st.sampled_from([None, 1.0, 4.0]),
+)
+def test_folding_units_with_roles_changes_nothing_anywhere(
+    rate_rps: float, kv_gb: int, seed: int, mixed: bool, stream_tokens: int, failure_s: float | None
+) -> None:
+    placed = apart(kv_gb, "adbs", mixed, stream_tokens=stream_tokens)
+    asked = traffic("ab", rate_rps, 30, seed)
+    known = setting("a", "b", facts=FACTS)
+    if failure_s is not None:
+        unit_name = "d0" if seed % 2 else "p0"
+        known = replace(known, failures=(Failure(unit_name, failure_s, 2.0),))
+    unfolded, folded = (
+        simulate(placed, replace(known, fold=fold), asked) for fold in (False, True)
+    )
+    assert folded == unfolded
+
+
+def test_most_steps_of_units_that_decode_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [Arrival(0.5 * n, "a", 300, 900) for n in range(20)]
+    seen, known = landed(monkeypatch), setting("a", "b", facts=FACTS)
+    told = []
+    for fold in (False, True):
+        seen.clear()
+        simulate(apart(30), replace(known, fold=fold), asked)
+        told.append(sum(job.runner.phase is Phase.DECODE for job in seen))
+    assert told[0] > 1000 and told[1] < 0.3 * told[0]

@@ -13,11 +13,11 @@ from muxrt.config.cluster import Cluster, NodeGroup
 from muxrt.config.placement import Placement
 from muxrt.cost.model import CostModel
 from muxrt.errors import ConfigError
-from muxrt.planner.apart import offer, within
+from muxrt.planner.apart import offer, part_of, within
 from muxrt.planner.assign import in_order
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import check_draft
-from muxrt.planner.mix import Kept, Mix, to_placement
+from muxrt.planner.mix import Kept, Mix, apart_units, to_placement
 from muxrt.planner.phase_plan import Objective, PhasePlan
 from muxrt.planner.phase_plan import to_placement as phases_to_placement
 from muxrt.planner.queueing import QueueingJudge
@@ -82,7 +82,8 @@ def check(world: Problem, mix: Mix) -> Placement:
             roles.setdefault(part.name, set()).add(part.role)
     assert set(used.values()) == {1} and sum(used.values()) == mix.num_gpus
     assert roles.keys() == world.demands.keys()
-    assert all(found in ({"mixed"}, {"prefill", "decode"}) for found in roles.values())
+    split = {"prefill", "decode"}
+    assert all(found in ({"mixed"}, split, split | {"mixed"}) for found in roles.values())
     if mix.together:
         check_draft(mix.together, mix.rest.problem)
     return placement
@@ -169,7 +170,77 @@ def test_too_few_gpus_serve_a_part() -> None:
     assert 0.3 < half.seen.attainment < 0.7  # what exceeds its rate is refused, not all late
 
 
+def test_a_part_of_the_cluster_keeps_the_goal_for_a_share_of_the_requests() -> None:
+    world = problem([chat(60.0)], gpus=8, nodes=8)
+    capacity = Capacity(world, QueueingJudge(world))
+    one = offer(world, capacity, "chat", Options(), lambda: False)
+    assert one is not None
+    for plan in (one.plans[0], next(p for p in one.plans if p.split.nodes is not None)):
+        shares = []
+        for most in (8, 16):
+            part = part_of(world, one.judge, plan, {0: most})
+            assert part is not None and part.gpus.total() <= most
+            assert part.seen.attainment >= 0.9
+            more = replace(part.split, num_prefill=part.copies * part.split.num_prefill,
+                           num_decode=part.copies * part.split.num_decode)  # fmt: skip
+            counts = more.prefill, more.num_prefill, more.decode, more.num_decode
+            assert one.judge.see_split(*counts, 1.5 * part.share * 60.0).attainment < 0.9
+            shares.append(part.share)
+        assert 0.2 < shares[0] / shares[1] < 0.6 and shares[1] < 1
+        assert part_of(world, one.judge, plan, {0: 1}) is None
+    whole_of_it = part_of(world.scaled({"chat": 0.05}), one.judge, one.plans[0], {0: 16})
+    assert whole_of_it is not None and whole_of_it.share == 1.0
+
+
+def test_a_model_in_both_ways_is_placed_counted_and_weighed() -> None:
+    world = problem([chat(30.0), demand("quiet")], gpus=8)
+    capacity = Capacity(world, QueueingJudge(world))
+    one = offer(world, capacity, "chat", Options(), lambda: False)
+    assert one is not None
+    part = part_of(world, one.judge, one.plans[0], {0: 6})
+    assert part is not None and part.share < 1
+    others = world.scaled({"chat": 1 - part.share})
+    units = apart_units(world, PhasePlan((part,)))
+    assert units is not None
+    rest = rest_of(others, left_by(world, units), ("chat", "quiet"))
+    judge = QueueingJudge(rest.problem)
+    draft = in_order(rest.problem, auto(rest.problem, Search(judge, judge)))
+    mix = Mix(PhasePlan((part,)), rest, draft, judge(draft))
+    placement = check(world, mix)
+    rates = Counter[str]()
+    traffic = Counter[str]()
+    for unit in placement.units:
+        for model in unit.models:
+            if model.name == "chat":
+                assert model.expected is not None
+                rates[model.role] += model.expected.rate_rps
+                traffic[model.role] += model.traffic
+    assert rates["prefill"] + rates["mixed"] == pytest.approx(30.0, rel=1e-3)
+    assert traffic["prefill"] / traffic["mixed"] == pytest.approx(
+        part.share / (1 - part.share), rel=1e-3
+    )
+    kept = mix.predicted(world)
+    assert kept.goodput_rps <= 31.0 and kept.least <= 1.0
+
+
 # -- the search --------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_too_much_for_either_way_is_tried_in_both() -> None:
+    world = both(1.3)
+    judged: list[Mix] = []
+
+    def listening(mix: Mix) -> Kept:
+        judged.append(mix)
+        return mix.predicted(world)
+
+    mixed(world, search(world), Terms(listening))
+    in_both = [mix for mix in judged if any(one.share < 1 for one in mix.apart.models)]
+    assert in_both
+    for mix in in_both:
+        check(world, mix)
+        (one,) = (one for one in mix.apart.models if one.share < 1)
+        assert one.model in {part.model for group in mix.together for part in group.parts}
 
 
 def test_a_model_that_gains_is_apart_and_the_other_colocated() -> None:

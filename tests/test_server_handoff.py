@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -13,7 +14,7 @@ from real_server import RealServer, real_config, real_server
 
 from muxrt.config.placement import Lanes, Role, UnitModel, UnitSpec
 from muxrt.config.routing import Routing
-from muxrt.config.serve import ServeConfig
+from muxrt.config.serve import Admin, ApiKeys, ServeConfig
 from muxrt.engine.handoff import Event, Handoff
 from muxrt.engine.relay import Relay
 
@@ -175,6 +176,43 @@ def test_processes_borrow_from_each_other_and_go_home(
     counts = [line for line in text.splitlines() if line.startswith("muxrt_role_switches_total")]
     assert len(counts) == 6
     assert sum(float(line.rpartition(" ")[2]) for line in counts) >= 2
+
+
+def test_an_operator_switches_roles_while_requests_flow(
+    whole: ServeConfig, wanted: dict[tuple[str, str], tuple[str, list[str]]], tmp_path: Path
+) -> None:
+    keys = tmp_path / "admin.keys"
+    keys.write_text("only-for-administrators")
+    admin = {"Authorization": "Bearer only-for-administrators"}
+    config = msgspec.structs.replace(split(whole), admin=Admin(keys=ApiKeys(file=str(keys))))
+
+    async def switch(http: aiohttp.ClientSession, unit: str, role: str) -> int:
+        body = {"unit": unit, "role": role}
+        async with http.post("/admin/models/a/role", json=body, headers=admin) as response:
+            return response.status
+
+    async def scenario(endpoint: RealServer) -> str:
+        async with aiohttp.ClientSession(endpoint.url) as http:
+            for prompts, answers in (("decode", "prefill"), ("mixed", "mixed")):
+                asked = [asyncio.create_task(ask(http, *key)) for key in wanted]
+                await asyncio.sleep(0.01)
+                assert await switch(http, "prompts", prompts) == 200
+                assert await switch(http, "answers", answers) == 200
+                asked += [asyncio.create_task(ask(http, *key)) for key in wanted]
+                assert await asyncio.gather(*asked) == [*wanted.values()] * 2
+            assert await switch(http, "nowhere", "mixed") == 400
+            assert await switch(http, "prompts", "both") == 400
+            admin.clear()
+            assert await switch(http, "prompts", "prefill") == 401
+            async with http.get("/metrics") as response:
+                return await response.text()
+
+    with real_server(config) as endpoint:
+        text = asyncio.run(scenario(endpoint))
+        endpoint.check_nothing_leaked()
+    for unit, other in (("prompts", "prefill"), ("answers", "decode")):
+        assert f'muxrt_role{{model="a",role="mixed",unit="{unit}"}} 1.0' in text
+        assert f'muxrt_role{{model="b",role="{other}",unit="{unit}"}} 1.0' in text
 
 
 @pytest.mark.parametrize("transfer", ["nixl", "gloo"])

@@ -2,14 +2,16 @@
 
 import importlib.util
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,19 @@ def test_a_group_that_broke_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
                 read(peer, NUM_BLOCKS, 0)
             read(peer, 63, 0)
     ours.close()
+    arena.close()
+
+
+def test_who_does_not_know_the_key_reads_nothing() -> None:
+    arena = Segment(BLOCK_BYTES)
+    holder = TorchTransport(arena.tensor())
+    peer = msgspec.msgpack.decode(holder.peer())
+    with socket.create_connection((peer["host"], peer["port"])) as line:
+        line.sendall(bytes(len(peer["key"])))
+        line.settimeout(5)
+        with suppress(ConnectionResetError):
+            assert line.recv(1) == b"", "it was answered"
+    holder.close()
     arena.close()
 
 

@@ -98,15 +98,48 @@ def within(
     found = [(_see(judge, one, rate_rps), one) for one in splits]
     seen, best = max(found, key=lambda item: item[0].attainment)
     if seen.attainment < judge.attainment:
-        prefill_rps, decode_rps = judge.prefill_rps(split.prefill), judge.decode_rps(split.decode)
-        likely = nlargest(
-            NUM_RATIOS,
-            splits,
-            key=lambda one: min(one.num_prefill * prefill_rps, one.num_decode * decode_rps),
-        )
-        served = [(_served(judge, one, rate_rps), one) for one in likely]
+        served = [(_served(judge, one, rate_rps), one) for one in _likely(judge, splits)]
         seen, best = max(served, key=lambda item: item[0].attainment)
     return replace(plan, split=best, copies=1, seen=seen)
+
+
+def part_of(
+    problem: Problem, judge: Judge, plan: ModelPlan, most: Mapping[int, int]
+) -> ModelPlan | None:
+    """The plan's instances on so many GPUs of each pool, with the requests that they keep the goal
+    for; None where not one of each finds room, or they keep it for nobody.
+    """
+    split, pool, copies = plan.split, plan.prefill_pool, 1
+    if split.nodes is not None and most[pool] > problem.pools[pool].gpus_per_node:
+        copies = most[pool] // split.gpus
+        likely = [split] if copies else []
+    else:
+        splits = [_numbered(split, n, m) for n, m in _numbers(plan, most)]
+        likely = _likely(judge, splits)
+    rated = [(_sustained(judge, one), one) for one in likely]
+    rps, best = max(rated, key=lambda item: item[0], default=(0.0, split))
+    if not rps:
+        return None
+    share = copies * rps / problem.demands[plan.model].rate_rps
+    seen = _see(judge, best, min(1.0, 1 / share) * rps)
+    return replace(plan, split=best, copies=copies, seen=seen, share=min(1.0, share))
+
+
+def _likely(judge: Judge, splits: list[Split]) -> list[Split]:
+    """Those that phases alone speak for."""
+    if len(splits) <= NUM_RATIOS:
+        return splits
+    prefill_rps = judge.prefill_rps(splits[0].prefill)
+    decode_rps = judge.decode_rps(splits[0].decode)
+    return nlargest(
+        NUM_RATIOS,
+        splits,
+        key=lambda one: min(one.num_prefill * prefill_rps, one.num_decode * decode_rps),
+    )
+
+
+def _sustained(judge: Judge, split: Split) -> float:
+    return judge.split_rps(split.prefill, split.num_prefill, split.decode, split.num_decode)
 
 
 def _numbers(plan: ModelPlan, most: Mapping[int, int]) -> list[tuple[int, int]]:
@@ -135,7 +168,7 @@ def _served(judge: Judge, split: Split, rate_rps: float) -> Seen:
     seen = _see(judge, split, rate_rps)
     if seen.attainment >= judge.attainment:
         return seen
-    rps = judge.split_rps(split.prefill, split.num_prefill, split.decode, split.num_decode)
+    rps = _sustained(judge, split)
     if not 0 < rps < rate_rps:
         return seen
     kept = _see(judge, split, rps)

@@ -1,7 +1,13 @@
-"""A placement of both kinds: some models' phases apart, the others colocated on what is left."""
+"""A placement of both kinds: some models' phases apart, the others colocated on what is left.
+
+A model may be in both: its plan has a share of its requests, the rest's problem the others.
+"""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+
+import msgspec
 
 from muxrt.config.placement import Placement, UnitSpec
 from muxrt.errors import ConfigError
@@ -37,7 +43,7 @@ class Mix:
     def key(self) -> tuple[object, ...]:
         """Equal for placements that are the same."""
         apart = tuple(
-            (one.model, one.prefill_pool, one.decode_pool, one.split.name, one.copies)
+            (one.model, one.prefill_pool, one.decode_pool, one.split.name, one.copies, one.share)
             for one in self.apart.models
         )
         return apart, self.together, self.rest.spans
@@ -49,7 +55,10 @@ class Mix:
     def predicted(self, problem: Problem) -> Kept:
         """What its parts expect: each by the estimator of its own kind."""
         rates = {name: demand.rate_rps for name, demand in problem.demands.items()}
-        kept = {plan.model: rates[plan.model] * plan.seen.attainment for plan in self.apart.models}
+        kept = {
+            plan.model: rates[plan.model] * plan.share * plan.seen.attainment
+            for plan in self.apart.models
+        }
         for group in self.score.groups:
             for part in group.parts:
                 kept[part.model] = kept.get(part.model, 0.0) + part.goodput_rps
@@ -82,4 +91,16 @@ def to_placement(problem: Problem, mix: Mix) -> Placement:
     """
     apart = phase_plan.to_placement(problem, mix.apart).units
     together = assign.to_placement(mix.rest.problem, mix.together, mix.score).units
-    return Placement(apart + mix.rest.moved(together))
+    both = {one.model for one in mix.apart.models if one.share < 1}
+    return Placement(tuple(_weighed(u, both) for u in apart + mix.rest.moved(together)))
+
+
+def _weighed(unit: UnitSpec, both: Collection[str]) -> UnitSpec:
+    """With shares of traffic that a router can compare, for models that are apart and colocated."""
+    parts = tuple(
+        msgspec.structs.replace(part, traffic=max(1e-6, part.expected.rate_rps))
+        if part.name in both and part.expected is not None
+        else part
+        for part in unit.models
+    )
+    return msgspec.structs.replace(unit, models=parts)

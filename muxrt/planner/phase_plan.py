@@ -53,6 +53,7 @@ class ModelPlan:
     copies: int
     seen: Seen  # what the simulation of a cell at its share of the rate gave
     reason: str
+    share: float = 1.0  # of the model's requests; the others are colocated
 
     @property
     def gpus(self) -> Counter[int]:
@@ -185,7 +186,7 @@ def _unit(
     total = plan.copies * (
         plan.split.num_prefill if member.role == "prefill" else plan.split.num_decode
     )
-    rate_rps = problem.demands[plan.model].rate_rps
+    rate_rps = problem.demands[plan.model].rate_rps * plan.share
     seen = plan.seen
     return UnitSpec(
         name=f"{plan.model}-{member.role}-{member.number}",

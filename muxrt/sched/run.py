@@ -7,8 +7,8 @@ sequences. `horizon` says for how long that holds, `resume` writes down what cam
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from muxrt.core import Batch, BatchEntry, Phase, Sequence, SequenceState
-from muxrt.sched.queues import by_order
+from muxrt.core import Batch, BatchEntry, Phase, Sequence, SequenceState, Transfer, TransferKind
+from muxrt.sched.queues import ModelQueue, by_order
 from muxrt.sched.scheduler import Flight, Scheduler
 
 
@@ -37,25 +37,46 @@ def horizon(scheduler: Scheduler) -> int:
 
     0 where something else can come next: nothing runs, somebody waits, prefills, is preempted, on
     the way out or back, or blocks are kept for somebody. Prompts under hash keys are left to the
-    brain.
+    brain. Sequences that are fetched from another unit have their blocks and change nothing until
+    that is done, which is for the caller to notice.
     """
-    copies_in_flight = scheduler.lane_load[scheduler.limits.copy_lane]
-    if scheduler.prefills_in_flight() or copies_in_flight or not scheduler.memory.is_settled:
+    if scheduler.prefills_in_flight() or not scheduler.memory.is_settled:
+        return 0
+    if scheduler.lane_load[scheduler.limits.copy_lane] != len(fetches(scheduler)):
         return 0
     steps = []
     for queue in scheduler.queues.values():
         if not queue.is_waitless:
             return 0
-        for sequence in queue.decoding:
+        for sequence in stepping(queue):
             request = sequence.request
-            steps.append(0 if request.keys else request.max_tokens - sequence.outputs_scheduled)
+            # From the first token here on it has a pace: that of one that was fetched is to come.
+            is_plain = not request.keys and sequence.first_token_s is not None
+            steps.append(request.max_tokens - sequence.outputs_scheduled if is_plain else 0)
     return min(steps, default=0)
+
+
+def stepping(queue: ModelQueue) -> list[Sequence]:
+    """Who decodes, oldest first, without those whose K and V are still on the way."""
+    running = SequenceState.RUNNING
+    return [sequence for sequence in queue.decoding if sequence.state is running]
+
+
+def fetches(scheduler: Scheduler) -> dict[int, Flight]:
+    """What is being fetched from other units, by work."""
+    if not scheduler.lane_load[scheduler.limits.copy_lane]:
+        return {}
+    return {
+        number: flight
+        for number, flight in scheduler.flights.items()
+        if isinstance(flight.work, Transfer) and flight.work.kind is TransferKind.FETCH
+    }
 
 
 def resume(
     scheduler: Scheduler, stepped: Iterable[Stepped], flying: Iterable[Flying]
 ) -> list[Batch]:
-    """Go on after a run: `flying` are all works in flight, in order of launch; their batches.
+    """Go on after a run: `flying` are all batches in flight, in order of launch.
 
     The blocks of what was launched are there (`Memory.grow`), observations of its latency too. The
     batches name no blocks: whoever counted the steps keeps no block tables.
@@ -76,8 +97,11 @@ def resume(
         queue.decodes.clear()
         if name in moved:  # what was computed of the others still holds
             queue.changed()
+    fetched = fetches(scheduler)
     scheduler.flights.clear()
+    scheduler.flights.update(fetched)
     scheduler.lane_load[:] = [0] * len(scheduler.lane_load)
+    scheduler.lane_load[scheduler.limits.copy_lane] = len(fetched)
     batches = []
     seen: dict[Sequence, int] = {}
     for flight in flying:

@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from muxrt.config.document import Document
-from muxrt.config.placement import ModelSpec, UnitSpec
+from muxrt.config.placement import ModelSpec, Name, Role, UnitSpec
 from muxrt.config.schema import convert
 from muxrt.engine.messages import ModelStats, SetAwake
 from muxrt.engine.reconcile import Deployment
@@ -65,6 +65,13 @@ class ModelBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unit: UnitSpec
 
 
+class RoleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """POST /admin/models/{name}/role: what one of its units does for it from now on."""
+
+    unit: Name
+    role: Role
+
+
 class AdminRoutes:
     """What administrators can see and do."""
 
@@ -85,6 +92,7 @@ class AdminRoutes:
         router.add_delete("/admin/models/{name}", self._guarded(self.remove_model))
         router.add_post("/admin/models/{name}/sleep", self._guarded(self.sleep))
         router.add_post("/admin/models/{name}/wake", self._guarded(self.wake))
+        router.add_post("/admin/models/{name}/role", self._guarded(self.switch_role))
         router.add_get("/admin/placement", self._guarded(self.show_placement))
         router.add_post("/admin/placement", self._guarded(self.apply))
 
@@ -170,6 +178,12 @@ class AdminRoutes:
         for unit in units:
             self._supervisor.send(unit.name, SetAwake(spec.name, is_awake))
         return _json({"model": spec.name, "units": [unit.name for unit in units]}, 202)
+
+    async def switch_role(self, http: web.Request) -> web.Response:
+        """POST /admin/models/{name}/role: {"unit": ..., "role": prefill, decode or mixed}."""
+        name, body = self._spec(http.match_info["name"]).name, await _read(http, RoleBody)
+        self._dispatcher.switch_role(name, body.unit, body.role)
+        return _json({"model": name, "unit": body.unit, "role": body.role})
 
     def _spec(self, name: str) -> ModelSpec:
         spec = self._dispatcher.models.get(name)

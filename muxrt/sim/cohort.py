@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from muxrt.core import Sequence
-from muxrt.sched.queues import ModelQueue
+from muxrt.core import Batch, Sequence
+from muxrt.sched.run import stepping
 from muxrt.sched.scheduler import Flight, Scheduler
 
 
@@ -35,26 +35,28 @@ def make_cohorts(scheduler: Scheduler) -> list[Cohort]:
     """All decoding sequences, model by model."""
     flights: dict[str, list[tuple[int, Flight]]] = {}
     for number, flight in scheduler.flights.items():
-        flights.setdefault(flight.work.model, []).append((number, flight))
+        if isinstance(flight.work, Batch):
+            flights.setdefault(flight.work.model, []).append((number, flight))
     return [
         cohort
         for queue in scheduler.queues.values()
-        if queue.decoding
-        for cohort in _cohorts(queue, flights.get(queue.name, []))
+        if (everybody := stepping(queue))
+        for cohort in _cohorts(queue.name, everybody, flights.get(queue.name, []))
     ]
 
 
-def _cohorts(queue: ModelQueue, flights: list[tuple[int, Flight]]) -> list[Cohort]:
-    everybody = len(queue.decoding)
+def _cohorts(
+    model: str, everybody: list[Sequence], flights: list[tuple[int, Flight]]
+) -> list[Cohort]:
     # Most of the time all are in all batches.
-    if all(len(flight.sequences) == everybody for _, flight in flights):
+    if all(len(flight.sequences) == len(everybody) for _, flight in flights):
         numbers = tuple([number for number, _ in flights])
-        return [Cohort(queue.name, list(queue.decoding), numbers)]
+        return [Cohort(model, everybody, numbers)]
     signs: dict[Sequence, tuple[int, ...]] = {}
     for number, flight in flights:
         for sequence in flight.sequences:
             signs[sequence] = (*signs.get(sequence, ()), number)
     alike: dict[tuple[int, ...], list[Sequence]] = {}
-    for sequence in queue.decoding:
+    for sequence in everybody:
         alike.setdefault(signs.get(sequence, ()), []).append(sequence)
-    return [Cohort(queue.name, members, sign) for sign, members in alike.items()]
+    return [Cohort(model, members, sign) for sign, members in alike.items()]

@@ -16,7 +16,7 @@ from math import inf, nextafter
 
 import numpy as np
 
-from muxrt.core import Batch, Phase
+from muxrt.core import Batch, Copy, Phase, Result, Transfer, Work
 from muxrt.cost.batch import BatchWork
 from muxrt.cost.latency import BatchShape
 from muxrt.engine.executor import Done
@@ -64,6 +64,18 @@ class FoldingExecutor(MeshExecutor):
         self._weigh = weigh
         self._fold: Fold | None = None
 
+    def launch(self, work: Work, done: Done) -> None:
+        """See `MeshExecutor`; the end of a transfer ends a run."""
+        if not isinstance(work, Copy | Transfer):
+            super().launch(work, done)
+            return
+
+        def settled(work: Work, result: Result) -> None:
+            self.settle()
+            done(work, result)
+
+        self.copies.launch(work, settled)
+
     def attach(self, unit: Unit) -> None:
         """The unit whose work this is."""
         limits, queues = unit.scheduler.limits, unit.scheduler.queues
@@ -95,6 +107,9 @@ class FoldingExecutor(MeshExecutor):
     def tick(self) -> bool:
         """What the unit's timer does while a run goes on; False if none does."""
         if self._fold is None or not self._fold.is_running:
+            return False
+        if self._fold.is_due:
+            self._fold.settle()
             return False
         self._fold.adapt_quotas()
         return True
@@ -169,6 +184,12 @@ class Fold:
     def is_running(self) -> bool:
         """A run is under way: what the brain has in its sequences and accounts is old."""
         return self._is_running
+
+    @property
+    def is_due(self) -> bool:
+        """A unit that holds something of ours, or waits for it, has done so for too long."""
+        due_s = self._unit.scheduler.transfers.next_s()
+        return due_s is not None and due_s <= self._loop.now_s
 
     # -- the beginning -----------------------------------------------------------------------
 
@@ -263,6 +284,9 @@ class Fold:
 
     def _go(self) -> None:
         """Do what comes before anything else; come back for the rest, or leave it to the brain."""
+        if self.is_due:
+            self.settle()  # with the step that ends now, the brain gives up what did not come
+            return
         state, unit = self._state, self._state.unit
         until_s = self._executor.until_s()
         while True:

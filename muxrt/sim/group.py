@@ -126,7 +126,8 @@ class Simulation:
         self._setting = setting
         self._models = {spec.name: spec for spec in group.models}
         placed = exchanging(group.units)
-        self.units = {spec.name: SimUnit(spec, group.models, setting, self) for spec in placed}
+        is_lent = group.routing.policy == "splitwise"
+        self.units = {s.name: SimUnit(s, group.models, setting, self, is_lent) for s in placed}
         self._replicas = {name: self._of_model(name) for name in self._models}
         self._switches: list[tuple[float, Switch]] = []
         self.router = make_router(group.routing, self.ledger, self._published, self._on_switch)

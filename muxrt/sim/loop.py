@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 
 # At equal times, finish work before letting more arrive, and plan last.
 FINISH, ARRIVE, PLAN = range(3)
@@ -46,9 +47,13 @@ class EventLoop:
     @property
     def has_events(self) -> bool:
         """Something is still to happen."""
+        return self.next_s() < inf
+
+    def next_s(self) -> float:
+        """When something happens next; inf where nothing will."""
         while self._heap and self._heap[0][3].callback is None:
             heappop(self._heap)
-        return bool(self._heap)
+        return self._heap[0][0] if self._heap else inf
 
     def step(self) -> bool:
         """Run the next event; False when none is left."""

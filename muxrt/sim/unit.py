@@ -1,6 +1,7 @@
 """A unit of the brain on a virtual clock: its timer, its lanes, its deaths."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Protocol
 
 from muxrt.config.placement import ModelSpec, UnitSpec
@@ -54,14 +55,19 @@ class SimUnit:
         models: Sequence[ModelSpec],
         setting: Setting,
         around: Surroundings,
+        is_lent: bool = False,
     ) -> None:
-        """Raises ConfigError where the unit cannot be laid out or costed."""
+        """`is_lent`: units with roles help each other as their queues are.
+
+        Raises ConfigError where the unit cannot be laid out or costed.
+        """
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        # What another unit hands over comes at no time that a run could know of before, nor does
-        # a model that wakes.
-        comes_alone = not spec.has_roles and self.plan.habits is None
+        # Who borrows looks at every step, and changes with it; a model that wakes comes at no time
+        # that a run could know of before.
+        is_looked_at = spec.has_roles and is_lent
+        comes_alone = self.plan.habits is None and not is_looked_at
         self._folds = setting.fold and self._cost.can_fold and comes_alone
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
@@ -112,8 +118,15 @@ class SimUnit:
         return self._loop.now_s
 
     def _horizon(self) -> float:
-        """The next request or sample of the group, or the unit's own timer."""
-        around_s = self._around.horizon()
+        """The next request or sample of the group, or the unit's own timer.
+
+        Other units speak to one that has roles: that comes with any event of theirs, or of a link.
+        """
+        if self.plan.spec.has_roles:
+            due_s = self.unit.scheduler.transfers.next_s()
+            around_s = min(self._loop.next_s(), inf if due_s is None else due_s)
+        else:
+            around_s = self._around.horizon()
         return around_s if self._timer_s is None else min(around_s, self._timer_s)
 
     def add(self, request: Request) -> None:

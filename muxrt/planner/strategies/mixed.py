@@ -4,15 +4,13 @@ It starts from `auto`'s colocated draft on all GPUs. Where that leaves something
 that take the most GPUs are offered plans of their phases apart (`planner/apart.py`); the one whose
 goodput per GPU grows most goes first, the rest is planned anew on the GPUs that are left, then the
 next one, on to the placement with all of them apart. Every step is a candidate, in two sizes: as
-few GPUs as keep the goal, and as many as the model's share of the cluster.
+few GPUs as keep the goal, and as many as the model's share of the cluster. Where neither serves
+everybody the newest of the models is tried in both ways, too: apart on a part of the cluster, with
+the requests that keep the goal there, and colocated with the others.
 
 Predictions of the two kinds come from estimators of their own, which are not to be compared too
 closely:
 they only say who is among the last; a judge, which is the same for all, chooses.
-
-Not looked at: a model that is colocated and apart at once. A router that sends requests to the
-shortest queue compares the prompts that a prefill unit still has with whole sequences of a mixed
-one, so the traffic would not be split as planned.
 """
 
 from collections import Counter
@@ -22,7 +20,7 @@ from math import floor, inf
 
 from muxrt.config.placement import Slo
 from muxrt.errors import ConfigError
-from muxrt.planner.apart import Offer, colocated_gpus, offer, within
+from muxrt.planner.apart import Offer, colocated_gpus, offer, part_of, within
 from muxrt.planner.assign import in_order
 from muxrt.planner.capacity import Capacity
 from muxrt.planner.draft import Draft
@@ -59,6 +57,9 @@ LEAST_WORTH = 2 * LEAST_RATIO
 NUM_NEXT = 2  # models that are tried as the next one apart
 NUM_ENOUGH = 4  # mixes that are predicted to serve nearly all: no more are looked for
 NUM_FINAL = 4  # mixes that the judge sees
+# Of the cluster: where a model is in both ways, its phases have so much of it at most.
+PARTS = (0.25, 0.5, 0.75)
+MOST_SHARE = 0.95  # of its requests: with more of them apart it is not in both ways
 SINGLES: tuple[Strategy, ...] = (muxserve, spatial, temporal)
 
 
@@ -168,7 +169,9 @@ class _Mixer:
 
     def _together(self, apart: PhasePlan, spans: Spans, models: Collection[str]) -> Mix | None:
         """The models colocated on these GPUs; None where one finds no room."""
-        rest = rest_of(self._problem, spans, models)
+        both = {one.model: 1 - one.share for one in apart.models if one.share < 1}
+        problem = self._problem.scaled(both) if both else self._problem
+        rest = rest_of(problem, spans, models)
         if not models:
             return Mix(apart, rest, (), Score(()))
         if not spans:
@@ -263,7 +266,24 @@ class _Mixer:
         found = self._sized(self._fewest(models), others)
         if self._terms.objective is None and not any(map(self._serves_all, found)):
             found += self._sized(self._shares(models, others), others)
+            found += self._both(models, others)
         return found
+
+    def _both(self, models: tuple[str, ...], others: Collection[str]) -> list[Mix]:
+        """The last of these models apart and colocated, on parts of the cluster."""
+        problem, offered = self._problem, self.offers[models[-1]]
+        before = self._fewest(models[:-1])
+        found: dict[tuple[object, ...], Mix] = {}
+        for part in PARTS if before is not None else ():
+            if self._search.is_over():
+                break
+            assert before is not None
+            most = {pool.index: floor(part * pool.num_gpus) for pool in problem.pools}
+            plan = part_of(problem, offered.judge, offered.plans[0], most)
+            if plan is not None and plan.share <= MOST_SHARE:
+                both = PhasePlan((*before.models, plan))
+                found |= {mix.key: mix for mix in self._sized(both, (*others, models[-1]))}
+        return [*found.values()]
 
     def _sized(self, plan: PhasePlan | None, others: Collection[str]) -> list[Mix]:
         """The others colocated beside a plan: on all that is left, or on as little as needed."""
@@ -272,8 +292,9 @@ class _Mixer:
         if plan is None or units is None:
             return []
         rates = {name: demand.rate_rps for name, demand in problem.demands.items()}
-        most_rps = sum(rates[one.model] * one.seen.attainment for one in plan.models)
-        most_rps += sum(rates[model] for model in others)
+        shares = {one.model: one.share for one in plan.models}
+        most_rps = sum(rates[m.model] * m.share * m.seen.attainment for m in plan.models)
+        most_rps += sum(rates[model] * (1 - shares.get(model, 0.0)) for model in others)
         if most_rps < (1 - MARGIN) * self._best_rps:
             return []
         spans = left_by(problem, units)
@@ -409,6 +430,8 @@ class _Mixer:
         text = (
             f"apart: {per_gpu} ({one.gpus} GPUs for its rate, colocated {one.colocated_gpus:.1f})"
         )
+        if plan.share < 1:
+            text = f"{plan.share:.0%} of its requests {text}, the others colocated"
         parts = [p for g in base.score.groups for p in g.parts if p.model == model] if base else []
         why = _why(self._problem.demands[model].slo, plan.seen, parts)
         return text if why is None else f"{text}: {why}"
