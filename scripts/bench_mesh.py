@@ -244,34 +244,40 @@ def executor_of(model: Path, tp: int, kind: str) -> Iterator[tuple[UnitPlan, Lan
             yield plan, stack.enter_context(open_mesh(plan, [spec], shapes, cores, load))
 
 
-def steps(model: Path, tp: int, kind: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a prompt of 256 tokens, and of decode steps behind prompts of 100."""
-    with executor_of(model, tp, kind) as (plan, executor):
-        layout = plan.models["m"].layout
-        for name, size, tokens in (("prefill", 1, 256), ("decode", 1, 1), ("decode", 16, 1)):
-            length = tokens if name == "prefill" else 100
-            groups = layout.num_blocks(length + 1)
-            prompt = msgspec.msgpack.encode(
-                Prompt(np.arange(length, dtype="<i4").tobytes(), SamplingParams(temperature=0.0))
-            )
-            opened = tuple(SlotOpen(slot, prompt) for slot in range(size))
-            entries = tuple(
-                BatchEntry(
-                    slot, 0, length, True, 0,
-                    np.arange(slot * groups, (slot + 1) * groups, dtype=np.int32).tobytes(),
-                )
-                for slot in range(size)
-            )  # fmt: skip
-            first = Batch(0, 0, "m", Phase.PREFILL, entries, opened)
-            step = Batch(0, 0, "m", Phase.DECODE, tuple(
-                BatchEntry(slot, length, 1, True) for slot in range(size)
-            ))  # fmt: skip
-            executor.run([first])
-            timed = first if name == "prefill" else step
-            found = [executor.run([timed])[0].elapsed_s for _ in range(rounds)]
-            quick, middle = min(found) * 1e3, statistics.median(found) * 1e3
-            row = {"tp": tp, "kind": kind, "phase": name, "sequences": size, "tokens": tokens}
-            yield row | {"best_ms": round(quick, 3), "median_ms": round(middle, 3)}
+def passes(plan: UnitPlan) -> Iterator[tuple[str, Batch, Batch]]:
+    """Name, the batch that comes before, and the one that is timed."""
+    layout = plan.models["m"].layout
+    for phase, size, length in (("prefill", 1, 256), ("decode", 1, 100), ("decode", 16, 100)):
+        groups = layout.num_blocks(length + 1)
+        ids = np.arange(size * groups, dtype=np.int32).reshape(size, groups)
+        prompt = Prompt(np.arange(length, dtype="<i4").tobytes(), SamplingParams(temperature=0.0))
+        opened = tuple(SlotOpen(slot, msgspec.msgpack.encode(prompt)) for slot in range(size))
+        whole = tuple(
+            BatchEntry(slot, 0, length, True, 0, ids[slot].tobytes()) for slot in range(size)
+        )
+        first = Batch(0, 0, "m", Phase.PREFILL, whole, opened)
+        one = tuple(BatchEntry(slot, length, 1, True) for slot in range(size))
+        decode = Batch(0, 0, "m", Phase.DECODE, one)
+        name = f"{phase}, {size} x {length if phase == 'prefill' else 1}"
+        yield name, first, first if phase == "prefill" else decode
+
+
+def steps(model: Path, rounds: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of batches on one rank and on two, each way in turn."""
+    ways = {"1 rank": (1, "shared"), "2, shared": (2, "shared"), "2, gloo": (2, "gloo")}
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(executor_of(model, *way)) for name, way in ways.items()}
+        for name, first, timed in passes(opened["1 rank"][0]):
+            found: dict[str, list[float]] = {way: [] for way in ways}
+            for _, executor in opened.values():
+                executor.run([first])
+                executor.run([timed])
+            for _ in range(rounds):
+                for way, (_, executor) in opened.items():
+                    found[way].append(executor.run([timed])[0].elapsed_s * 1e3)
+            for way, times in found.items():
+                best, middle = round(min(times), 3), round(statistics.median(times), 3)
+                yield {"step": name, "ranks": way, "best_ms": best, "median_ms": middle}
 
 
 def main(
@@ -292,9 +298,8 @@ def main(
             few = max(20, rounds // (1 + tokens // 4))
             record.add("exchange", exchange(kind, tokens, few))
     os.sched_setaffinity(0, set(CORES))
-    for tp, kind in ((1, "shared"), (2, "shared"), (2, "gloo")):
-        for row in steps(folder, tp, kind, max(20, rounds // 20)):
-            record.add("steps", row)
+    for row in steps(folder, max(20, rounds // 20)):
+        record.add("steps", row)
     show(record.data)
 
 
@@ -314,11 +319,9 @@ def show(data: dict[str, Any]) -> None:
         name = f"{row['kind']}, {row['tokens']} x {row['hidden']}"
         table.add_row(name, f"{row['us']['p50']} / {row['us']['p99']}")
     console.print(table)
-    table = Table("step", "tp", "ms best / median")
+    table = Table("step", "ranks", "ms best / median")
     for row in data["steps"]:
-        name = f"{row['phase']}, {row['sequences']} x {row['tokens']}"
-        ranks = f"{row['tp']}, {row['kind']}" if row["tp"] > 1 else "1"
-        table.add_row(name, ranks, f"{row['best_ms']} / {row['median_ms']}")
+        table.add_row(row["step"], row["ranks"], f"{row['best_ms']} / {row['median_ms']}")
     console.print(table)
 
 

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -216,6 +217,17 @@ def test_a_faster_gpu_is_faster() -> None:
         )
         assert fast.prefill_s(4096, 4096**2) < 0.5 * slow.prefill_s(4096, 4096**2)
         assert fast.decode_s(8, 8000) < 0.7 * slow.decode_s(8, 8000)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_all_reduces_take_the_messages_of_a_ring(tp: int) -> None:
+    """Two per layer, each of 2 (n - 1) messages, in every step whatever its size."""
+    latency_s, shape = 5e-6, PRESETS["llama-7b"]
+    far = msgspec.structs.replace(A100, link_latency_s=latency_s)
+    near, slow = (Roofline(shape, tp, gpu).at(1.0) for gpu in (A100, far))
+    wanted_s = 2 * shape.num_layers * 2 * (tp - 1) * latency_s
+    assert slow.decode_s(8, 800) - near.decode_s(8, 800) == pytest.approx(wanted_s)
+    assert slow.prefill_s(512, 512**2) - near.prefill_s(512, 512**2) == pytest.approx(wanted_s)
 
 
 HEADER = "model,tp,sm_percent,batch,seq_len,prefill_ms,decode_ms\n"

@@ -100,6 +100,26 @@ def test_a_rank_that_dies_or_stops_takes_its_unit_down_and_the_unit_comes_back(
     endpoint.check_nothing_leaked()
 
 
+def test_ranks_that_all_stood_still_go_on(endpoint: RealServer) -> None:
+    """As when the whole machine slept: who slept itself judges nobody."""
+    supervisor = endpoint.server.supervisor
+    restarts, all_ranks = supervisor.units["cut"].num_restarts, ranks(endpoint)
+
+    async def scenario() -> Counter[str]:
+        over = asyncio.Event()
+        asked = [asyncio.create_task(load(endpoint, "a", over, s)) for s in (True, False)]
+        await asyncio.sleep(0.5)
+        for sign, seconds in ((signal.SIGSTOP, 1.5 * TIMEOUT_S), (signal.SIGCONT, 1.5 * TIMEOUT_S)):
+            for rank in all_ranks:
+                os.kill(rank, sign)
+            await asyncio.sleep(seconds)
+        over.set()
+        return sum(await asyncio.gather(*asked), Counter())
+
+    assert asyncio.run(scenario()).keys() == {"ok"}
+    assert supervisor.units["cut"].num_restarts == restarts
+
+
 def test_an_idle_mesh_notices_too(endpoint: RealServer) -> None:
     """Nothing is under way that could time out."""
     supervisor = endpoint.server.supervisor

@@ -27,6 +27,8 @@ class GpuKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     flops: Positive
     sms: Count
     link_bytes_per_s: Positive  # to the other GPUs of its node, one direction
+    # Of a message to one of them, whatever its size; 0 = no more than a layer's launches hide.
+    link_latency_s: NotNegative = 0.0
     power_w: NotNegative = 0.0  # 0 = not stated
     price_per_hour: NotNegative = 0.0  # 0 = not stated
 

@@ -57,15 +57,19 @@ class Roofline:
         read_share = min(1.0, share / efficiency.saturating_share)
         bytes_per_s = self.tp * gpu.bandwidth_bytes_per_s * efficiency.bandwidth * read_share
         kv_token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES
-        # A ring moves 2 (n - 1) / n of what it reduces over each link.
-        link_bytes = 2 * (self.tp - 1) / self.tp * shape.hidden_size * DTYPE_BYTES
+        # A ring all-reduce is 2 (n - 1) messages one behind the other, and moves 2 (n - 1) / n of
+        # what it reduces over each link (Thakur et al. 2005; Patarasuk and Yuan 2009).
+        all_reduces, messages = ALL_REDUCES * shape.num_layers, 2 * (self.tp - 1)
+        link_bytes = messages / self.tp * shape.hidden_size * DTYPE_BYTES
         per_link = gpu.link_bytes_per_s * efficiency.link
+        latency_s = all_reduces * messages * gpu.link_latency_s
+        launched_s = shape.num_layers * efficiency.layer_s
         return RooflineSteps(
             token_flops_s=2 * weights / (self.tp * gpu.flops * efficiency.flops * share),
             # Launches run ahead of the device: whichever of the two is slower is what is seen.
-            fixed_s=max(weights * DTYPE_BYTES / bytes_per_s, shape.num_layers * efficiency.layer_s),
+            fixed_s=max(weights * DTYPE_BYTES / bytes_per_s, launched_s) + latency_s,
             kv_token_s=kv_token_bytes / bytes_per_s,
-            link_token_s=ALL_REDUCES * shape.num_layers * link_bytes / per_link,
+            link_token_s=all_reduces * link_bytes / per_link,
             squares_per_token=squares_per_token(shape),
         )
 

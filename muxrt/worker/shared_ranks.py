@@ -11,7 +11,6 @@ import os
 import select
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from muxrt.worker.collectives import RankLost
 Floats = npt.NDArray[np.float32]
 
 ROOM = 1 << 18  # floats that a rank exchanges at a time
+PARTS = 4  # of a timeout
 LOOKS = 2_000  # 40 us on a Xeon; a rank that comes later is waited for asleep
 
 
@@ -103,26 +103,28 @@ class SharedRanks:
             os.eventfd_write(self._wakes[rank], 1)
 
     def _sleep(self) -> None:
-        """Until all have come. Raises RankLost."""
-        due_s = monotonic() + self._timeout_s
-        while True:
+        """Until all have come. Raises RankLost.
+
+        The timeout is waited for in parts: of a machine that slept itself, one is gone.
+        """
+        missed = 0
+        while missed < PARTS:
             meeting.doze(self._counters, self.rank, self.size, 1)
             # Who came before it could see that we sleep is seen by us now.
             state = self._meet(1)
             if state != meeting.MET:
-                self._poll.poll(max(0.0, due_s - monotonic()) * 1000)
+                is_woken = self._poll.poll(self._timeout_s / PARTS * 1000)
+                missed += not is_woken
             meeting.doze(self._counters, self.rank, self.size, -1)
             with suppress(BlockingIOError):
                 os.eventfd_read(self._wakes[self.rank])
             if state == meeting.MET or self._meet(1) == meeting.MET:
                 return
-            if monotonic() >= due_s:
-                counts = self._counters[: self.size * meeting.SPACING : meeting.SPACING]
-                missing = np.flatnonzero(counts < self._turn).tolist()
-                raise RankLost(
-                    f"an exchange between ranks failed: {missing} did not come within"
-                    f" {self._timeout_s:g} s"
-                )
+        counts = self._counters[: self.size * meeting.SPACING : meeting.SPACING]
+        missing = np.flatnonzero(counts < self._turn).tolist()
+        raise RankLost(
+            f"an exchange between ranks failed: {missing} did not come within {self._timeout_s:g} s"
+        )
 
 
 def open_wake() -> int:
