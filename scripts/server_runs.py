@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -22,6 +23,8 @@ from muxrt.sim.simulate import tasks
 from muxrt.workload.arrivals import Arrival
 
 PERCENTILES = (50, 90)
+RUNS = 5  # of a simulation, as the server is asked several times
+LATE_S = 0.002  # at most, of a client's requests: which step one still meets depends on it
 
 
 class Asked(msgspec.Struct, frozen=True, array_like=True):
@@ -102,9 +105,22 @@ def _client_token_s(setup: Setup) -> float:
     return sum(run.client_s for load in setup.loads for run in load.runs) / max(tokens, 1)
 
 
-def replay(world: World, asked: Sequence[Asked]) -> Run:
-    """The requests, simulated."""
-    arrivals = [Arrival(a.at_s, a.model, a.prompt_tokens, a.output_tokens) for a in asked]
+def replays(world: World, asked: Sequence[Asked]) -> tuple[Run, ...]:
+    """The requests, simulated several times; each is up to LATE_S late, as no client is exact."""
+    return tuple(replay(world, asked, Random(number)) for number in range(RUNS))
+
+
+def replay(world: World, asked: Sequence[Asked], late: Random | None = None) -> Run:
+    """The requests, simulated; exactly when they were due unless `late` says otherwise."""
+    arrivals = [
+        Arrival(
+            a.at_s + (late.uniform(0, LATE_S) if late else 0.0),
+            a.model,
+            a.prompt_tokens,
+            a.output_tokens,
+        )
+        for a in asked
+    ]
     (task,) = tasks(world.config, world.setting, arrivals)
     simulation = Simulation(task.group, task.setting)
     (unit,) = simulation.units.values()
@@ -133,7 +149,7 @@ class Line:
     what: str
     unit: str
     measured: tuple[float, ...]  # by run
-    simulated: float
+    simulated: float  # the mean of the simulator's
 
     @property
     def mean(self) -> float:
@@ -149,12 +165,13 @@ class Line:
         return self.simulated / self.mean - 1
 
 
-def figures(load: Load, simulated: Run) -> list[Line]:
+def figures(load: Load, simulated: Sequence[Run]) -> list[Line]:
     """What a user would look at."""
     tokens = sum(one.output_tokens for one in load.asked)
 
     def line(what: str, unit: str, value: Any) -> Line:
-        return Line(what, unit, tuple(value(run) for run in load.runs), value(simulated))
+        ours = fmean(value(run) for run in simulated)
+        return Line(what, unit, tuple(value(run) for run in load.runs), ours)
 
     found = [line("throughput", "tokens/s", lambda run: tokens / run.wall_s)]
     for what, times in (("TTFT", lambda r: r.ttft_s), ("TPOT", lambda r: _known(r.tpot_s))):
@@ -165,10 +182,10 @@ def figures(load: Load, simulated: Run) -> list[Line]:
     return found
 
 
-def steps(loads: Iterable[tuple[Load, Run]]) -> list[Line]:
+def steps(loads: Iterable[tuple[Load, Sequence[Run]]]) -> list[Line]:
     """Mean times of prefills and decode steps of each model, all loads of a run together."""
     pairs = list(loads)
-    keys = sorted({(b.model, b.phase.value) for _, run in pairs for b in run.batches})
+    keys = sorted({(b.model, b.phase.value) for _, runs in pairs for b in runs[0].batches})
     num_runs = min(len(load.runs) for load, _ in pairs)
     found = []
     for model, phase in keys:
@@ -176,7 +193,7 @@ def steps(loads: Iterable[tuple[Load, Run]]) -> list[Line]:
             _mean_ms([load.runs[number] for load, _ in pairs], model, phase)
             for number in range(num_runs)
         ]
-        simulated = _mean_ms([run for _, run in pairs], model, phase)
+        simulated = _mean_ms([run for _, runs in pairs for run in runs], model, phase)
         found.append(Line(f"{model} {phase}", "ms", tuple(mean), simulated))
     return found
 

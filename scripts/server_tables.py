@@ -5,19 +5,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from server_runs import Line, Load, Record, Run, Setup, figures, replay, steps, world
+from server_runs import Line, Load, Record, Run, Setup, figures, replays, steps, world
 
 SHOWN = ("throughput", "TTFT mean", "TTFT p90", "TPOT mean", "TPOT p90")
 MEASURED, SIMULATED = "#3b6ea5", "#c06a2b"
 
 
-def print_setup(setup: Setup, simulated: Sequence[Run]) -> None:
+def print_setup(setup: Setup, simulated: Sequence[Sequence[Run]]) -> None:
     """A row per load: measured (spread of identical runs) / simulated (error)."""
     print(f"\n{_lanes(setup)}:\n")
     print("| load | requests | " + " | ".join(f"{what}" for what in SHOWN) + " |")
     print("|---" * (2 + len(SHOWN)) + "|")
-    for load, run in zip(setup.loads, simulated, strict=True):
-        lines = {line.what: line for line in figures(load, run)}
+    for load, runs in zip(setup.loads, simulated, strict=True):
+        lines = {line.what: line for line in figures(load, runs)}
         cells = [_cell(lines[what]) for what in SHOWN]
         row = f"| {load.load:.0%} ({load.rate_rps:.1f}/s) | {len(load.asked)} |"
         print(row + " " + " | ".join(cells) + " |")
@@ -53,7 +53,7 @@ def draw(record: Record, folder: Path, path: Path) -> None:
     grid = figure.subplots(rows, 3, squeeze=False)
     for axes, setup in zip(grid, record.setups, strict=True):
         here = world(setup, folder)
-        runs = [replay(here, load.asked) for load in setup.loads]
+        runs = [replays(here, load.asked) for load in setup.loads]
         pairs = list(zip(setup.loads, runs, strict=True))
         _panel(axes[0], pairs, ("TTFT p50", "TTFT p90"), "ms", f"{_lanes(setup)}: TTFT")
         axes[0].set_yscale("log")
@@ -68,7 +68,11 @@ def draw(record: Record, folder: Path, path: Path) -> None:
 
 
 def _panel(
-    axes: Any, pairs: Sequence[tuple[Load, Run]], what: Sequence[str], unit: str, title: str
+    axes: Any,
+    pairs: Sequence[tuple[Load, Sequence[Run]]],
+    what: Sequence[str],
+    unit: str,
+    title: str,
 ) -> None:
     loads = [100 * load.load for load, _ in pairs]
     for number, name in enumerate(what):

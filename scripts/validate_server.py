@@ -21,7 +21,7 @@ import msgspec
 from bench_models import preset_folders
 from bench_record import provenance, stop_on_sigterm
 from bench_serving import Serving, muxrt_serving, one_unit, shares_of
-from server_runs import Asked, Load, Record, Run, Setup, capacity_rps, replay, world
+from server_runs import Asked, Load, Record, Run, Setup, capacity_rps, replays, world
 
 from muxrt.bench.client import replay as send_all
 from muxrt.bench.client import session
@@ -208,7 +208,7 @@ def show(path: Path, plot: Path | None) -> None:
     record = msgspec.json.decode(path.read_bytes(), type=Record)
     for setup in record.setups:
         here = world(setup, path.parent)
-        simulated = [replay(here, load.asked) for load in setup.loads]
+        simulated = [replays(here, load.asked) for load in setup.loads]
         print_setup(setup, simulated)
     if plot is not None:
         draw(record, path.parent, plot)

@@ -13,10 +13,12 @@ from command_line import CommandLine
 from tiny_folder import write_model
 
 from muxrt.cli import profile_run, profile_target
+from muxrt.cli.profile_service import Service
 from muxrt.core import Phase
 from muxrt.cost.grid import Pass, levels
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import load_profile
+from muxrt.errors import MuxrtError
 from muxrt.worker.probe import Beside, OnCores, Probe
 
 CORES = len(os.sched_getaffinity(0))
@@ -65,6 +67,10 @@ def test_a_profile_is_measured_written_and_can_be_planned_with(
     assert steps.source == found.title
     assert steps.at(1.0).prefill_s(128, 128**2) > steps.at(1.0).prefill_s(16, 16**2) > 0
     assert len(found.file.side_by_side) == (CORES > 1)
+    assert "not measured" not in answer.err, answer.err
+    (ratio,) = found.file.in_service
+    assert ratio.model == "tiny" and 0 < ratio.prefill != 1 and 0 < ratio.decode != 1
+    assert data["in_service"][0]["prefill"] == ratio.prefill
 
 
 def lanes() -> list[int]:
@@ -93,7 +99,13 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
 
     monkeypatch.setattr(Probe, "burst", burst)
     monkeypatch.setattr(Probe, "beside", lambda *_: Beside(1e-2, 1e-3, 1.2e-2, 1.1e-3))
+    # Bursts that are made up say nothing of what a server takes.
+    monkeypatch.setattr(profile_run, "measure_service", no_service)
     return asked
+
+
+def no_service(*_: object) -> Service:
+    raise MuxrtError("not here")
 
 
 def test_rounds_go_there_and_back_and_add_finer_levels(

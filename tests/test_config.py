@@ -57,7 +57,7 @@ BROKEN = {
     "unknown top-level key": (
         "endpoint:",
         "server:",
-        ":1: server: unknown key; allowed here: models, units, endpoint, routing, admin",
+        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic, admin",
     ),
     "size without a unit we know": (
         "64MiB",
@@ -277,12 +277,14 @@ BROKEN = {
     "an empty file": (
         GOOD,
         "",
-        ":1: found nothing, expected a mapping with models, units, endpoint, routing, admin",
+        ":1: found nothing, expected a mapping with models, units, endpoint, routing,"
+        " traffic, admin",
     ),
     "a list": (
         GOOD,
         "- a\n- b\n",
-        ":1: found a list, expected a mapping with models, units, endpoint, routing, admin",
+        ":1: found a list, expected a mapping with models, units, endpoint, routing,"
+        " traffic, admin",
     ),
 }
 
@@ -358,8 +360,9 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_key_files_are_found_beside_the_yaml(tmp_path: Path) -> None:
-    config = load(write(tmp_path, GOOD.replace("port: 8001", "api_keys: {file: keys.txt}")))
-    assert config.endpoint.api_keys == ApiKeys(file=str(tmp_path / "keys.txt"))
+    keys = "api_keys: {file: keys.txt, isolate: true}"
+    config = load(write(tmp_path, GOOD.replace("port: 8001", keys)))
+    assert config.endpoint.api_keys == ApiKeys(file=str(tmp_path / "keys.txt"), isolate=True)
 
 
 def test_defaults_can_be_shared_with_an_anchor(tmp_path: Path) -> None:

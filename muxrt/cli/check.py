@@ -16,11 +16,14 @@ from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
 from muxrt.config.serve import (
     ApiKeys,
     ServeConfig,
+    rank_problems,
     split_problems,
     stage_problems,
 )
+from muxrt.config.shard import Shard
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
+from muxrt.engine.ranks import plan_rank
 from muxrt.errors import ConfigError
 from muxrt.sched.queues import ServedModel
 from muxrt.worker.driver import NoGpu, count_gpus
@@ -68,7 +71,8 @@ def check(
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
     for problem in stage_problems(config.units, "`muxrt serve`"):
         raise problem
-    for index, unit in enumerate(config.units):
+    for index, unit in enumerate(exchanging(config.units)):
+        _check_exchange(index, unit)
         _check_lanes(index, unit)
         if unit.mesh.device == "gpu":
             _check_gpu(index, unit, gpus)
@@ -152,7 +156,8 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
     if len(unit.mesh.gpus or (0,)) != 1:
         raise KeyedError(
             (*at, "gpus"),
-            f"found {len(unit.mesh.gpus or ())} GPUs, expected one: no tensor parallelism yet",
+            f"found {len(unit.mesh.gpus or ())} GPUs, expected one: tensor parallelism runs on"
+            " CPU cores only, so far",
         )
     for number, part in enumerate(unit.models):
         if part.sm_pct is not None:
@@ -160,6 +165,16 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
                 ("units", index, "models", number, "sm_pct"),
                 "found shares of its own, expected none: lanes are the unit's (lanes.sm_pct)",
             )
+
+
+def _check_exchange(index: int, unit: UnitSpec) -> None:
+    """What lies on several ranks is not handed over, so far."""
+    if unit.exchanges and unit.mesh.tp > 1:
+        raise KeyedError(
+            ("units", index, "mesh", "gpus"),
+            f"found {unit.mesh.tp} ranks of a unit that hands sequences over, expected one: K and V"
+            " on several ranks are not handed over, so far",
+        )
 
 
 def _check_dtypes(unit: UnitSpec, config: ServeConfig) -> None:
@@ -183,8 +198,10 @@ def _check_cores(index: int, unit: UnitSpec, cores: set[int]) -> None:
                 f"found core {core}, expected cores this process may use: {listed}",
             )
     if unit.mesh.cores is None:
-        for problem in split_problems(index, unit, len(cores), f"this machine has {len(cores)}"):
-            raise problem
+        why = f"this machine has {len(cores)}"
+        for find in (rank_problems, split_problems):
+            for problem in find(index, unit, len(cores), why):
+                raise problem
 
 
 def _plan(
@@ -194,6 +211,8 @@ def _plan(
     ample = msgspec.structs.replace(unit.memory, kv_bytes=AMPLE_BYTES)
     try:
         plan = plan_unit(msgspec.structs.replace(unit, memory=ample), specs, shapes)
+        if unit.mesh.tp > 1:
+            plan_rank(plan, shapes, Shard(0, unit.mesh.tp))
         _check_floor(index, unit, plan)
         return plan_unit(unit, specs, shapes)
     except KeyedError:
@@ -262,6 +281,7 @@ def _unit_summary(plan: UnitPlan) -> dict[str, Any]:
     return {
         "name": plan.spec.name,
         "policy": plan.spec.scheduling.policy,
+        "ranks": plan.spec.mesh.tp,
         "kv_bytes": plan.spec.memory.kv_bytes,
         "swap_bytes": plan.spec.memory.swap_bytes,
         "block_bytes": plan.arena.block_bytes,

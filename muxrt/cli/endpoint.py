@@ -60,11 +60,14 @@ class OwnEndpoint:
                 self.process.wait()
 
 
-def start_endpoint(file: Path, config: ServeConfig, log: Path) -> OwnEndpoint:
-    """Start `muxrt serve FILE` on its own port, or on a free one where that is taken."""
+def start_endpoint(file: Path, config: ServeConfig, log: Path, *words: str) -> OwnEndpoint:
+    """Start `muxrt serve FILE` on its own port, or on a free one where that is taken.
+
+    `words` go behind: options of `muxrt serve`.
+    """
     host = config.endpoint.host
     port = choose_port(host, config.endpoint.port)
-    command = [*SERVE, str(file), "--port", str(port)]
+    command = [*SERVE, str(file), "--port", str(port), *words]
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this command only, which then lets the server drain.
         process = subprocess.Popen(

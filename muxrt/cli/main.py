@@ -41,6 +41,14 @@ VERBS = {
         "muxrt.cli.simulate:simulate",
         "Serve requests with a placement on a virtual clock: no GPU, the same scheduler.",
     ),
+    "replan": Verb(
+        "muxrt.cli.replan:replan",
+        "Plan anew by the traffic that came: what would change, what it brings, what it costs.",
+    ),
+    "traffic": Verb(
+        "muxrt.cli.traffic:traffic",
+        "Show who was asked how much when: per model and hour, from a server's traffic log.",
+    ),
     "models": Verb(
         "muxrt.cli.models:models",
         "List the models of a configuration or of a live endpoint.",

@@ -57,7 +57,7 @@ def load_problem(
         workload = _workload(plan, plan_file, workload_file)
     if workload.slo is None and slo is not None:
         workload = msgspec.structs.replace(workload, slo=slo)
-    return _join(plan, workload, hour)
+    return join(plan, workload, hour)
 
 
 def _workload(plan: PlanInput, plan_file: Path, workload_file: Path | None) -> Workload:
@@ -81,7 +81,8 @@ def _workload(plan: PlanInput, plan_file: Path, workload_file: Path | None) -> W
     return workload
 
 
-def _join(plan: PlanInput, workload: Workload, hour: int | None) -> Asked:
+def join(plan: PlanInput, workload: Workload, hour: int | None) -> Asked:
+    """The problem of a plan's models under a workload that has all of them. Raises ConfigError."""
     rows = read_trace(Path(workload.trace.file)) if workload.trace is not None else ()
     specs = {model.name: model for model in plan.file.models}
     traffic = offered(_with_targets(workload, specs), rows, hour=hour)

@@ -9,6 +9,7 @@ from muxrt.planner.assign import in_order
 from muxrt.planner.draft import Draft
 from muxrt.planner.mix import Kept, Mix
 from muxrt.planner.queueing import QueueingJudge
+from muxrt.sim.report import Report
 from muxrt.sim.setting import Setting
 from muxrt.sim.simulate import SimJudge
 from muxrt.workload.arrivals import arrivals
@@ -42,11 +43,15 @@ class Simulator:
         """What a placement of both kinds serves."""
         return self.placement(mix.to_placement(self._asked.problem, found))
 
-    def placement(self, placement: Placement) -> Kept:
-        """What any placement serves."""
+    def report(self, placement: Placement) -> Report:
+        """All figures of any placement."""
         if self._judge is None:
             self._judge = _judge(self._asked, self._seed)
-        report = self._judge.report(placement)
+        return self._judge.report(placement)
+
+    def placement(self, placement: Placement) -> Kept:
+        """What any placement serves."""
+        report = self.report(placement)
         shares = [row.attainment for row in report.rows if row.requests]
         least = min((share for share in shares if share is not None), default=1.0)
         total = report.total

@@ -108,21 +108,43 @@ def check_name(path: Path) -> None:
 Blocks = tuple[tuple[int, Block], ...]  # each with the number of its node
 
 
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One placement of a picture."""
+
+    title: str
+    goodput_rps: float
+    blocks: Blocks
+
+
 def draw(path: Path, problem: Problem, found: Blocks, goodput_rps: float) -> None:
     """Write an SVG or PNG, as the name ends. Raises ConfigError where that cannot be."""
+    offered_rps = sum(demand.rate_rps for demand in problem.demands.values())
+    draw_panels(path, problem, (Panel("", goodput_rps, found),), offered_rps)
+
+
+def draw_panels(path: Path, problem: Problem, panels: Sequence[Panel], offered_rps: float) -> None:
+    """`draw` for placements beside each other, under the same traffic."""
     check_name(path)
     from matplotlib.figure import Figure
 
-    every = nodes(problem, found)
-    shown = busiest(every)
-    columns = in_columns(shown)
-    height = HEAD + max(sum(node.height for node in column) for column in columns) + FOOT
-    width = 2 * MARGIN + len(columns) * COLUMN + (len(columns) - 1) * COLUMN_GAP
-    figure = Figure(figsize=(width, height), dpi=130, facecolor="white")
-    sheet = _Sheet(figure, width, height, problem, shown)
-    sheet.title(problem, found, goodput_rps, len(every) - len(shown))
-    for index, column in enumerate(columns):
-        sheet.column(MARGIN + index * (COLUMN + COLUMN_GAP), column)
+    every = [nodes(problem, panel.blocks) for panel in panels]
+    shown = [busiest(many) for many in every]
+    columns = [in_columns(many) for many in shown]
+    tallest = max(sum(node.height for node in one) for many in columns for one in many)
+    height = HEAD + tallest + FOOT
+    widths = [2 * MARGIN + len(many) * (COLUMN + COLUMN_GAP) - COLUMN_GAP for many in columns]
+    figure = Figure(figsize=(sum(widths), height), dpi=130, facecolor="white")
+    left = 0.0
+    for panel, all_nodes, mine, drawn, width in zip(
+        panels, every, shown, columns, widths, strict=True
+    ):
+        box = (left / sum(widths), 0.0, width / sum(widths), 1.0)
+        sheet = _Sheet(figure, box, (width, height), problem, [n for many in shown for n in many])
+        sheet.title(problem, panel, offered_rps, len(all_nodes) - len(mine))
+        for index, column in enumerate(drawn):
+            sheet.column(MARGIN + index * (COLUMN + COLUMN_GAP), column)
+        left += width
     try:
         figure.savefig(path)
     except OSError as error:
@@ -256,15 +278,20 @@ def in_columns(shown: Sequence[Node]) -> list[list[Node]]:
 
 
 class _Sheet:
-    """One picture; coordinates are inches from the upper left corner."""
+    """One placement of a picture; coordinates are inches from its upper left corner."""
 
     def __init__(
-        self, figure: Any, width: float, height: float, problem: Problem, shown: Sequence[Node]
+        self,
+        figure: Any,
+        box: tuple[float, float, float, float],  # of the figure: left, bottom, width, height
+        inches: tuple[float, float],
+        problem: Problem,
+        shown: Sequence[Node],  # of the whole picture: colours are the same in all of it
     ) -> None:
         from matplotlib import colormaps
 
-        self._width = width
-        self._axes = figure.add_axes((0, 0, 1, 1))
+        width, height = inches
+        self._axes = figure.add_axes(box)
         self._axes.set_xlim(0, width)
         self._axes.set_ylim(height, 0)
         self._axes.set_axis_off()
@@ -275,16 +302,14 @@ class _Sheet:
         rates = [p.rate_rps for n in shown for b in n.blocks for p in b.pieces if p.rate_rps]
         self._low, self._high = (min(rates), max(rates)) if rates else (1.0, 1.0)
 
-    def title(self, problem: Problem, found: Blocks, goodput_rps: float, left_out: int) -> None:
+    def title(self, problem: Problem, panel: Panel, offered_rps: float, left_out: int) -> None:
         """What it adds up to, and what the colours mean."""
-        offered = sum(demand.rate_rps for demand in problem.demands.values())
-        self._write(
-            MARGIN, 0.26, f"{goodput_rps:.1f} of {offered:.1f} requests/s within SLO",
-            size=12, weight="bold",
-        )  # fmt: skip
-        used = sum(len(block.gpus) for _, block in found)
+        text = f"{panel.goodput_rps:.1f} of {offered_rps:.1f} requests/s within SLO"
+        text = f"{panel.title}: {text}" if panel.title else text
+        self._write(MARGIN, 0.26, text, size=12, weight="bold")
+        used = sum(len(block.gpus) for _, block in panel.blocks)
         text = (
-            f"{len(problem.demands)} models in {len(found)} units on {used} of"
+            f"{len(problem.demands)} models in {len(panel.blocks)} units on {used} of"
             f" {problem.num_gpus} GPUs"
         )
         if left_out:

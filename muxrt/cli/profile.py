@@ -56,7 +56,7 @@ def profile(
     import os
 
     from muxrt.cli.profile_file import write
-    from muxrt.cli.profile_run import Effort, measure
+    from muxrt.cli.profile_run import Effort, in_service, measure
     from muxrt.cli.profile_source import load_source, parse_size
     from muxrt.cli.profile_tables import as_data, print_found
     from muxrt.cli.profile_target import cpu_target, gpu_target, parse_lanes
@@ -76,6 +76,9 @@ def profile(
     subject = load_source(source, target.device)
     found = measure(subject, target, effort, console(stderr=True))
     written = write(out, subject, found, memory_bytes)
+    if found.control is not None and found.is_whole and target.device == "cpu":
+        found.service = in_service(subject, written, effort, console(stderr=True))
+        written = write(out, subject, found, memory_bytes)
     if as_json:
         import msgspec
 

@@ -74,6 +74,7 @@ def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> Prof
         ),
         engine=_engine(found),
         side_by_side=found.side_by_side,
+        in_service=found.service.models if found.service else (),
         measured=_measured(found),
     )
 
@@ -92,11 +93,14 @@ def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell], device: st
 def _engine(found: Found) -> ProfiledEngine:
     prefills = [one.prefill_slowdown for one in found.side_by_side]
     decodes = [one.decode_slowdown for one in found.side_by_side]
-    control = found.control
+    control, service = found.control, found.service
+    beside = (_beyond(prefills), _beyond(decodes))
+    if service is not None and service.prefill_interference is not None:
+        beside = (service.prefill_interference, service.decode_interference)
     return ProfiledEngine(
         interference=_beyond(prefills + decodes),
-        prefill_interference=_beyond(prefills),
-        decode_interference=_beyond(decodes),
+        prefill_interference=beside[0],
+        decode_interference=beside[1],
         control_s=float(f"{control.sequence_s:.3g}") if control else None,
         control_step_s=float(f"{control.step_s:.3g}") if control else None,
         request_s=float(f"{control.request_s:.3g}") if control else None,

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from muxrt.cli.profile_control import Control, measure_control
+from muxrt.cli.profile_service import Service, measure_service
 from muxrt.cli.profile_source import Subject
 from muxrt.cli.profile_target import Target
 from muxrt.config.profile import SideBySide
 from muxrt.core import Phase
 from muxrt.cost.grid import Pass, levels
 from muxrt.cost.memory import kv_token_bytes
-from muxrt.cost.profile import Cell
+from muxrt.cost.profile import Cell, Profile
 from muxrt.engine.build import DTYPE_BYTES, kv_dtype
 from muxrt.errors import ConfigError, MuxrtError
 from muxrt.metrics import percentile
@@ -28,6 +29,7 @@ BURSTS, QUICK_BURSTS = 9, 3  # of each cell, if the time allows
 QUICK_LEVELS = 2
 BESIDE_S = 0.25  # of two passes beside each other, each time
 BESIDE_SHARE = 0.15  # of the budget
+SERVICE_SHARE, QUICK_SERVICE_S = 0.5, 3.0  # of requests, beyond the budget of cells
 BESIDE_BATCH = 8
 # A prompt as chats have them; longer ones read their weights more seldom and suffer less.
 BESIDE_TOKENS = 128
@@ -45,6 +47,11 @@ class Effort:
     @property
     def num_levels(self) -> int | None:
         return QUICK_LEVELS if self.is_quick else None
+
+    @property
+    def service_s(self) -> float:
+        """Seconds of requests on lanes of either arrangement."""
+        return QUICK_SERVICE_S if self.is_quick else SERVICE_SHARE * self.budget_s
 
     @property
     def num_bursts(self) -> int:
@@ -65,6 +72,7 @@ class Found:
     bursts: dict[Key, list[float]] = field(default_factory=dict)
     side_by_side: tuple[SideBySide, ...] = ()
     control: Control | None = None
+    service: Service | None = None
     elapsed_s: float = 0.0
 
     @property
@@ -139,6 +147,19 @@ def _control(subject: Subject, console: Console) -> Control | None:
     except MuxrtError as error:  # weights without a tokenizer can be measured, not served
         console.print(f"what the endpoint takes was not measured: {error.message}", markup=False)
         return None
+
+
+def in_service(
+    subject: Subject, profile: Profile, effort: Effort, console: Console
+) -> Service | None:
+    """What steps take among those of other models, on lanes of the smallest size."""
+    with _showing(console, effort.budget_s) as show:
+        show("the models, served together", effort.budget_s)
+        try:
+            return measure_service(subject, profile, effort.lanes[0], effort.service_s)
+        except MuxrtError as error:
+            console.print(f"steps in service were not measured: {error.message}", markup=False)
+            return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ def as_data(out: Path, subject: Subject, found: Found, profile: Profile) -> dict
         "fits": [asdict(check) for check in check_fits(profile)],
         "engine": msgspec.to_builtins(profile.file.engine),
         "side_by_side": msgspec.to_builtins(profile.file.side_by_side),
+        "in_service": msgspec.to_builtins(profile.file.in_service),
         "measured": msgspec.to_builtins(profile.file.measured),
     }
 
@@ -79,6 +80,12 @@ def print_found(
         console.print(
             f"side by side: a prefill of {one.prefill} takes {_slower(one.prefill_slowdown)},"
             f" decodes of {one.decode} {_slower(one.decode_slowdown)}",
+            highlight=False,
+        )
+    for ratio in profile.file.in_service:
+        console.print(
+            f"in service beside other models: a prefill of {ratio.model} takes"
+            f" {_slower(ratio.prefill)}, its decode steps {_slower(ratio.decode)}",
             highlight=False,
         )
     if engine.control_s is not None and engine.control_step_s is not None:

@@ -45,6 +45,11 @@ class Cluster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     nodes: tuple[NodeGroup, ...]
     kinds: tuple[GpuKind, ...] = ()
     network_bytes_per_s: Positive = 25e9  # between nodes, per node: 200 Gb/s
+    # For `muxrt replan`: weights from where they are kept into the memory of a node, all its units
+    # together (assumed: one NVMe disk), and what a unit takes to start beside them (3.4 s: our
+    # server of three small models on two cores; no unit on a GPU was measured).
+    load_bytes_per_s: Positive = 2e9
+    unit_start_s: NotNegative = 3.4
 
     @property
     def num_gpus(self) -> int:

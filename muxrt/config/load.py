@@ -10,7 +10,7 @@ import yaml
 from muxrt.config.document import Document, Key, KeyedError, read_document
 from muxrt.config.placement import Count
 from muxrt.config.schema import convert
-from muxrt.config.serve import Admin, ApiKeys, ServeConfig, check_references
+from muxrt.config.serve import Admin, ServeConfig, check_references
 
 ONE_UNIT = "main"  # the unit that a file without `units` gets
 
@@ -93,10 +93,16 @@ def resolve(config: ServeConfig, folder: Path) -> ServeConfig:
     )
     endpoint = config.endpoint
     if endpoint.api_keys is not None and endpoint.api_keys.file is not None:
-        keys = ApiKeys(file=_resolved(endpoint.api_keys.file, folder), env=endpoint.api_keys.env)
+        file = _resolved(endpoint.api_keys.file, folder)
+        keys = msgspec.structs.replace(endpoint.api_keys, file=file)
         endpoint = msgspec.structs.replace(endpoint, api_keys=keys)
+    traffic = config.traffic
+    if traffic is not None:
+        traffic = msgspec.structs.replace(traffic, path=_resolved(traffic.path, folder))
     admin = config.admin and _resolved_admin(config.admin, folder)
-    return msgspec.structs.replace(config, models=models, endpoint=endpoint, admin=admin)
+    return msgspec.structs.replace(
+        config, models=models, endpoint=endpoint, traffic=traffic, admin=admin
+    )
 
 
 def _resolved_admin(admin: Admin, folder: Path) -> Admin:

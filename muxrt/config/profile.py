@@ -75,6 +75,14 @@ class ProfiledEngine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     request_s: NotNegative | None = None  # from arrival to unit, and first token to client
 
 
+class ServiceRatio(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Steps of a model among others in service, over those of the table."""
+
+    model: Name
+    prefill: Positive = 1.0
+    decode: Positive = 1.0
+
+
 class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that is not in the table."""
 
@@ -91,6 +99,7 @@ class ProfileFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     sm_percent: Name | None = None  # what a share means where there are no SMs, for people
     engine: ProfiledEngine = ProfiledEngine()
     side_by_side: tuple[SideBySide, ...] = ()
+    in_service: tuple[ServiceRatio, ...] = ()
     measured: Measured | None = None
 
 

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from muxrt.config.document import Key, KeyedError
 from muxrt.config.placement import (
+    GIB,
     MIB,
     Count,
     ModelSpec,
@@ -22,6 +23,7 @@ from muxrt.config.routing import Routing, routing_problems
 
 # Shares written as decimals may add up to a hair more than one (0.7 + 0.2 + 0.1).
 SHARE_SLACK = 1e-6
+RANKS = (1, 2, 4, 8)  # of a mesh: blocks of up to 16 planes can be dealt to so many
 
 
 class ApiKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,6 +46,17 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     drain_s: NotNegative = 30.0  # what runs at SIGTERM may finish until then
 
 
+class TrafficFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A log of who was asked how much when, for `muxrt traffic` and `muxrt replan`.
+
+    A folder with an SQLite file per day (UTC). It never holds what was asked or answered.
+    """
+
+    path: Name  # relative paths are relative to the YAML
+    keep_days: Count = 28  # older days are deleted: four weeks
+    max_bytes: Annotated[int, Meta(ge=MIB)] = GIB  # beyond it, the oldest go first
+
+
 class Admin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Who may change what is served while it is served: routes under /admin."""
 
@@ -60,6 +73,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     units: tuple[UnitSpec, ...]
     endpoint: Endpoint = Endpoint()
     routing: Routing = Routing()
+    traffic: TrafficFolder | None = None  # None = no log
     admin: Admin | None = None  # None = nobody
 
     @property
@@ -260,7 +274,28 @@ def _core_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:
             if core in owner:
                 yield KeyedError(at, f"core {core} is already in units[{owner[core]}].mesh.cores")
             owner[core] = index
+        yield from rank_problems(index, unit, len(cores), f"mesh.cores lists {len(cores)}")
         yield from split_problems(index, unit, len(cores), f"mesh.cores lists {len(cores)}")
+
+
+def rank_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iterator[KeyedError]:
+    """A tensor-parallel mesh that cores cannot be; `why` says where `num_cores` comes from."""
+    at, size = ("units", index, "mesh", "gpus"), unit.mesh.tp
+    if unit.mesh.device != "cpu" or size == 1:
+        return
+    if size not in RANKS or len(set(unit.mesh.gpus or ())) != size:
+        found = list(unit.mesh.gpus or ())
+        yield KeyedError(at, f"found {found}, expected 1, 2, 4 or 8 different ranks on a CPU")
+    elif size > num_cores:
+        yield KeyedError(
+            at, f"found {size} ranks and {why} cores: expected at most {num_cores}, a core each"
+        )
+    if unit.lanes.kind == "processes":
+        yield KeyedError(
+            ("units", index, "lanes", "kind"),
+            f"found processes on a mesh of {size} ranks, expected cores: a rank is a process, its"
+            " lanes are threads",
+        )
 
 
 def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iterator[KeyedError]:
@@ -271,7 +306,11 @@ def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iter
     at = ("units", index, "lanes", "split")
     if not split:
         yield KeyedError(at, "found an empty list, expected cores per lane, such as [1, 1]")
-    elif sum(split) > num_cores:
+        return
+    if unit.mesh.tp > 1:
+        num_cores //= unit.mesh.tp
+        why += f", {num_cores} for each of {unit.mesh.tp} ranks"
+    if sum(split) > num_cores:
         yield KeyedError(
             at,
             f"the lanes need {sum(split)} cores and {why}: expected a sum of at most {num_cores}",

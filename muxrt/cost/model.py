@@ -51,7 +51,7 @@ class CostModel:
                 same = profile.gpu == gpu.name and arithmetic(profiled) == arithmetic(shape)
                 if same and (name, tp) in profile.given:
                     return profile.given[name, tp]
-                cells = profile.of(name, tp) if same else ()
+                cells = profile.in_service(name, tp) if same else ()
                 if cells:
                     made = fit_lanes if profile.is_cpu else fit
                     return made(cells, shape, profile.title, profile.granularity(name))

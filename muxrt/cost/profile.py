@@ -5,7 +5,7 @@ MuxServe's own profile (`examples/placement/llama.json`) is read as well.
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from muxrt.config.model import ModelShape
 from muxrt.config.muxserve import GPU as MUXSERVE_GPU
 from muxrt.config.muxserve import read_json
 from muxrt.config.presets import preset
-from muxrt.config.profile import ProfileFile, read_profile
+from muxrt.config.profile import ProfileFile, ServiceRatio, read_profile
 from muxrt.core import Phase
 from muxrt.cost.coefficients import read_coefficients
 from muxrt.cost.knots import read_knots
@@ -73,6 +73,14 @@ class Profile:
         models = self.file.models if self.file is not None else ()
         return next((m.prefill_granularity for m in models if m.name == model), 1)
 
+    def in_service(self, model: str, tp: int) -> tuple[Cell, ...]:
+        """`of`, as long as these steps take among those of other models."""
+        ratios = self.file.in_service if self.file is not None else ()
+        for ratio in ratios:
+            if ratio.model == model:
+                return tuple(_scaled(cell, ratio) for cell in self.of(model, tp))
+        return self.of(model, tp)
+
     @property
     def is_cpu(self) -> bool:
         """Whether its shares are lanes of cores."""
@@ -84,6 +92,14 @@ class Profile:
     def keys(self) -> tuple[tuple[str, int], ...]:
         """What was measured, as (model, tp), in order."""
         return tuple(sorted({(cell.model, cell.tp) for cell in self.cells} | set(self.given)))
+
+
+def _scaled(cell: Cell, ratio: ServiceRatio) -> Cell:
+    return replace(
+        cell,
+        prefill_s=None if cell.prefill_s is None else cell.prefill_s * ratio.prefill,
+        decode_s=None if cell.decode_s is None else cell.decode_s * ratio.decode,
+    )
 
 
 def load_profile(path: Path) -> Profile:

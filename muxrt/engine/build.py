@@ -173,9 +173,9 @@ def _too_large(plan: UnitPlan, what: str, needed: Room, room: Room) -> str:
 
 
 def _kv_shape(mesh: Mesh, spec: ModelSpec, shape: ModelShape) -> KvShape:
-    """Of all ranks of the mesh together: each holds one kv head at least."""
+    """Of all ranks of the mesh together, each of which has room for as many kv heads."""
     dtype_bytes = DTYPE_BYTES[kv_dtype(spec, shape, mesh.device)]
-    kv_heads = max(shape.num_kv_heads, len(mesh.gpus or ()))
+    kv_heads = -(-shape.num_kv_heads // mesh.tp) * mesh.tp
     return KvShape(spec.name, shape.num_layers, kv_heads, shape.head_dim, dtype_bytes)
 
 

@@ -71,15 +71,19 @@ def positions(problem: Problem, draft: Draft) -> list[Mesh]:
         node = min((n for n in nodes if free[n] >= group.size), key=lambda n: free[n])
         gpu = pool.gpus_per_node - free[node]
         free[node] -= group.size
-        gpus = tuple(range(gpu, gpu + group.size))
-        found[index] = Mesh(
-            device=pool.gpu.device,
-            cores=_cores(pool, gpu),
-            kind=pool.gpu.name,
-            node=node,
-            gpus=gpus,
-        )
+        found[index] = mesh_of(pool, node, gpu, group.size)
     return [found[index] for index in range(len(draft))]
+
+
+def mesh_of(pool: Pool, node: int, first: int, size: int) -> Mesh:
+    """So many GPUs of a node of the pool, from `first` on."""
+    return Mesh(
+        device=pool.gpu.device,
+        cores=_cores(pool, first),
+        kind=pool.gpu.name,
+        node=node,
+        gpus=tuple(range(first, first + size)),
+    )
 
 
 def _cores(pool: Pool, number: int) -> tuple[int, ...] | None:

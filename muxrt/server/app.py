@@ -30,6 +30,7 @@ from muxrt.server.prometheus import Metrics
 from muxrt.server.routes import Routes
 from muxrt.server.served_model import ServedModel
 from muxrt.server.supervisor import Supervisor
+from muxrt.server.traffic import TrafficLog
 from muxrt.server.unit_process import Spawn, UnitProcess, spawn
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Server:
             spawn=spawn,
         )
         self.dispatcher = Dispatcher(config.models, self.supervisor, monotonic, config.routing)
+        self.traffic = TrafficLog(config.traffic) if config.traffic is not None else None
         self.deployer: Deployer | None = None  # where changes are allowed
         self.url = ""
         self._runner: web.AppRunner | None = None
@@ -77,7 +79,9 @@ class Server:
         metrics = Metrics(self.config.models, units, self.dispatcher)
         source = self.config.endpoint.api_keys
         isolate = source is not None and source.isolate
-        routes = Routes(self.models, self.dispatcher, units, metrics, keys, isolate)
+        if self.traffic is not None:
+            self.traffic.start()
+        routes = Routes(self.models, self.dispatcher, units, metrics, keys, isolate, self.traffic)
         extend = partial(self._add_admin, metrics) if self.config.admin else _nothing
         await self._listen(routes.application(self.config.endpoint.max_body_bytes, extend))
         self.supervisor.start()
@@ -136,6 +140,8 @@ class Server:
         is_clean = await self.supervisor.stop(LAST_STOP_S)
         if self._runner is not None:
             await self._runner.cleanup()
+        if self.traffic is not None:
+            self.traffic.stop()
         return is_clean
 
 

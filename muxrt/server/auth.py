@@ -18,6 +18,7 @@ class KeyRing:
     def __init__(self, keys: Iterable[str]) -> None:
         self._secret = os.urandom(32)
         self._hashes = [self._hash(key) for key in keys]
+        self._numbers = {known: number for number, known in enumerate(self._hashes, 1)}
 
     def check(self, header: str | None) -> bytes:
         """What the `Authorization` header's key is known by here (32 bytes).
@@ -31,6 +32,13 @@ class KeyRing:
         if not sum(hmac.compare_digest(given, known) for known in self._hashes):
             raise Unauthorized("the API key is not one of this server's")
         return given
+
+    def number(self, known: bytes) -> int:
+        """Which of the keys it is, counted from 1 in the order of their source: says nothing of it.
+
+        `known` is what `check` returned.
+        """
+        return self._numbers[known]
 
     def _hash(self, key: str) -> bytes:
         # Header bytes that are no UTF-8 arrive as surrogates; they hash like any wrong key.

@@ -27,6 +27,7 @@ class Call:
         self._news: list[tuple[int, Output]] = []
         self._reader: asyncio.Future[None] | None = None  # of whoever waits, or last waited
         self.quick: Quick | None = None
+        self.unit: str | None = None  # where one of them was last known to be
 
     def __enter__(self) -> Self:
         return self
@@ -55,6 +56,7 @@ class Call:
         """Choice `index` has all it needs."""
         request_id = self._ids.pop(index, None)
         if request_id is not None:
+            self._look(request_id)
             self._dispatcher.abort(request_id)
 
     async def news(self) -> list[tuple[int, Output]]:
@@ -70,12 +72,18 @@ class Call:
 
     def _submit(self, index: int, draft: Draft, unit: str | None = None) -> None:
         self._ids[index] = self._dispatcher.submit(draft, partial(self._take, index), unit)
+        self._look(self._ids[index])
+
+    def _look(self, request_id: int) -> None:
+        self.unit = self._dispatcher.unit_of(request_id) or self.unit
 
     def _take(self, index: int, output: Output) -> None:
         if self._followers and output.refusal is None and (output.tokens or output.finish):
             self._start_followers(index)
         if output.finish is not None:
-            self._ids.pop(index, None)
+            ended = self._ids.pop(index, None)
+            if ended is not None:
+                self._look(ended)
         reader = self._reader
         if reader is None or reader.done():
             self._news.append((index, output))

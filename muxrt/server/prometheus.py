@@ -107,12 +107,11 @@ class UnitCollector(Collector):
             "muxrt_role", "1 for what a unit does for a model now.", labels=(*MODEL_UNIT, "role")
         )
         switches = CounterMetricFamily(
-            "muxrt_role_switches", "Times that it was borrowed or went home.", labels=MODEL_UNIT
+            "muxrt_role_switches", "Times that its role changed.", labels=MODEL_UNIT
         )
         for unit in self._units.values():
             for part in unit.spec.models:
-                is_borrowed = self._dispatcher.router.is_borrowed(part.name, unit.name)
-                now = "mixed" if is_borrowed else part.role
+                now = self._dispatcher.role_now(part.name, unit.name)
                 for each in ROLES:
                     role.add_metric([part.name, unit.name, each], each == now)
                 count = self._dispatcher.num_switches[part.name, unit.name]

@@ -1,10 +1,12 @@
 """The reply to one HTTP request: its choices, from their first token to the usage at the end."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic
 
 from muxrt.core import Output
+from muxrt.metrics import Timing
 from muxrt.server.answers import NUL, Frame, Usage, Writer, count_usage, split_event
 from muxrt.server.call import Call
 from muxrt.server.event_stream import EventStream
@@ -12,6 +14,16 @@ from muxrt.server.generation import Choice, Delta, Echo, merge
 from muxrt.server.openai import Ask
 from muxrt.server.prometheus import Metrics
 from muxrt.server.served_model import EncodedPrompt, ServedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an HTTP request, whether it was answered to its end or not."""
+
+    prompt_tokens: int  # each prompt once
+    output_tokens: int  # of all choices
+    num_sequences: int
+    timing: Timing  # of the first prompt's first choice
 
 
 class Reply:
@@ -37,6 +49,12 @@ class Reply:
         self._num_prompt_tokens = sum(len(prompt.tokens) for prompt in prompts)
         echoes = [self._echo(prompt) if ask.echo else None for prompt in prompts]
         self._choices = [self._choice(i, echoes[i // ask.n]) for i in range(ask.num_sequences)]
+
+    def outcome(self) -> Outcome:
+        """What has come so far."""
+        num_tokens = sum(choice.num_tokens for choice in self._choices)
+        timing = self._choices[0].timing(self._arrived_s)
+        return Outcome(self._num_prompt_tokens, num_tokens, len(self._choices), timing)
 
     async def whole(self) -> bytes:
         """The body of an answer that does not stream. Raises MuxrtError."""

@@ -24,6 +24,8 @@ from muxrt.server.prometheus import CONTENT_TYPE, Metrics
 from muxrt.server.readiness import readiness
 from muxrt.server.reply import Reply
 from muxrt.server.served_model import EncodedPrompt, ServedModel
+from muxrt.server.traffic import TrafficLog
+from muxrt.server.traffic_files import Entry
 from muxrt.server.unit_process import UnitProcess
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,31 @@ class Exchange:
     """A request to generate, and what is to be counted of it."""
 
     http: web.Request
+    came_s: float  # wall clock
     model: str | None = None  # once it is known to be served here
     status: int | None = None  # of the outcome, where it is not that of the response
+    key: int | None = None  # number of the client's API key
+    call: Call | None = None  # once it was sent to a unit, and so is
+    reply: Reply | None = None
+
+    def entry(self, model: str, status: int) -> Entry:
+        """What the traffic log keeps of it."""
+        unit = None if self.call is None else self.call.unit
+        if self.reply is None:
+            return Entry(self.came_s, model, None, 0, None, None, status, unit, self.key, 1)
+        seen = self.reply.outcome()
+        return Entry(
+            self.came_s,
+            model,
+            seen.prompt_tokens,
+            seen.output_tokens,
+            seen.timing.ttft_s,
+            seen.timing.tpot_s,
+            status,
+            unit,
+            self.key,
+            seen.num_sequences,
+        )
 
 
 class Routes:
@@ -57,6 +82,7 @@ class Routes:
         metrics: Metrics,
         keys: KeyRing | None,
         salt_prefixes: bool,
+        traffic: TrafficLog | None = None,
     ) -> None:
         self._models = models
         self._dispatcher = dispatcher
@@ -64,6 +90,7 @@ class Routes:
         self._metrics = metrics
         self._keys = keys
         self._salt_prefixes = salt_prefixes
+        self._traffic = traffic
         self._outbox = Outbox()
         self._created_s = int(time())
 
@@ -107,7 +134,7 @@ class Routes:
         """`answer` as a handler whose outcomes are counted by model and status."""
 
         async def handle(http: web.Request) -> web.StreamResponse:
-            exchange = Exchange(http)
+            exchange = Exchange(http, time())
             try:
                 response = await answer(exchange)
                 exchange.status = exchange.status or response.status
@@ -119,16 +146,21 @@ class Routes:
                 exchange.status = CLIENT_LEFT
                 raise
             finally:
-                self._metrics.on_response(exchange.model, exchange.status or 500)
+                self._count(exchange, exchange.status or 500)
 
         return handle
 
+    def _count(self, exchange: Exchange, status: int) -> None:
+        """It has ended. A model's name that is not served here is the client's text: not logged."""
+        self._metrics.on_response(exchange.model, status)
+        if self._traffic is not None and exchange.model is not None:
+            self._traffic.add(exchange.entry(exchange.model, status))
+
     def _authenticate(self, http: web.Request) -> bytes:
-        """What sets the client's cached prefixes apart. Raises Unauthorized."""
+        """What the client's key is known by, nothing where anyone may ask. Raises Unauthorized."""
         if self._keys is None:
             return b""
-        known = self._keys.check(http.headers.get("Authorization"))
-        return known if self._salt_prefixes else b""
+        return self._keys.check(http.headers.get("Authorization"))
 
     # -- generation --------------------------------------------------------------------------
 
@@ -144,15 +176,20 @@ class Routes:
         self, exchange: Exchange, parse: Callable[[bytes], Ask], words: Words
     ) -> web.StreamResponse:
         arrived_s = monotonic()
-        salt = self._authenticate(exchange.http)
+        known = self._authenticate(exchange.http)
+        salt = known if self._salt_prefixes else b""
+        if self._keys is not None:
+            exchange.key = self._keys.number(known)
         ask = parse(await exchange.http.read())
         self._check_known(ask.model)
         exchange.model = ask.model
         model, prompts = await self._encoded(ask, salt)
         writer = Writer(words(model.tokenizer), uuid4().hex, int(time()), ask.model)
         with Call(self._dispatcher) as call:
+            exchange.call = call
             self._start(call, model, ask, prompts, arrived_s)
             reply = Reply(ask, model, prompts, call, writer, arrived_s, self._metrics)
+            exchange.reply = reply
             if ask.stream:
                 return await _stream(exchange, reply, self._outbox)
             return _json(await reply.whole())

@@ -58,11 +58,14 @@ def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:
 def with_split(unit: UnitSpec, num_cores: int) -> UnitSpec:
     """The unit with its lanes spelt out: two of half the cores each where nobody said otherwise.
 
+    Every rank of a mesh has its own cores, and lanes of those.
+
     So a prefill of one model runs beside decodes of others; docs/benchmarks/lanes.md has the
     figures. Lanes on a GPU are shares of it, not cores.
     """
     if unit.lanes.split is not None or unit.mesh.device == "gpu":
         return unit
+    num_cores //= unit.mesh.tp
     halves = (num_cores - num_cores // 2, num_cores // 2)
     split = tuple(half for half in halves if half)
     return msgspec.structs.replace(unit, lanes=msgspec.structs.replace(unit.lanes, split=split))

@@ -12,7 +12,8 @@ from muxrt.worker.kv_storage import Storage, share_weights
 from muxrt.worker.lanes import Lane, ThreadLane, split_cores
 from muxrt.worker.process_lane import LaneSetup, ProcessLane, SharedModel
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.transfer import Exchange, Transport
+from muxrt.worker.torch_transport import TorchTransport
+from muxrt.worker.transfer import Exchange, Geometry, Transport
 from muxrt.worker.transports import NixlTransport, SharedTransport
 
 # Weights come from memory to memory: two or three threads of a server reach what its memory gives.
@@ -56,10 +57,13 @@ def _open_exchange(plan: UnitPlan, storage: Storage, unit: str, stack: ExitStack
     transport: Transport
     if plan.spec.transfer == "nixl":
         transport = NixlTransport(unit, arena)
+    elif plan.spec.transfer == "gloo":
+        transport = TorchTransport(arena)
     else:
         transport = SharedTransport(storage.arena.fd, storage.arena.num_bytes)
     stack.callback(transport.close)
-    return Exchange(unit, plan, arena, transport)
+    geometries = {model: Geometry.of(plan, model) for model in plan.models}
+    return Exchange(unit, geometries, arena, transport)
 
 
 def _open_mover(

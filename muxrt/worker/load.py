@@ -12,6 +12,7 @@ import torch
 
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec
+from muxrt.config.shard import Shard
 from muxrt.core import (
     Batch,
     BatchEntry,
@@ -27,10 +28,11 @@ from muxrt.core import (
 )
 from muxrt.engine.build import UnitPlan, linear_dtype, weight_dtype
 from muxrt.engine.messages import Loading, UnitBoot
+from muxrt.engine.ranks import rank_cores
 from muxrt.errors import ConfigError, MuxrtError
 from muxrt.models.device_llama import DeviceLlama
 from muxrt.models.llama import DType, LinearDType, Llama
-from muxrt.models.weights import Progress
+from muxrt.models.weights import WHOLE, Progress
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
 from muxrt.worker.device_build import open_device_executor
@@ -38,6 +40,7 @@ from muxrt.worker.device_streams import check_device
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.lanes import split_cores
+from muxrt.worker.mesh import open_mesh
 from muxrt.worker.service import Opened, Tell
 from muxrt.worker.transfer import addresses
 
@@ -79,10 +82,15 @@ def _open_on_cores(
     cores: Sequence[int],
     tell: Tell,
 ) -> LaneExecutor:
-    models = {}
-    for spec in boot.models:
-        models[spec.name] = load_model(boot.unit.name, spec, shapes[spec.name], tell)
-    return open_executor(plan, models, cores, boot.identity)
+    def load(shard: Shard) -> dict[str, Llama]:
+        return {
+            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], tell, shard)
+            for spec in boot.models
+        }
+
+    if plan.spec.mesh.tp > 1:
+        return open_mesh(plan, boot.models, shapes, cores, load)
+    return open_executor(plan, load(WHOLE), cores, boot.identity)
 
 
 def _open_sleepers(
@@ -136,7 +144,8 @@ def open_on_device(
 
 def _leave_lanes(plan: UnitPlan, cores: Sequence[int]) -> None:
     """Keep this thread, the unit's loop, off the cores of lanes where others are left for it."""
-    shares = split_cores(cores, plan.spec.lanes.split)
+    parts = rank_cores(cores, plan.spec.mesh.tp)
+    shares = [share for part in parts for share in split_cores(part, plan.spec.lanes.split)]
     if free := set(cores).difference(*shares):
         os.sched_setaffinity(0, free)
 
@@ -167,11 +176,17 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
 
 
-def load_model(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
-    """The model with the weights that its spec asks for. Raises ConfigError."""
-    dtype, weights = weight_dtype(spec, shape), linear_dtype(spec, shape)
-    progress = _progress(unit, spec.name, tell)
-    return Llama.load(spec.folder, cast(DType, dtype), progress, cast(LinearDType, weights))
+def load_model(
+    unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell, shard: Shard = WHOLE
+) -> Llama:
+    """A rank's part of the model with the weights that its spec asks for. Raises ConfigError."""
+    dtype = cast(DType, weight_dtype(spec, shape))
+    weights = cast(LinearDType, linear_dtype(spec, shape))
+    llama = Llama.load(spec.folder, dtype, _progress(unit, spec.name, tell), weights, shard)
+    log.info(
+        "event=weights_read model=%s rank=%d bytes=%d", spec.name, shard.rank, llama.bytes_read
+    )
+    return llama
 
 
 def load_device_model(

@@ -1,0 +1,103 @@
+"""`muxrt replan`: from the traffic that came to the placement for what will come."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class StrategyName(StrEnum):
+    """How to place, as `muxrt plan` has them."""
+
+    AUTO = "auto"
+    MUXSERVE = "muxserve"
+    SPATIAL = "spatial"
+    TEMPORAL = "temporal"
+
+
+Traffic = Annotated[Path, typer.Option(help="The log of the server: the folder of traffic.path.")]
+Plan = Annotated[
+    Path,
+    typer.Option(help="Cluster, profiles and engine facts: configs/plans/*.yaml, or your own."),
+]
+Window = Annotated[
+    float, typer.Option(min=0.25, max=168, help="Hours to plan for; the next replan is then.")
+]
+Quantile = Annotated[
+    float,
+    typer.Option(
+        min=0.01,
+        max=0.99,
+        help="Of each hour's traffic: 0.9 plans for what one hour in ten exceeds.",
+    ),
+]
+Margin = Annotated[
+    float, typer.Option(min=0, help="A change must earn its cost, and so many times more.")
+]
+LeastGain = Annotated[
+    float, typer.Option(min=0, help="And this share of the goodput: less is within the error.")
+]
+LeastHistory = Annotated[float, typer.Option(min=0, help="Hours of traffic to plan by.")]
+MostAge = Annotated[float, typer.Option(min=0, help="Hours since the newest request, at most.")]
+At = Annotated[
+    str | None,
+    typer.Option(help="As if it were then, such as 2026-01-31T04:00 (UTC); left out, now."),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Write the new file here, if the change is worth it.")
+]
+Picture = Annotated[
+    Path | None, typer.Option(help="Draw both placements beside each other: .svg or .png.")
+]
+Ttft = Annotated[float | None, typer.Option(min=1e-3, help="Seconds, for models without an slo.")]
+Tpot = Annotated[float | None, typer.Option(min=1e-4, help="Seconds, for models without an slo.")]
+
+
+def replan(
+    config: Annotated[Path, typer.Argument(help="What is served: its units are the old ones.")],
+    traffic: Traffic,
+    plan: Plan,
+    strategy: Annotated[StrategyName, typer.Option(help="How to place.")] = StrategyName.AUTO,
+    window: Window = 24.0,
+    quantile: Quantile = 0.5,
+    margin: Margin = 1.0,
+    least_gain: LeastGain = 0.02,
+    least_history: LeastHistory = 24.0,
+    most_age: MostAge = 6.0,
+    at: At = None,
+    seeds: Annotated[int, typer.Option(min=1, help="A gain must show from each of them.")] = 2,
+    ttft: Ttft = None,
+    tpot: Tpot = None,
+    out: Out = None,
+    picture: Picture = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Plan anew by the traffic that came: what would change, what it brings, what it costs.
+
+    Nothing is changed: it says what it would do, and writes the new file where it is worth it.
+    Refuses (exit status 1) where the log says too little or is stale.
+
+    Example: muxrt replan serve.yaml --traffic traffic --plan plan.yaml --out new.yaml
+    """
+    if (ttft is None) != (tpot is None):
+        raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
+    from time import time
+
+    from muxrt.cli.replan_input import Words, look_out
+    from muxrt.cli.replan_report import check_paths, report
+    from muxrt.cli.replan_run import replan as run
+    from muxrt.cli.replan_run import window_s
+    from muxrt.cli.traffic_files import point_in_time
+    from muxrt.config.placement import Slo
+    from muxrt.planner.moving import Terms
+
+    check_paths(out, picture)
+    now_s = time() if at is None else point_in_time("--at", at)
+    slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
+    outlook = look_out(
+        Words(config, traffic, plan, now_s, window, quantile, least_history, most_age, slo)
+    )
+    terms = Terms(window_s(outlook), margin, least_gain)
+    found = run(outlook, strategy.value, seeds, terms)
+    report(found, out=out, picture=picture, as_json=as_json)

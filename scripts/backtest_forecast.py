@@ -1,0 +1,232 @@
+"""How far off is the forecast? Days that came, told from those before them.
+
+    python scripts/backtest_forecast.py --out docs/benchmarks
+
+Pinball loss (Koenker and Bassett 1978) of the quantiles 0.1, 0.5 and 0.9 of requests per bin,
+summed over models, as a share of the mean requests per bin. Against three rules: yesterday's mean
+for every hour, the same hour of yesterday, and yesterday's mean with quantiles from its own past
+errors, as ours has them.
+
+Synthetic: eight models over `--days`, each share a random walk from day to day (sigma 0.3), rates
+by the hours of configs/workloads/diurnal.yaml; without drift; without hours. Azure's traces are an
+hour long and say nothing of days: the next ten minutes are told from those before, where ours is
+the recent mean that it falls back to, and "yesterday" is the last ten minutes.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import typer
+from bench_record import FOLDER, Record
+from rich.console import Console
+from rich.table import Table
+
+from muxrt.planner.forecast import at_quantile
+from muxrt.workload.arrivals import arrivals
+from muxrt.workload.spec import Drift, Traffic, Workload, load_workload
+from muxrt.workload.trace import read_trace
+
+Floats = npt.NDArray[np.float64]
+Rule = Callable[[Floats, int, float], Floats]  # counts, bins per day, quantile -> the next day
+
+ROOT = Path(__file__).parent.parent
+QUANTILES = (0.1, 0.5, 0.9)
+HOUR_S, PER_DAY = 3600.0, 24
+ALPHA, MODELS = 0.9, 8
+FIRST_DAY = 2  # that is forecast: two are behind it
+AZURE_BIN_S, AZURE_BLOCK, MINUTES_PER_DAY = 60.0, 10, 1440
+DRAWN_DAYS = 4
+OURS, YESTERDAY = "forecast", "yesterday's mean"
+
+
+def yesterday(counts: Floats, per_day: int, quantile: float) -> Floats:
+    """Its mean, for every hour and quantile."""
+    return np.full(per_day, counts[-per_day:].mean())
+
+
+def same_hour(counts: Floats, per_day: int, quantile: float) -> Floats:
+    """Of yesterday."""
+    return counts[-per_day:].copy()
+
+
+def yesterday_quantiles(counts: Floats, per_day: int, quantile: float) -> Floats:
+    """Yesterday's mean, moved by the quantile of that rule's errors on the days before."""
+    days = counts[len(counts) % per_day :].reshape(-1, per_day)
+    means = days.mean(axis=1)
+    errors = np.sqrt(days[1:]) - np.sqrt(means[:-1, None])
+    off = np.quantile(errors, quantile) if errors.size else 0.0
+    return np.full(per_day, max(0.0, np.sqrt(means[-1]) + off) ** 2)
+
+
+def ours(counts: Floats, per_day: int, quantile: float) -> Floats:
+    """What `muxrt replan` goes by."""
+    return at_quantile(counts, per_day, per_day, quantile)
+
+
+def ours_by_minute(counts: Floats, block: int, quantile: float) -> Floats:
+    """The same within a day."""
+    return at_quantile(counts, block, MINUTES_PER_DAY, quantile)
+
+
+RULES: dict[str, Rule] = {
+    OURS: ours,
+    YESTERDAY: yesterday,
+    "same hour yesterday": same_hour,
+    "yesterday's mean, with quantiles": yesterday_quantiles,
+}
+
+
+def pinball(actual: Floats, told: Floats, quantile: float) -> float:
+    """The mean loss of a quantile."""
+    off = actual - told
+    return float(np.maximum(quantile * off, (quantile - 1) * off).mean())
+
+
+def backtest(
+    counts: Floats, per_day: int, first: int, mine: Rule = ours
+) -> dict[str, dict[str, float]]:
+    """Loss by rule and quantile, over every day from `first` on; `counts` is [models, bins]."""
+    num_days = counts.shape[1] // per_day
+    scale = counts[:, first * per_day :].mean()
+    found: dict[str, dict[str, float]] = {}
+    for name, rule in {**RULES, OURS: mine}.items():
+        losses = {}
+        for quantile in QUANTILES:
+            days = [
+                pinball(
+                    row[day * per_day : (day + 1) * per_day],
+                    rule(row[: day * per_day], per_day, quantile),
+                    quantile,
+                )
+                for day in range(first, num_days)
+                for row in counts
+            ]
+            losses[f"{quantile:g}"] = float(np.mean(days)) / scale
+        found[name] = {**losses, "mean": float(np.mean(list(losses.values())))}
+    return found
+
+
+def synthetic(days: int, rate_rps: float, seed: int, drift: bool, hours: bool) -> Floats:
+    """Requests per model and hour, [models, hours]."""
+    base = load_workload(ROOT / "configs" / "workloads" / "diurnal.yaml")
+    assert base.diurnal is not None
+    shares = np.arange(1, MODELS + 1) ** -ALPHA
+    workload = Workload(
+        duration_s=days * PER_DAY * HOUR_S,
+        seed=seed,
+        models=tuple(
+            Traffic(name=f"m{i}", rate_rps=float(rate_rps * share / shares.sum()))
+            for i, share in enumerate(shares)
+        ),
+        diurnal=msgspec.structs.replace(base.diurnal, hour_s=HOUR_S) if hours else None,
+        drift=Drift(sigma=0.3) if drift else None,
+    )
+    counts = np.zeros((MODELS, days * PER_DAY))
+    for one in arrivals(workload):
+        counts[int(one.model[1:]), int(one.at_s / HOUR_S)] += 1
+    return counts
+
+
+def azure(path: Path) -> Floats:
+    """Requests per minute, [1, minutes]."""
+    times = [row.at_s for row in read_trace(path)]
+    num_bins = int(times[-1] / AZURE_BIN_S)
+    return np.histogram(times, num_bins, (0, num_bins * AZURE_BIN_S))[0][None].astype(float)
+
+
+def cases(days: int, rate_rps: float, seeds: int, folder: Path) -> Iterator[dict[str, object]]:
+    """Each case with its losses, by seed where there are some."""
+    kinds = {"diurnal drift": (True, True), "diurnal": (False, True), "drift": (True, False)}
+    for name, (drift, hours) in kinds.items():
+        by_seed = [
+            backtest(synthetic(days, rate_rps, seed, drift, hours), PER_DAY, FIRST_DAY)
+            for seed in range(seeds)
+        ]
+        yield {"case": name, "days": days, "seeds": seeds, **_across(by_seed)}
+    for trace in ("code", "conv"):
+        path = folder / f"azure_llm_2023_{trace}.csv"
+        if path.is_file():
+            counts = azure(path)
+            losses = backtest(counts, AZURE_BLOCK, 1, ours_by_minute)
+            row = {"case": f"azure {trace}", "minutes": counts.shape[1], "seeds": 1}
+            yield {**row, **_across([losses])}
+
+
+def _across(by_seed: list[dict[str, dict[str, float]]]) -> dict[str, object]:
+    """Means over seeds, and how much less than that of yesterday's mean ours is, seed by seed."""
+    gains = [1 - one[OURS]["mean"] / one[YESTERDAY]["mean"] for one in by_seed]
+    loss = {
+        rule: {q: float(np.mean([one[rule][q] for one in by_seed])) for q in by_seed[0][rule]}
+        for rule in RULES
+    }
+    return {"loss": loss, "better_than_yesterday": float(np.mean(gains)), "least": min(gains)}
+
+
+def draw(path: Path, counts: Floats, rows: list[dict[str, Any]]) -> None:
+    """The last days of one model as they came and as they were told, and all losses."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: pip install 'muxrt[plot]'")
+        return
+    figure = Figure(figsize=(11, 4), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    row, num_days = counts[1], counts.shape[1] // PER_DAY
+    hours = np.arange((num_days - DRAWN_DAYS) * PER_DAY, num_days * PER_DAY)
+    told = {
+        quantile: np.concatenate(
+            [
+                ours(row[: day * PER_DAY], PER_DAY, quantile)
+                for day in range(num_days - DRAWN_DAYS, num_days)
+            ]
+        )
+        for quantile in QUANTILES
+    }
+    left.fill_between(hours, told[0.1], told[0.9], color="#d6e4f2", label="0.1 to 0.9", step="mid")
+    left.step(
+        hours, told[0.5], color="#3f78b0", label="forecast, each day at midnight", where="mid"
+    )
+    left.plot(hours, row[hours], ".", color="#24292f", markersize=4, label="came")
+    left.set_title("one of eight models, diurnal drift", loc="left", fontsize=10)
+    left.set(xlabel="hour", ylabel="requests per hour", ylim=(0, None))
+    left.legend(frameon=False, fontsize=8)
+    colours = ("#3f78b0", "#c01c28", "#e0a458", "#8a939b")
+    for index, (rule, colour) in enumerate(zip(RULES, colours, strict=True)):
+        places = np.arange(len(rows)) + 0.2 * (index - 1.5)
+        right.bar(places, [r["loss"][rule]["mean"] for r in rows], 0.2, color=colour, label=rule)
+    right.set_xticks(range(len(rows)), [str(r["case"]) for r in rows], fontsize=8, rotation=15)
+    right.set_title("pinball loss / mean requests", loc="left", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of forecast.json.")] = FOLDER,
+    days: int = 14,
+    rate_rps: Annotated[float, typer.Option(help="Of all models together.")] = 0.5,
+    seeds: int = 5,
+    azure_folder: Annotated[Path, typer.Option(help="Of the whole traces.")] = (
+        ROOT.parent / "shared" / "data" / "azure"
+    ),
+) -> None:
+    """Back-test the forecast and write forecast.json."""
+    record = Record(out / "forecast.json", {"days": days, "rate_rps": rate_rps, "seeds": seeds})
+    table = Table("case", *RULES, "ours less than yesterday's mean")
+    for row in cases(days, rate_rps, seeds, azure_folder):
+        record.add("cases", row)
+        loss = row["loss"]
+        assert isinstance(loss, dict)
+        gain = f"{row['better_than_yesterday']:.1%} (least {row['least']:.1%})"
+        table.add_row(str(row["case"]), *(f"{loss[rule]['mean']:.4f}" for rule in RULES), gain)
+    Console().print(table)
+    draw(out / "forecast.png", synthetic(days, rate_rps, 0, True, True), record.data["cases"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,188 @@
+"""`muxrt replan`: yesterday's placement, today's traffic, and what is said of it."""
+
+import json
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+from command_line import CommandLine
+
+from muxrt.config.load import load
+from muxrt.server.traffic_files import Entry, add_history
+
+ROOT = Path(__file__).parent.parent
+AT = "2026-03-10T12:00"
+NOW_S = datetime(2026, 3, 10, 12, tzinfo=UTC).timestamp()
+# Two GPUs so slow that a request in a second or two fills one: a log of hours stays small.
+PLAN = """\
+cluster:
+  nodes: [{gpu: slow, gpus: 2}]
+  kinds:
+    - {name: slow, memory_bytes: 40GB, bandwidth_bytes_per_s: 1.0e+11, flops: 5.0e+12, sms: 100,
+       link_bytes_per_s: 1.0e+10}
+models: [{name: any, preset: llama-7b}]
+largest_tp: 1
+"""
+SERVE = """\
+models:
+  - {name: a, preset: llama-7b, rate_rps: 0.4, slo: {ttft_s: 4, tpot_s: 0.5}}
+  - {name: b, preset: llama-7b, rate_rps: 0.4, slo: {ttft_s: 4, tpot_s: 0.5}}
+units:
+  - {name: left, models: [{name: a}], memory: {kv_bytes: 20GB}, lanes: {kind: stream},
+     mesh: {device: gpu, kind: slow, node: 0, gpus: [0]}}
+  - {name: right, models: [{name: b}], memory: {kv_bytes: 20GB}, lanes: {kind: stream},
+     mesh: {device: gpu, kind: slow, node: 0, gpus: [1]}}
+"""
+
+
+def history(folder: Path, hours: float, ends_s: float = NOW_S, **rates_rps: float) -> Path:
+    """Poisson requests of 200 and 60 tokens up to `ends_s`."""
+    rng = Random(0)
+    entries = []
+    for model, rate_rps in rates_rps.items():
+        at_s = ends_s - 3600 * hours
+        while (at_s := at_s + rng.expovariate(rate_rps)) < ends_s:
+            prompt, output = rng.randint(100, 300), rng.randint(20, 100)
+            entries.append(Entry(at_s, model, prompt, output, 1.0, 0.2, 200, "left", None, 1))
+    add_history(folder, entries)
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    (tmp_path / "serve.yaml").write_text(SERVE)
+    return tmp_path
+
+
+@pytest.fixture
+def muxrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+def words(world: Path, log: Path, file: str = "serve.yaml") -> list[object]:
+    asked = [world / file, "--traffic", log, "--plan", world / "plan.yaml", "--at", AT]
+    return ["replan", *asked, "--least-history", 2, "--window", 4, "--seeds", 1]
+
+
+def test_popularity_that_moved_moves_models(muxrt: CommandLine, world: Path) -> None:
+    log = history(world / "log", 3, a=0.8, b=0.05)
+    out, picture = world / "new.yaml", world / "both.svg"
+    answer = muxrt(*words(world, log), "--out", out, "--picture", picture)
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("change: it earns") and "is written" in answer.out
+    config = load(out)
+    homes = [unit.name for unit in config.units for part in unit.models if part.name == "a"]
+    assert len(homes) == 2 and config.model("a").rate_rps == pytest.approx(0.8, rel=0.1)
+    assert config.model("a").slo == load(world / "serve.yaml").model("a").slo
+    drawn = picture.read_text()
+    assert "now: " in drawn and "then: " in drawn and "changed" in drawn
+    again = muxrt(*words(world, log, "new.yaml"), "--json")
+    data = json.loads(again.out)
+    assert not data["is_worth"], f"what was planned is kept: {data['reason']}"
+
+
+def test_figures_for_machines(muxrt: CommandLine, world: Path) -> None:
+    log = history(world / "log", 3, a=0.8, b=0.05, other=0.1)
+    data = json.loads(muxrt(*words(world, log), "--json").out)
+    a, b = data["models"]
+    assert a["attainment"]["before"] < a["attainment"]["after"] and b["model"] == "b"
+    assert data["goodput_rps"]["before"] < data["goodput_rps"]["after"] <= 1.0
+    assert data["cost"]["total_bytes"] > 13e9 and data["cost"]["reduced_s"] > 5
+    assert data["forecast"]["days"] == 0 and data["unknown_models"] == ["other"]
+    assert {unit["is"] for unit in data["units"]} <= {"kept", "changed", "added", "removed"}
+
+
+def test_a_placement_that_serves_stays(muxrt: CommandLine, world: Path) -> None:
+    log = history(world / "log", 3, a=0.05, b=0.05)
+    out = world / "new.yaml"
+    answer = muxrt(*words(world, log), "--out", out)
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("stay: ") and "is not written" in answer.out
+    assert not out.exists()
+
+
+def test_a_move_that_costs_more_than_it_earns_is_not_made(muxrt: CommandLine, world: Path) -> None:
+    log = history(world / "log", 3, a=0.8, b=0.05)
+    answer = muxrt(*words(world, log), "--margin", 1e9)
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("stay: it earns") and "it does not earn" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("hours", "ends_s", "said"),
+    [
+        (1.1, NOW_S, "in 1.1 h, expected at least 100 in 2.0 h"),
+        (3.0, NOW_S - 86400, "the newest request came 24.0 h ago"),
+        (3.0, NOW_S + 86400, "no request came before"),
+    ],
+)
+def test_too_little_or_too_old_traffic_is_refused(
+    muxrt: CommandLine, world: Path, hours: float, ends_s: float, said: str
+) -> None:
+    log = history(world / "log", hours, ends_s, a=0.3)
+    answer = muxrt(*words(world, log))
+    assert answer.code == 1 and said in answer.err.replace("\n", " "), answer.err
+
+
+def test_requests_without_answers_have_no_lengths(muxrt: CommandLine, world: Path) -> None:
+    refused = [
+        Entry(NOW_S - 60 * number, "a", None, 0, None, None, 429, None, None, 1)
+        for number in range(1, 200)
+    ]
+    add_history(world / "log", refused)
+    answer = muxrt(*words(world, world / "log"))
+    assert answer.code == 1 and "no lengths to plan by" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--at", "soon"), "found --at soon"),
+        (("--out", "none/new.yaml"), "expected it to exist"),
+        (("--picture", "x.gif"), "expected a picture named"),
+        (("--ttft", 1), "one goes with the other"),
+        (("--plan", "none.yaml"), "no such file"),
+        (("--traffic", "none"), "no such traffic log"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    muxrt: CommandLine, world: Path, asked: tuple[object, ...], said: str
+) -> None:
+    answer = muxrt(*words(world, history(world / "log", 3, a=0.1)), *asked)
+    assert answer.code == 2 and said in answer.err, answer.err
+
+
+def commands() -> dict[str, list[str]]:
+    """What configs/replan runs, after the word muxrt."""
+    (line,) = (
+        line
+        for line in (ROOT / "configs/replan/crontab").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    cron = line.partition("muxrt replan ")[2].partition(" >")[0]
+    job = yaml.safe_load((ROOT / "configs/replan/cronjob.yaml").read_text())
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:2] == ["muxrt", "replan"]
+    kubernetes = [*container["command"][2:], *container["args"]]
+    return {"cron": shlex.split(cron), "kubernetes": kubernetes}
+
+
+@pytest.mark.parametrize("where", ["cron", "kubernetes"])
+def test_what_is_shipped_runs(
+    muxrt: CommandLine, world: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.chdir(world)
+    history(world / "traffic", 3, a=0.8, b=0.05)
+    moved = [word.replace("/config/", "").replace("/data/", "") for word in commands()[where]]
+    answer = muxrt("replan", *moved, "--at", AT, "--least-history", 2, "--window", 2)
+    assert answer.code == 0, answer.err
+    assert (world / "new.yaml").is_file()
+
+
+def test_the_shipped_server_keeps_a_log() -> None:
+    traffic = load(ROOT / "configs/replan/serve.yaml").traffic
+    assert traffic is not None and traffic.path.endswith("configs/replan/traffic")
