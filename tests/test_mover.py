@@ -116,6 +116,34 @@ def test_the_arena_never_overlaps_weights() -> None:
     assert all(answer.finish == "stop" for answer in world.answers.values())
 
 
+def test_memory_that_was_left_for_a_model_is_nobody_elses() -> None:
+    """Pages that a sleeping model leaves are taken over: no block may lie there meanwhile."""
+    blocks: list[tuple[str, bool, int]] = []
+
+    class Noting(SimExecutor):
+        def launch(self, work: Work, done: Done) -> None:
+            if isinstance(work, Load | Sleep):
+                makes_room = isinstance(work, Sleep) and work.makes_room
+                blocks.append((type(work).__name__, makes_room, world.pool.num_blocks))
+            super().launch(work, done)
+
+    random = Random(3)
+    world = sleepy(
+        num_blocks=60,
+        weight_bytes=700_000,
+        idle_timeout_s=0.3,
+        wrap=lambda loop, _: Noting(loop, ConstantCost()),
+    )
+    for number in range(80):
+        world.at(number * 0.1, lambda: world.submit(random.choice("ab"), random.randint(1, 30), 20))
+    world.run()
+    settle(world)
+    left = [index for index, (_, makes_room, _) in enumerate(blocks) if makes_room]
+    assert left and any(not makes_room for kind, makes_room, _ in blocks if kind == "Sleep")
+    for index in left:
+        assert blocks[index + 1][0] == "Load" and blocks[index + 1][2] <= blocks[index][2]
+
+
 def test_who_waits_for_too_long_is_told_to_come_back() -> None:
     world = one_awake(wake_timeout_s=0.5)
     world.submit("a", prompt=20, output=100)

@@ -75,6 +75,26 @@ def test_too_few_to_make_room_stay_awake() -> None:
     assert decided(residency, 1.0) == {}
 
 
+def test_two_that_are_wanted_have_room_made_at_once() -> None:
+    models = [resident("a", used_s=1.0), resident("b", used_s=2.0), resident("c", used_s=3.0)]
+    models += [resident("d", State.ASLEEP), resident("e", State.ASLEEP)]
+    residency = Residency(models, Room(30, 10))
+    residency.want("d", 4.0)
+    residency.want("e", 4.0)
+    assert decided(residency, 4.0) == {"a": State.DRAINING, "b": State.DRAINING}
+
+
+def test_who_is_wanted_again_while_it_drains_holds_nobody_up() -> None:
+    residency = two_of_three()
+    residency.models["b"].on(Event.EVICTED, 2.0)
+    residency.want("b", 2.5)
+    residency.want("c", 3.0)
+    assert decided(residency, 3.0) == {}  # there is room for c once b has slept
+    residency.models["a"].on(Event.EVICTED, 3.5)
+    residency.models["a"].on(Event.SLEPT, 3.5)
+    assert decided(residency, 3.5) == {"c": State.WAKING}
+
+
 def test_blocks_to_be_entitled_to_are_room_too() -> None:
     models = [resident("a"), resident("b", State.ASLEEP, floor_blocks=10)]
     residency = Residency(models, Room(100, 10))

@@ -210,6 +210,12 @@ def _sleep_problems(config: ServeConfig) -> Iterator[KeyedError]:
             yield KeyedError(
                 ("units", index), f"found {why}, expected none on a GPU: models sleep on CPUs only"
             )
+        if why and unit.mesh.tp > 1:
+            yield KeyedError(
+                ("units", index, "mesh", "gpus"),
+                f"found {unit.mesh.tp} and {why}, expected one of them: models that are tensor"
+                " parallel are always awake",
+            )
 
 
 def _role_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:

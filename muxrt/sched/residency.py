@@ -138,24 +138,27 @@ class Residency:
             if resident.sleeps_s() <= now and not is_busy(resident.name):
                 resident.on(Event.EVICTED, now)
                 yield resident
+        waiting: list[Resident] = []  # for memory, the first wish first
         for resident in self.wanted:
             if resident.state is not State.ASLEEP:
-                return  # it has to fall asleep first, and was there before those behind it
-            if not self._room.has(Room.of([*self.holding, resident])):
-                yield from self._make_room(resident, now, is_busy)
-                return
-            resident.on(Event.RESERVED, now)
-            yield resident
+                continue  # it has to fall asleep first
+            if not waiting and self._room.has(Room.of([*self.holding, resident])):
+                resident.on(Event.RESERVED, now)
+                yield resident
+                continue
+            waiting.append(resident)
+            # Room for all of them at once: who makes it may have to finish something first.
+            yield from self._make_room(waiting, now, is_busy)
 
     def _make_room(
-        self, wanted: Resident, now: float, is_busy: Callable[[str], bool]
+        self, waiting: Sequence[Resident], now: float, is_busy: Callable[[str], bool]
     ) -> Iterator[Resident]:
-        """Evict as many as it takes; nobody if that is not enough yet."""
+        """Evict as many as these take; nobody if that is not enough yet."""
         staying = [one for one in self.holding if one.state is not State.DRAINING]
         leaving = [one for one in staying if one.may_leave_s <= now]
         leaving.sort(key=lambda one: (is_busy(one.name), one.used_s, one.name))
         victims: list[Resident] = []
-        while not self._room.has(Room.of([*staying, wanted])):
+        while not self._room.has(Room.of([*staying, *waiting])):
             if not leaving:
                 return
             victims.append(leaving.pop(0))
