@@ -55,7 +55,7 @@ Scenarios = Annotated[
     typer.Option(
         min=1,
         help="Ways that the traffic may go, the forecast and others within its errors: a change"
-        " must gain in each.",
+        " must gain on average and lose in none.",
     ),
 ]
 Ttft = Annotated[float | None, typer.Option(min=1e-3, help="Seconds, for models without an slo.")]
