@@ -4,9 +4,9 @@
 
 Six LLaMA-7B on eight L4 (one GPU each, as they have no links to speak of) with long answers, hours
 by configs/workloads/diurnal.yaml, popularity a random walk from day to day. The requests of all
-days are written to a traffic log; every midnight `muxrt replan`'s own code reads what came until
-then and decides. Each day is then simulated with what really came in it, for both placements; what
-a move costs at most is subtracted.
+days are written to a traffic log; every night at four `muxrt replan`'s own code reads what came
+until then and decides. Each day is then simulated with what really came in it, for both placements;
+what a move costs at most is subtracted.
 """
 
 import tempfile
@@ -37,6 +37,7 @@ Units = tuple[UnitSpec, ...]
 
 ROOT = Path(__file__).parent.parent
 DAY_S, HOUR_S, HOURS = 86400.0, 3600.0, 24
+AT_H = 4  # of the day, when it is replanned: little is asked then
 START_S = 20_000 * DAY_S  # some midnight
 MODELS = tuple(f"m{number}" for number in range(6))
 SLO = Slo(ttft_s=3.0, tpot_s=0.15)
@@ -83,9 +84,9 @@ def first_placement(plan: Path, given: Workload, folder: Path) -> str:
     return dump(planned(load_problem(plan, file, None, None), "auto"))
 
 
-def came(log: Path, day: int) -> tuple[Band, ...]:
-    """What a day really brought, in bands of hours."""
-    found = count_asked(log, START_S + (day + 1) * DAY_S, HOUR_S)
+def came(log: Path, now_s: float) -> tuple[Band, ...]:
+    """What the next day really brought, in bands of hours."""
+    found = count_asked(log, now_s + DAY_S, HOUR_S)
     assert found is not None
     rates = np.array(
         [
@@ -102,7 +103,7 @@ def came(log: Path, day: int) -> tuple[Band, ...]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of replan.json.")] = FOLDER,
-    days: int = 9,
+    days: int = 10,
     rate_rps: Annotated[float, typer.Option(help="Of all models, before the hour's factor.")] = 1.2,
     sigma: Annotated[float, typer.Option(help="Of the random walk, per day.")] = 0.4,
     quantile: float = 0.5,
@@ -121,15 +122,15 @@ def main(
         plan.write_text(PLAN)
         served.write_text(first_placement(plan, given, folder))
         static: Units | None = None
-        for day in range(first_day, days):
-            now_s = START_S + day * DAY_S
+        for day in range(first_day, days - 1):
+            now_s = START_S + day * DAY_S + AT_H * HOUR_S
             words = Words(served, folder / "log", plan, now_s, 24.0, quantile, 24.0, 6.0, SLO)
             outlook = look_out(words)
             old = outlook.served.config.units
             static = static or old
             found = replan(outlook, "auto", Terms(window_s(outlook)))
             units = found.best.units if found.best.decision.is_worth else old
-            bands = came(folder / "log", day)
+            bands = came(folder / "log", now_s)
             real = replace(outlook, bands=bands, scenarios=(bands, bands))  # from two seeds
             row = row_of(day, outlook, real, static, units, found)
             record.add("days", row)
