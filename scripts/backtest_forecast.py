@@ -143,7 +143,7 @@ def cases(days: int, rate_rps: float, seeds: int, folder: Path) -> Iterator[dict
     """Each case with its losses, by seed where there are some."""
     kinds = {
         "diurnal drift": (True, True, 0),
-        "the same, told at 04:00": (True, True, 4),
+        "the same at 04:00": (True, True, 4),
         "diurnal": (False, True, 0),
         "drift": (True, False, 0),
     }
@@ -204,7 +204,9 @@ def draw(path: Path, counts: Floats, rows: list[dict[str, Any]]) -> None:
     for index, (rule, colour) in enumerate(zip(RULES, colours, strict=True)):
         places = np.arange(len(rows)) + 0.2 * (index - 1.5)
         right.bar(places, [r["loss"][rule]["mean"] for r in rows], 0.2, color=colour, label=rule)
-    right.set_xticks(range(len(rows)), [str(r["case"]) for r in rows], fontsize=8, rotation=15)
+    right.set_xticks(
+        range(len(rows)), [str(r["case"]) for r in rows], fontsize=8, rotation=20, ha="right"
+    )
     right.set_title("pinball loss / mean requests", loc="left", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
