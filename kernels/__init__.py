@@ -5,11 +5,14 @@ Activations are float32; the arena is float32 or bfloat16; weights are float32, 
 
 from muxrt.kernels.cpu import CpuProgram as Program
 from muxrt.kernels.cpu import checksum, copy_blocks, sample, warm_up
+from muxrt.kernels.cpu_meet import SPACING as MEET_SPACING
+from muxrt.kernels.cpu_meet import meet
 from muxrt.kernels.packing import Packed, Pages, map_pages, pack_into, packed_elems, unpack
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, DeviceMeta, KvCache, MetaArrays
 
 __all__ = [
+    "MEET_SPACING",
     "AttentionMeta",
     "DeviceMeta",
     "KvCache",
@@ -21,6 +24,7 @@ __all__ = [
     "checksum",
     "copy_blocks",
     "map_pages",
+    "meet",
     "pack_into",
     "packed_elems",
     "sample",

@@ -15,6 +15,7 @@ from muxrt.kernels import (
     cpu_checksum,
     cpu_linear,
     cpu_linear_amx,
+    cpu_meet,
     cpu_rows,
     cpu_sampling,
 )
@@ -41,6 +42,7 @@ _SIGNATURES: dict[Callable[..., Any], list[str]] = {
         " float64[::1], int64[::1])"
     ],
     cpu_checksum.checksum: ["(uint64[::1], int32[::1], int64)"],
+    cpu_meet.meet: ["(int64[::1], int64, int64, int64, int64)"],
     cpu_rows.copy_blocks: ["(int64, int64, uint8[::1], uint8[::1], int32[::1], int32[::1], int64)"],
 }
 

@@ -70,16 +70,18 @@ class Prompt(msgspec.Struct, frozen=True):
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """A part of the K and V of a sequence, which a unit keeps for another one to fetch.
 
-    It is a rectangle: planes `first_plane` to `end_plane` of whole groups from `first_group` on.
+    It is a rectangle: layers `first_layer` to `end_layer` of whole groups from `first_group` on.
     """
 
     number: int  # in order, from 0; what was said before that one is void
     blocks: bytes  # of its groups, ids in that unit's arena, int32 little endian
     first_group: int = 0
-    first_plane: int = 0
-    end_plane: int
+    first_layer: int = 0
+    end_layer: int
     num_tokens: int  # of the sequence, up to the end of its groups
-    checksum: int = 0  # of its bytes: group after group, plane after plane
+    # Of the bytes of each kv head that the holder has: group after group, layer after layer. So
+    # whoever takes some heads only can tell whether they are those that were sealed.
+    checksums: tuple[int, ...] = ()
     is_last: bool = True  # nothing is missing after it
 
 
@@ -150,8 +152,8 @@ class Outgoing:
     """How much of a sequence's K and V was given away, to be sealed, as it became final."""
 
     num_pieces: int = 0
-    num_groups: int = 0  # in all their planes
-    num_planes: int = 0  # of the groups behind those, as far as they are final
+    num_groups: int = 0  # in all their layers
+    num_layers: int = 0  # of the groups behind those, as far as they are final
     unsealed: deque[Piece] = field(default_factory=deque)  # those to be launched next
 
 
@@ -311,13 +313,41 @@ class Transfer(msgspec.Struct, frozen=True, tag="transfer"):
     model: str
     kind: TransferKind
     slot: int
-    pieces: tuple[Piece, ...]  # SEAL: one, without its checksum; FETCH: those that are to come
+    pieces: tuple[Piece, ...]  # SEAL: one, without checksums; FETCH: those that are to come
     blocks: bytes = b""  # FETCH: ids in our arena of the whole sequence, int32 little endian
     source: Source | None = None  # FETCH: who has the pieces
     opened: tuple[SlotOpen, ...] = ()  # FETCH: with the last piece
 
 
-Work = Batch | Copy | Transfer
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """A model wakes: its weights come from host memory to where they are computed with.
+
+    The blocks `first_block` to `end_block` of the arena give up their memory for them.
+    """
+
+    id: int
+    lane: int
+    model: str
+    num_bytes: int  # of its weights
+    first_block: int = 0
+    end_block: int = 0
+
+
+class Sleep(msgspec.Struct, frozen=True, tag="sleep"):
+    """A model falls asleep: the memory of its weights is free from then on.
+
+    Where it `makes_room`, a `Load` follows that takes that memory over; before it nobody else may.
+    """
+
+    id: int
+    lane: int
+    model: str
+    num_bytes: int  # of its weights
+    makes_room: bool = False
+
+
+Scheduled = Batch | Copy | Transfer  # what names sequences
+Work = Scheduled | Load | Sleep
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -338,7 +368,7 @@ class Result(msgspec.Struct, frozen=True):
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
     elapsed_s: float = 0.0  # on the lane, without waiting
     error: str | None = None
-    checksum: int = 0  # of a SEAL
+    checksums: tuple[int, ...] = ()  # of a SEAL: `Piece.checksums`
 
 
 class Refusal(msgspec.Struct, frozen=True):

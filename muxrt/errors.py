@@ -45,6 +45,13 @@ class UnknownModel(MuxrtError):
     code = "model_not_found"
 
 
+class Conflict(MuxrtError):
+    """What is asked for contradicts what is so, or what goes on: look, then ask again."""
+
+    status = 409
+    kind = "conflict"
+
+
 class BodyTooLarge(MuxrtError):
     """The request body exceeds the endpoint's limit."""
 

@@ -2,6 +2,7 @@
 
     python scripts/handoff_faults.py --faults 1000
     python scripts/handoff_faults.py --faults 1000 --borrows  # with Splitwise's routing
+    python scripts/handoff_faults.py --faults 100 --transfer gloo  # by torch.distributed
 
 Worlds of one to three units under the virtual clock, with real dispatcher, brains, kernels, memory
 and transfers (tests/handoff_world.py): units are killed, transfers are lost, damaged, or late.
@@ -22,13 +23,14 @@ def main(
     faults: Annotated[int, typer.Option(min=1, help="At least so many.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the first world.")] = 100,
     borrows: Annotated[bool, typer.Option(help="Units borrow from each other.")] = False,
+    transfer: Annotated[str, typer.Option(help="shared or gloo.")] = "shared",
 ) -> None:
     """Play worlds until there were so many faults; the first wrong token ends it."""
     from test_handoff import Played, play_faults
 
     console, total = Console(), Played()
     for world in count(seed):
-        played = play_faults(range(world, world + 1), borrows)
+        played = play_faults(range(world, world + 1), borrows, transfer)
         total.faults += played.faults
         total.answered += played.answered
         total.refused += played.refused

@@ -104,14 +104,14 @@ def arrive(
         min(units, key=lambda unit: len(unit.waiting) + len(unit.running)).add(arrival)
 
 
-def run_simpy(case: Case, block_bytes: int) -> list[UnitLoop]:
+def run_simpy(case: Case) -> list[UnitLoop]:
     """Serve the requests of a case of one model to their end."""
     env = simpy.Environment()
     (model,) = case.config.models
     units = [
         UnitLoop(
             env,
-            MeshCost(spec, case.setting, block_bytes),
+            MeshCost(spec, case.setting),
             model.name,
             spec.scheduling.prefill_tokens,
         )

@@ -47,7 +47,8 @@ from muxrt.sim.loop import FINISH, EventLoop
 from muxrt.worker.kv_storage import Storage
 from muxrt.worker.lanes import attempt
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.transfer import Exchange, Ids
+from muxrt.worker.torch_transport import TorchTransport
+from muxrt.worker.transfer import Exchange, Geometry, Ids, Transport
 from muxrt.worker.transports import SharedTransport
 
 BATCH_S, COPY_S = 0.01, 0.005
@@ -67,7 +68,7 @@ class Faults:
 class FaultyTransport:
     """A transport between real memories that loses or damages what it is told to."""
 
-    def __init__(self, inner: SharedTransport) -> None:
+    def __init__(self, inner: Transport) -> None:
         self.inner, self.name = inner, inner.name
         self.fault = ""
 
@@ -91,6 +92,14 @@ class FaultyTransport:
         self.inner.close()
 
 
+def open_transport(transfer: str, storage: Storage) -> Transport:
+    """As units open it."""
+    arena = storage.arena
+    if transfer == "gloo":
+        return TorchTransport(arena.tensor())
+    return SharedTransport(arena.fd, arena.num_bytes)
+
+
 class Host:
     """One life of a unit: its memory, its brain, what computes."""
 
@@ -98,9 +107,10 @@ class Host:
         self.identity, self.plan = identity, plan
         self._loop, self._faults = world.loop, world.faults
         self.storage = Storage(plan)
-        arena = self.storage.arena
-        self.transport = FaultyTransport(SharedTransport(arena.fd, arena.num_bytes))
-        self.exchange = Exchange(identity, plan, arena.tensor(), self.transport)
+        self.transport = FaultyTransport(open_transport(world.transfer, self.storage))
+        geometries = {model: Geometry.of(plan, model) for model in plan.models}
+        arena = self.storage.arena.tensor()
+        self.exchange = Exchange(identity, geometries, arena, self.transport)
         residents = {m: Resident.of(demo_llama(m), m, self.storage) for m in plan.models}
         self._runner = Runner(residents, Team())
         self._copier = Copier(self.storage, plan.arena.block_bytes, self.exchange, residents)
@@ -222,7 +232,9 @@ class SplitWorld:
         plans: Sequence[UnitPlan],
         faults: Sequence[str] = (),
         routing: Routing | None = None,
+        transfer: str = "shared",
     ) -> None:
+        self.transfer = transfer
         self.loop, self.faults = EventLoop(), Faults(list(faults))
         placed = exchanging([plan.spec for plan in plans])
         self.plans = {s.name: replace(p, spec=s) for s, p in zip(placed, plans, strict=True)}

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 
 from muxrt.config.model import load_shape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, Slo, UnitModel, UnitSpec
+from muxrt.config.placement import (
+    Lanes,
+    Memory,
+    Mesh,
+    ModelSpec,
+    Scheduling,
+    Slo,
+    UnitModel,
+    UnitSpec,
+)
 from muxrt.core import (
     Batch,
     Copy,
@@ -63,6 +72,7 @@ def demo_plan(
     lanes: int = 1,
     depth: int = 1,
     slo: Slo | None = None,
+    tp: int = 1,
     **scheduling: object,
 ) -> UnitPlan:
     """One unit with demo models; `num_groups` sequences of maximum length per model fit."""
@@ -85,6 +95,7 @@ def demo_plan(
             memory=Memory(
                 kv_bytes=kv_bytes, swap_bytes=swap_bytes, planes_per_block=planes_per_block
             ),
+            mesh=Mesh(gpus=tuple(range(tp))),
             lanes=Lanes(split=(1,) * lanes, depth=depth),
             scheduling=msgspec.convert(scheduling, Scheduling),
         )
@@ -135,6 +146,12 @@ def on_device(plan: UnitPlan, device: torch.device) -> Callable[[Work], Result]:
     return lambda work: launch[type(work)](work).wait()
 
 
+def engine(
+    plan: UnitPlan, weights: LinearDType, device: torch.device | None
+) -> Callable[[Work], Result]:
+    return on_cores(plan, weights) if device is None else on_device(plan, device)
+
+
 class Recorder:
     """Notes every work on its way to an executor."""
 
@@ -176,12 +193,14 @@ class RealWorld:
         depth: int = 1,
         slo: Slo | None = None,
         device: torch.device | None = None,
+        tp: int = 1,
+        compute: Callable[[Work], Result] | None = None,
         **scheduling: object,
     ) -> None:
         """`num_groups`: sequences of maximum length per model that the arena holds.
 
         `simulate`: output tokens by request id; the executor is then the simulator's. `device`:
-        the device's engine computes there, not the CPU's.
+        the device's engine computes there, not the CPU's. `compute`: an engine of this plan.
         """
         self.plan = demo_plan(
             models,
@@ -192,6 +211,7 @@ class RealWorld:
             lanes,
             depth,
             slo,
+            tp,
             **scheduling,
         )
         self.loop = EventLoop()
@@ -200,7 +220,7 @@ class RealWorld:
             RunnerExecutor(
                 self.loop,
                 self.plan,
-                on_cores(self.plan, weights) if device is None else on_device(self.plan, device),
+                compute or engine(self.plan, weights, device),
             )
             if simulate is None
             else SimExecutor(self.loop, ConstantCost())

@@ -52,12 +52,12 @@ BROKEN = {
         "kv_bytes:",
         "kv_byte:",
         ":10: units[0].memory.kv_byte: unknown key; did you mean kv_bytes?; allowed here: kv_bytes,"
-        " swap_bytes, graph_bytes, planes_per_block, plane_tokens",
+        " weight_bytes, swap_bytes, graph_bytes, planes_per_block, plane_tokens",
     ),
     "unknown top-level key": (
         "endpoint:",
         "server:",
-        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic",
+        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic, admin",
     ),
     "size without a unit we know": (
         "64MiB",
@@ -277,12 +277,14 @@ BROKEN = {
     "an empty file": (
         GOOD,
         "",
-        ":1: found nothing, expected a mapping with models, units, endpoint, routing, traffic",
+        ":1: found nothing, expected a mapping with models, units, endpoint, routing,"
+        " traffic, admin",
     ),
     "a list": (
         GOOD,
         "- a\n- b\n",
-        ":1: found a list, expected a mapping with models, units, endpoint, routing, traffic",
+        ":1: found a list, expected a mapping with models, units, endpoint, routing,"
+        " traffic, admin",
     ),
 }
 
@@ -317,7 +319,8 @@ def test_a_good_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_shipped_configurations_load(path: Path) -> None:
-    assert {model.name for model in load(path).models} <= {"pydoc-s", "pydoc-m", "pydoc-l"}
+    folders = {Path(model.path or "").name for model in load(path).models}
+    assert folders <= {"pydoc-s", "pydoc-m", "pydoc-l"}
 
 
 def test_stages_cannot_be_run_yet() -> None:

@@ -115,6 +115,19 @@ def test_a_prefill_unit_that_went_on_alone_may_die_too() -> None:
         assert asked.output.refusal.status == 503  # both were dead at that moment: it is told
 
 
+def test_a_model_is_served_in_both_ways_at_once() -> None:
+    model = MODELS[0]
+    plans = [split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]
+    with SplitWorld([*plans, split_plan("m", "mixed", [model])]) as world:
+        for index, prompt in enumerate(prompts(model, 24, 60, seed=5)):
+            world.at(0.04 * index, lambda p=prompt: world.ask(model, p, 20))
+        world.run()
+        check_tokens(world)
+        did = {n: host.unit.scheduler.counters[model] for n, host in world.hosts.items()}
+        assert did["d"].prompt_tokens == 0, "it computed a prompt"
+        assert min(did["m"].output_tokens, did["d"].output_tokens) > 100
+
+
 def test_a_request_of_one_token_stays_where_it_is() -> None:
     model = MODELS[0]
     with SplitWorld([split_plan("p", "prefill", [model]), split_plan("d", "decode", [model])]) as w:
@@ -127,6 +140,11 @@ def test_a_request_of_one_token_stays_where_it_is() -> None:
 def test_random_faults_give_no_wrong_token_leak_or_stuck_request(first: int) -> None:
     played = play_faults(range(first, first + 4))
     assert played.faults > 15 and played.answered > 4 * played.refused
+
+
+def test_random_faults_while_groups_of_torch_distributed_break() -> None:
+    played = play_faults(range(30, 33), transfer="gloo")
+    assert played.faults > 10 and played.answered > 4 * played.refused
 
 
 def test_random_faults_while_units_borrow_from_each_other() -> None:
@@ -145,7 +163,7 @@ class Played:
     switches: int = 0  # of roles
 
 
-def play_faults(seeds: range, borrows: bool = False) -> Played:
+def play_faults(seeds: range, borrows: bool = False, transfer: str = "shared") -> Played:
     """Worlds with random faults, one of each seed; `borrows`: units help each other."""
     played = Played()
     known: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
@@ -167,7 +185,7 @@ def play_faults(seeds: range, borrows: bool = False) -> Played:
             routing = borrowing(*marks)
             if random.random() < 0.3:
                 plans.append(split_plan("m", "mixed", models, tight))
-        with SplitWorld(plans, faults, routing) as world:
+        with SplitWorld(plans, faults, routing, transfer) as world:
             for index in range(12):
                 model = random.choice(models)
                 prompt = prompts(model, 1, 200, seed=100 * seed + index)[0]

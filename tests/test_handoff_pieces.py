@@ -76,7 +76,7 @@ def test_tokens_are_those_of_one_unit(model: str, streams: dict, other: dict) ->
 
 
 @pytest.mark.parametrize("streams", [CHUNKS, WHOLE], ids=["chunks", "whole"])
-def test_pieces_are_every_plane_of_every_group_once(streams: dict) -> None:
+def test_pieces_are_every_layer_of_every_group_once(streams: dict) -> None:
     with SplitWorld(pair(**streams)) as world:
         for length in (33, 64, 100, 230, 128, 47, 200):
             world.ask(MODEL, prompt_of(length), 3)
@@ -94,13 +94,13 @@ def test_pieces_are_every_plane_of_every_group_once(streams: dict) -> None:
                 end = piece.first_group + groups
                 assert layout.num_groups(piece.num_tokens) == end
                 found.update(
-                    (group, plane)
+                    (group, layer)
                     for group in range(piece.first_group, end)
-                    for plane in range(piece.first_plane, piece.end_plane)
+                    for layer in range(piece.first_layer, piece.end_layer)
                 )
             assert set(found.values()) == {1}
             groups = layout.num_groups(len(asked.prompt))
-            assert len(found) == groups * layout.shape.num_planes
+            assert len(found) == groups * layout.shape.num_layers
             several += len(pieces) > 1
         assert several >= 3
 
@@ -284,7 +284,7 @@ class Told:
 
 
 def told_of(number: int, is_last: bool = False) -> Output:
-    piece = Piece(number=number, blocks=b"", end_plane=1, num_tokens=1, is_last=is_last)
+    piece = Piece(number=number, blocks=b"", end_layer=1, num_tokens=1, is_last=is_last)
     return Output(1, held=piece)
 
 

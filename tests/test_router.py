@@ -1,11 +1,15 @@
 """The ledger of live requests, and the choice between replicas that reads it."""
 
+from collections import Counter
+from random import Random
+
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from muxrt.core import Request
 from muxrt.engine.requests import Ledger
-from muxrt.engine.router import Replica, choose
+from muxrt.engine.router import Ask, DistServe, Replica, choose
 
 MODELS, UNITS = st.sampled_from(["a", "b"]), st.sampled_from(["x", "y"])
 
@@ -117,3 +121,65 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
+
+
+class Ways:
+    """A mixed unit, and a pair that serves the same model apart; every tick a request comes."""
+
+    def __init__(self, mixed_traffic: float = 1.0) -> None:
+        self.ledger = Ledger()
+        self.replicas = [
+            Replica("a", "m", mixed_traffic),
+            Replica("a", "p", role="prefill"),
+            Replica("a", "d", role="decode"),
+        ]
+        self.router = DistServe(self.ledger, lambda model: self.replicas)
+        self.starts = Counter[str]()
+
+    def tick(self, prompt_tokens: int = 10, num_tokens: int = 20) -> None:
+        """Everybody gets a token; prompts are computed at once, and answers end."""
+        for unit in ("m", "p", "d"):
+            for live in self.ledger.of_unit(unit):
+                self.ledger.add_tokens(live.request.id, 1)
+                if live.output_tokens >= num_tokens:
+                    self.ledger.close(live.request.id)
+                elif unit == "p":
+                    decoder = self.router.decoder(live.request.id)
+                    assert decoder is not None
+                    self.ledger.move(live.request.id, decoder.unit)
+        route = self.router.route(Ask("a", prompt_tokens))
+        assert route is not None and route.is_handed_over == (route.replica.unit == "p")
+        self.starts[route.replica.unit] += 1
+        self.ledger.open(make(self.ledger.next_id(), "a", prompt_tokens), route.replica.unit)
+
+
+@pytest.mark.parametrize("traffic", [1.0, 3.0])
+def test_a_model_in_both_ways_has_its_traffic_shared_as_planned(traffic: float) -> None:
+    """Compared by unit, the prefill unit got nearly all: its sequences leave after their prompt."""
+    ways, random = Ways(traffic), Random(0)
+    for _ in range(2000):
+        ways.tick(random.randint(50, 150), 20)
+    assert ways.starts.keys() == {"m", "p"}
+    assert abs(ways.starts["m"] / ways.starts["p"] - traffic) < 0.15 * traffic
+
+
+def test_who_is_in_trouble_gets_less_in_either_way() -> None:
+    ways = Ways()
+    for _ in range(100):
+        ways.ledger.open(make(ways.ledger.next_id()), "d")  # they are not decoded: it stands still
+    ways.tick()
+    assert ways.starts == {"m": 1}
+    for _ in range(200):
+        ways.ledger.open(make(ways.ledger.next_id()), "m")
+    ways.tick()
+    assert ways.starts == {"m": 1, "p": 1}
+
+
+def test_without_a_unit_that_decodes_the_others_are_alike() -> None:
+    ledger, replicas = Ledger(), [Replica("a", "m"), Replica("a", "p", role="prefill")]
+    router = DistServe(ledger, lambda model: replicas)
+    ledger.open(make(ledger.next_id()), "m")
+    route = router.route(Ask("a", 10))
+    assert route is not None and route.replica.unit == "p" and not route.is_handed_over
+    near = router.route(Ask("a", 10, near="m"))
+    assert near is not None and near.replica.unit == "m"

@@ -177,17 +177,19 @@ def test_processes_borrow_from_each_other_and_go_home(
     assert sum(float(line.rpartition(" ")[2]) for line in counts) >= 2
 
 
-def test_pieces_move_by_nixl_too(
-    whole: ServeConfig, wanted: dict[tuple[str, str], tuple[str, list[str]]]
+@pytest.mark.parametrize("transfer", ["nixl", "gloo"])
+def test_pieces_move_by_other_roads_too(
+    transfer: str, whole: ServeConfig, wanted: dict[tuple[str, str], tuple[str, list[str]]]
 ) -> None:
-    pytest.importorskip("nixl")
+    if transfer == "nixl":
+        pytest.importorskip("nixl")
 
     async def ask_long(endpoint: RealServer) -> tuple[str, list[str]] | int:
         async with aiohttp.ClientSession(endpoint.url) as http:
             return await ask(http, "a", PROMPTS[2])
 
     apart = split(whole)
-    units = tuple(msgspec.structs.replace(unit, transfer="nixl") for unit in apart.units)
+    units = tuple(msgspec.structs.replace(unit, transfer=transfer) for unit in apart.units)
     with real_server(msgspec.structs.replace(apart, units=units)) as endpoint:
         assert asyncio.run(ask_long(endpoint)) == wanted["a", PROMPTS[2]]
         endpoint.check_nothing_leaked()

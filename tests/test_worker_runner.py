@@ -277,7 +277,7 @@ def test_a_batch_that_fails_is_a_result_and_the_lane_goes_on(
         bad, good = desk.seat("wide", 5), desk.seat("wide", 5, GREEDY)
         bad.prompt[2] = 10_000  # beyond the vocabulary
         failed, fine = executor.run([desk.batch(0, [(bad, 5)]), desk.batch(0, [(good, 5)])])
-    assert failed.error is not None and failed.error.startswith("ValueError")
+    assert failed.error is not None and failed.error.startswith("UnknownToken")
     assert "event=work_failed" in caplog.text
     assert fine.error is None and fine.tokens[0] is not None
     reference.check_greedy("wide", good.prompt, [fine.tokens[0]])

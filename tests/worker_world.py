@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from muxrt.config.model import load_shape
-from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Memory, Mesh, ModelSpec, Scheduling, UnitModel, UnitSpec
 from muxrt.core import (
     Batch,
     BatchEntry,
@@ -73,6 +73,7 @@ def make_plan(
     dtype: str = "float32",
     kv_dtype: str = "auto",
     graph_bytes: int = 0,
+    tp: int = 1,
     **scheduling: Any,
 ) -> UnitPlan:
     """A unit with both models; 8 and 4 tokens per block group."""
@@ -86,6 +87,7 @@ def make_plan(
             planes_per_block=planes_per_block,
             plane_tokens=4,
         ),
+        mesh=Mesh(gpus=tuple(range(tp))),
         lanes=lanes or Lanes(),
         scheduling=Scheduling(max_sequences=16, **scheduling),
     )

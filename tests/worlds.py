@@ -88,7 +88,7 @@ class CheckedMemory:
         # Content moves when work ends: an id that is reused too early is overwritten before.
         if isinstance(work, Copy):
             self._copy(work)
-        else:
+        elif isinstance(work, Batch):
             self._run(work)
         done(work, result)
 
@@ -182,7 +182,12 @@ class World:
         wrap: Callable[[EventLoop, UnitPlan], Executor] | None = None,
         max_model_len: int | None = None,
         slo: Slo | None = None,
+        weight_bytes: int | None = None,
+        pin: str = "",
+        **habits: float,
     ) -> None:
+        """`habits`: when models sleep (`ModelSpec`); `pin`: models that never do."""
+
         def size(blocks: int) -> int:
             return arena_bytes(blocks, planes_per_block, models)
 
@@ -192,6 +197,7 @@ class World:
             memory=Memory(
                 kv_bytes=size(num_blocks),
                 swap_bytes=size(swap_blocks),
+                weight_bytes=weight_bytes,
                 planes_per_block=planes_per_block,
             ),
             lanes=Lanes(split=(1,) * lanes, depth=depth),
@@ -204,7 +210,13 @@ class World:
                 preempt=preempt,  # type: ignore[arg-type]
             ),
         )
-        specs = {m: ModelSpec(name=m, path=m, max_model_len=max_model_len, slo=slo) for m in models}
+        habits = {"min_residency_s": 0.0, **habits}
+        specs = {
+            m: ModelSpec(
+                name=m, path=m, max_model_len=max_model_len, slo=slo, pin=m in pin, **habits
+            )
+            for m in models
+        }
         self.loop = EventLoop()
         self.plan = plan_unit(spec, specs, {m: SHAPES[m] for m in models})
         inner = (

@@ -16,11 +16,14 @@ from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
 from muxrt.config.serve import (
     ApiKeys,
     ServeConfig,
+    rank_problems,
     split_problems,
     stage_problems,
 )
+from muxrt.config.shard import Shard
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
+from muxrt.engine.ranks import plan_rank
 from muxrt.errors import ConfigError
 from muxrt.sched.queues import ServedModel
 from muxrt.worker.driver import NoGpu, count_gpus
@@ -62,11 +65,14 @@ def check(
 
     `gpus` counts those of this machine, or raises NoGpu.
     """
-    _check_keys(config.endpoint.api_keys, environ)
+    _check_keys(config.endpoint.api_keys, environ, ("endpoint", "api_keys"))
+    if config.admin is not None:
+        _check_keys(config.admin.keys, environ, ("admin", "keys"))
     shapes = {model.name: _shape(i, model) for i, model in enumerate(config.models)}
     for problem in stage_problems(config.units, "`muxrt serve`"):
         raise problem
-    for index, unit in enumerate(config.units):
+    for index, unit in enumerate(exchanging(config.units)):
+        _check_exchange(index, unit)
         _check_lanes(index, unit)
         if unit.mesh.device == "gpu":
             _check_gpu(index, unit, gpus)
@@ -76,17 +82,17 @@ def check(
     return Checked(config, shapes, plans)
 
 
-def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str]) -> None:
+def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str], at: Key) -> None:
     if keys is None:
         return
     if keys.file is not None and not Path(keys.file).is_file():
         raise KeyedError(
-            ("endpoint", "api_keys", "file"),
+            (*at, "file"),
             f"there is no file {keys.file}, expected one with an API key per line",
         )
     if keys.env is not None and not environ.get(keys.env):
         raise KeyedError(
-            ("endpoint", "api_keys", "env"),
+            (*at, "env"),
             f"the variable {keys.env} is not set, expected API keys separated by commas",
         )
 
@@ -150,7 +156,8 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
     if len(unit.mesh.gpus or (0,)) != 1:
         raise KeyedError(
             (*at, "gpus"),
-            f"found {len(unit.mesh.gpus or ())} GPUs, expected one: no tensor parallelism yet",
+            f"found {len(unit.mesh.gpus or ())} GPUs, expected one: tensor parallelism runs on"
+            " CPU cores only, so far",
         )
     for number, part in enumerate(unit.models):
         if part.sm_pct is not None:
@@ -158,6 +165,16 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
                 ("units", index, "models", number, "sm_pct"),
                 "found shares of its own, expected none: lanes are the unit's (lanes.sm_pct)",
             )
+
+
+def _check_exchange(index: int, unit: UnitSpec) -> None:
+    """What lies on several ranks is not handed over, so far."""
+    if unit.exchanges and unit.mesh.tp > 1:
+        raise KeyedError(
+            ("units", index, "mesh", "gpus"),
+            f"found {unit.mesh.tp} ranks of a unit that hands sequences over, expected one: K and V"
+            " on several ranks are not handed over, so far",
+        )
 
 
 def _check_dtypes(unit: UnitSpec, config: ServeConfig) -> None:
@@ -181,8 +198,10 @@ def _check_cores(index: int, unit: UnitSpec, cores: set[int]) -> None:
                 f"found core {core}, expected cores this process may use: {listed}",
             )
     if unit.mesh.cores is None:
-        for problem in split_problems(index, unit, len(cores), f"this machine has {len(cores)}"):
-            raise problem
+        why = f"this machine has {len(cores)}"
+        for find in (rank_problems, split_problems):
+            for problem in find(index, unit, len(cores), why):
+                raise problem
 
 
 def _plan(
@@ -192,6 +211,8 @@ def _plan(
     ample = msgspec.structs.replace(unit.memory, kv_bytes=AMPLE_BYTES)
     try:
         plan = plan_unit(msgspec.structs.replace(unit, memory=ample), specs, shapes)
+        if unit.mesh.tp > 1:
+            plan_rank(plan, shapes, Shard(0, unit.mesh.tp))
         _check_floor(index, unit, plan)
         return plan_unit(unit, specs, shapes)
     except KeyedError:
@@ -203,6 +224,8 @@ def _plan(
 def _check_floor(index: int, unit: UnitSpec, plan: UnitPlan) -> None:
     """The arena must hold one sequence of maximum length of every model at the same time."""
     block_bytes = plan.arena.block_bytes
+    if plan.habits is not None:
+        return  # those that are awake together: `plan_unit` says what is missing
     floors = {name: model.floor_blocks for name, model in plan.models.items()}
     needed = sum(floors.values()) * block_bytes
     if needed <= unit.memory.kv_bytes:
@@ -258,6 +281,7 @@ def _unit_summary(plan: UnitPlan) -> dict[str, Any]:
     return {
         "name": plan.spec.name,
         "policy": plan.spec.scheduling.policy,
+        "ranks": plan.spec.mesh.tp,
         "kv_bytes": plan.spec.memory.kv_bytes,
         "swap_bytes": plan.spec.memory.swap_bytes,
         "block_bytes": plan.arena.block_bytes,
@@ -276,4 +300,5 @@ def _share_summary(model: ServedModel, plan: UnitPlan) -> dict[str, Any]:
         "quota_tokens": quota // model.layout.blocks_per_group * model.layout.block_tokens,
         "floor_blocks": model.floor_blocks,
         "sequences_of_max_len": quota // model.floor_blocks,
+        "is_awake": plan.habits is None or model.name in plan.awake,  # at the start
     }

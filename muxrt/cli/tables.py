@@ -80,7 +80,7 @@ def _unit_line(plan: UnitPlan) -> str:
     return f"{line}; K and V by {_TRANSFERS[spec.transfer]}" if spec.has_roles else line
 
 
-_TRANSFERS = {"shared": "shared memory", "nixl": "NIXL"}
+_TRANSFERS = {"gloo": "gloo", "shared": "shared memory", "nixl": "NIXL"}
 _DOES = {"prefill": " (prefills)", "decode": " (decodes)", "mixed": ""}
 
 

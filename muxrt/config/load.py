@@ -10,7 +10,7 @@ import yaml
 from muxrt.config.document import Document, Key, KeyedError, read_document
 from muxrt.config.placement import Count
 from muxrt.config.schema import convert
-from muxrt.config.serve import ServeConfig, check_references
+from muxrt.config.serve import Admin, ServeConfig, check_references
 
 ONE_UNIT = "main"  # the unit that a file without `units` gets
 
@@ -99,7 +99,17 @@ def resolve(config: ServeConfig, folder: Path) -> ServeConfig:
     traffic = config.traffic
     if traffic is not None:
         traffic = msgspec.structs.replace(traffic, path=_resolved(traffic.path, folder))
-    return msgspec.structs.replace(config, models=models, endpoint=endpoint, traffic=traffic)
+    admin = config.admin and _resolved_admin(config.admin, folder)
+    return msgspec.structs.replace(
+        config, models=models, endpoint=endpoint, traffic=traffic, admin=admin
+    )
+
+
+def _resolved_admin(admin: Admin, folder: Path) -> Admin:
+    keys, journal = admin.keys, admin.journal and _resolved(admin.journal, folder)
+    if keys.file is not None:
+        keys = msgspec.structs.replace(keys, file=_resolved(keys.file, folder))
+    return msgspec.structs.replace(admin, keys=keys, journal=journal)
 
 
 def _resolved(path: str, folder: Path) -> str:

@@ -60,6 +60,11 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     slo: Slo | None = None
     queue_timeout_s: Positive | None = None  # first token by then, or 429; None = wait
     max_queue: Index = 256  # requests waiting for this model; beyond it 429
+    # Where weights may leave the device (docs/models-at-run-time.md):
+    idle_timeout_s: Positive | None = None  # asleep after so long without a request; None = never
+    pin: bool = False  # always awake
+    min_residency_s: NotNegative = 5.0  # once awake, so long at least
+    wake_timeout_s: Positive = 30.0  # requests wait so long for it to wake, then 503
 
     def refusing_late(self, slo: Slo | None = None) -> "ModelSpec":
         """Itself with a first token that is late refused, where it says nothing of that itself.
@@ -82,8 +87,9 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The devices of one unit; on a CPU a set of cores. Tensor parallel over all `gpus`.
 
-    With `pp` > 1 they are so many pipeline stages of equal length, tensor parallel inside each:
-    the first `len(gpus) / pp` GPUs are the first stage. That can be planned and simulated only.
+    On a CPU `gpus` are as many equal parts of the cores, one for each rank. With `pp` > 1 they are
+    so many pipeline stages of equal length, tensor parallel inside each: the first `len(gpus) / pp`
+    GPUs are the first stage. That can be planned and simulated only.
     """
 
     device: Literal["cpu", "gpu"] = "cpu"
@@ -93,6 +99,14 @@ class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     gpus: tuple[Index, ...] | None = None  # as that machine numbers them
     pp: Count = 1  # pipeline stages
     nodes: tuple[Index, ...] | None = None  # the machine of each stage, instead of `node`
+    # How ranks on cores add up: memory that all have mapped, or torch.distributed's gloo.
+    exchange: Literal["shared", "gloo"] = "shared"
+    timeout_s: Positive = 5.0  # a rank that does not move for so long takes the unit down
+
+    @property
+    def tp(self) -> int:
+        """Devices that a layer is cut over: the ranks of a tensor-parallel mesh."""
+        return max(1, len(self.gpus or ()) // self.pp)
 
 
 class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -107,7 +121,10 @@ class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Explicit byte budgets; nothing is probed."""
 
-    kv_bytes: Count
+    kv_bytes: Count  # of all ranks of the mesh together, as all budgets here
+    # Of the weights that are awake at the same time; what they leave of it is K and V's, too.
+    # None = all models are always awake, unless one has an idle_timeout_s.
+    weight_bytes: Count | None = None
     swap_bytes: Index = 0  # host memory for preempted sequences; 0 = recompute only
     graph_bytes: Index = 2 * GIB  # of a GPU, for CUDA graphs of decode steps; 0 = none
     planes_per_block: Count | None = None  # None = the largest power of two <= 16 wasting <= 1 %
@@ -161,9 +178,10 @@ class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     mesh: Mesh = Mesh()
     lanes: Lanes = Lanes()
     scheduling: Scheduling = Scheduling()
-    # How units with roles read each other's K and V: memory that processes of one machine share, or
-    # NIXL (pip install muxrt[nixl]), which also goes from machine to machine.
-    transfer: Literal["nixl", "shared"] = "shared"
+    # How units with roles read each other's K and V: memory that processes of one machine share,
+    # NIXL (pip install muxrt[nixl]), which also goes from machine to machine, or torch.distributed
+    # where NIXL is missing.
+    transfer: Literal["gloo", "nixl", "shared"] = "shared"
     exchanges: bool = False  # it does though it is mixed; `exchanging` says so where it has to
 
     @property

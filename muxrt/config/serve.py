@@ -17,11 +17,13 @@ from muxrt.config.placement import (
     NotNegative,
     Placement,
     UnitSpec,
+    exchanging,
 )
 from muxrt.config.routing import Routing, routing_problems
 
 # Shares written as decimals may add up to a hair more than one (0.7 + 0.2 + 0.1).
 SHARE_SLACK = 1e-6
+RANKS = (1, 2, 4, 8)  # of a mesh: blocks of up to 16 planes can be dealt to so many
 
 
 class ApiKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,6 +57,15 @@ class TrafficFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_bytes: Annotated[int, Meta(ge=MIB)] = GIB  # beyond it, the oldest go first
 
 
+class Admin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who may change what is served while it is served: routes under /admin."""
+
+    keys: ApiKeys  # of their own: no API key opens them
+    journal: Name | None = None  # a file; without it a restart forgets changes
+    drain_s: NotNegative = 600.0  # old units may finish what runs in them for so long
+    max_extra_bytes: Count | None = None  # that a change may take beside what runs; None = any
+
+
 class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One endpoint, its models, and where they live."""
 
@@ -63,6 +74,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     endpoint: Endpoint = Endpoint()
     routing: Routing = Routing()
     traffic: TrafficFolder | None = None  # None = no log
+    admin: Admin | None = None  # None = nobody
 
     @property
     def placement(self) -> Placement:
@@ -84,6 +96,8 @@ def check_references(config: ServeConfig) -> None:
 
 def _problems(config: ServeConfig) -> Iterator[KeyedError]:
     yield from _key_problems(config.endpoint.api_keys)
+    if config.admin is not None:
+        yield from _key_problems(config.admin.keys, ("admin", "keys"))
     if not config.models:
         yield KeyedError(("models",), "found an empty list, expected at least one model")
     if not config.units:
@@ -106,6 +120,7 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
             )
     yield from _core_problems(config.units)
     yield from _role_problems(config.units)
+    yield from _sleep_problems(config)
     yield from routing_problems(config.routing)
 
 
@@ -121,13 +136,10 @@ def source_problems(at: Key, model: ModelSpec) -> Iterator[KeyedError]:
         )
 
 
-def _key_problems(keys: ApiKeys | None) -> Iterator[KeyedError]:
+def _key_problems(keys: ApiKeys | None, at: Key = ("endpoint", "api_keys")) -> Iterator[KeyedError]:
     if keys is not None and (keys.file is None) == (keys.env is None):
         found = "neither" if keys.file is None else "both"
-        yield KeyedError(
-            ("endpoint", "api_keys"),
-            f"found {found} of file and env, expected exactly one of them",
-        )
+        yield KeyedError(at, f"found {found} of file and env, expected exactly one of them")
 
 
 def _twice(section: str, names: list[str]) -> Iterator[KeyedError]:
@@ -167,6 +179,31 @@ def _unit_problems(index: int, unit: UnitSpec, known: list[str]) -> Iterator[Key
             ("units", index, "scheduling", "preempt"),
             f"swap needs room: set units[{index}].memory.swap_bytes, such as 64MiB",
         )
+
+
+def _sleep_problems(config: ServeConfig) -> Iterator[KeyedError]:
+    """Models that are to sleep where that cannot be."""
+    for index, model in enumerate(config.models):
+        if model.pin and model.idle_timeout_s is not None:
+            yield KeyedError(
+                ("models", index, "idle_timeout_s"),
+                f"found {model.idle_timeout_s:g}, expected none: {model.name} is pinned",
+            )
+    sleepers = {model.name for model in config.models if model.idle_timeout_s is not None}
+    for index, unit in enumerate(exchanging(config.units)):
+        named = sorted(sleepers.intersection(part.name for part in unit.models))
+        why = "memory.weight_bytes" if unit.memory.weight_bytes is not None else None
+        why = f"idle_timeout_s of {named[0]}" if named else why
+        if why and unit.has_roles:
+            yield KeyedError(
+                ("units", index),
+                f"found {why} and roles, expected one of them: K and V are fetched from units"
+                " whose models are awake",
+            )
+        if why and unit.mesh.device == "gpu":
+            yield KeyedError(
+                ("units", index), f"found {why}, expected none on a GPU: models sleep on CPUs only"
+            )
 
 
 def _role_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:
@@ -237,7 +274,28 @@ def _core_problems(units: tuple[UnitSpec, ...]) -> Iterator[KeyedError]:
             if core in owner:
                 yield KeyedError(at, f"core {core} is already in units[{owner[core]}].mesh.cores")
             owner[core] = index
+        yield from rank_problems(index, unit, len(cores), f"mesh.cores lists {len(cores)}")
         yield from split_problems(index, unit, len(cores), f"mesh.cores lists {len(cores)}")
+
+
+def rank_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iterator[KeyedError]:
+    """A tensor-parallel mesh that cores cannot be; `why` says where `num_cores` comes from."""
+    at, size = ("units", index, "mesh", "gpus"), unit.mesh.tp
+    if unit.mesh.device != "cpu" or size == 1:
+        return
+    if size not in RANKS or len(set(unit.mesh.gpus or ())) != size:
+        found = list(unit.mesh.gpus or ())
+        yield KeyedError(at, f"found {found}, expected 1, 2, 4 or 8 different ranks on a CPU")
+    elif size > num_cores:
+        yield KeyedError(
+            at, f"found {size} ranks and {why} cores: expected at most {num_cores}, a core each"
+        )
+    if unit.lanes.kind == "processes":
+        yield KeyedError(
+            ("units", index, "lanes", "kind"),
+            f"found processes on a mesh of {size} ranks, expected cores: a rank is a process, its"
+            " lanes are threads",
+        )
 
 
 def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iterator[KeyedError]:
@@ -248,7 +306,11 @@ def split_problems(index: int, unit: UnitSpec, num_cores: int, why: str) -> Iter
     at = ("units", index, "lanes", "split")
     if not split:
         yield KeyedError(at, "found an empty list, expected cores per lane, such as [1, 1]")
-    elif sum(split) > num_cores:
+        return
+    if unit.mesh.tp > 1:
+        num_cores //= unit.mesh.tp
+        why += f", {num_cores} for each of {unit.mesh.tp} ranks"
+    if sum(split) > num_cores:
         yield KeyedError(
             at,
             f"the lanes need {sum(split)} cores and {why}: expected a sum of at most {num_cores}",

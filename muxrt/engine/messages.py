@@ -49,7 +49,14 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     deadline_s: float
 
 
-ToUnit = Submit | Extend | Abort | Drain
+class SetAwake(msgspec.Struct, frozen=True, tag="set_awake"):
+    """API -> unit: wake a model, or put it to sleep. `Stats` say what came of it."""
+
+    model: str
+    is_awake: bool
+
+
+ToUnit = Submit | Extend | Abort | Drain | SetAwake
 
 
 class ModelReady(msgspec.Struct, frozen=True):
@@ -63,6 +70,7 @@ class ModelReady(msgspec.Struct, frozen=True):
     prefix_reuse: bool = True
     is_made_up: bool = False  # its tokens come from a null executor, not from the model
     address: bytes = b""  # how other units reach its K and V (worker/transfer.py)
+    may_sleep: bool = False  # its unit has a budget for weights
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -108,6 +116,8 @@ class ModelStats(msgspec.Struct, frozen=True):
     prompt_tokens: int
     output_tokens: int
     refused: int  # at their deadline
+    state: str = "awake"  # of its weights: `sched.residency.State`
+    moves: int = 0  # times that it woke or fell asleep
 
 
 class BatchStats(msgspec.Struct, frozen=True):

@@ -90,6 +90,9 @@ class Splitwise:
         assert live is not None, "who has ended needs nobody"
         ready = self._ready(live.request.model)
         chosen = next((replica for replica in ready if replica.unit == live.decoder), None)
+        # One that was switched to prefills since holds sequences for others.
+        if chosen is not None and self._role(chosen) == "prefill":
+            chosen = None
         if chosen is not None or not ready:
             return chosen
         return self._place(Phase.DECODE, Ask(live.request.model, live.num_tokens), ready)
@@ -109,6 +112,11 @@ class Splitwise:
         """It does both phases for the model now, though it is configured for one."""
         self.settle()
         return (model, unit) in self._borrowed
+
+    def rehome(self, model: str, unit: str) -> None:
+        """It has another home now; whether pools need help is found out anew."""
+        self._borrowed.pop((model, unit), None)
+        self._helped -= {(model, phase) for phase in HOME}
 
     # -- pools -------------------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ class Replica:
 
     model: str
     unit: str
-    traffic: float = 1.0  # its share among the model's replicas, relative to the others'
+    # Its share, relative to the others': of those that prefill and mixed ones of the requests, of
+    # those that decode of the answers.
+    traffic: float = 1.0
     role: Role = "mixed"  # as configured
     batch_tokens: int = 512  # of one prefill batch
     kv_tokens: int = 0  # that its quota holds
@@ -81,12 +83,19 @@ class Router(Protocol):
     def is_borrowed(self, model: str, unit: str) -> bool:
         """The unit does both phases for the model now, though it is configured for one."""
 
+    def rehome(self, model: str, unit: str) -> None:
+        """The unit gets another role for the model: what it was borrowed for is no matter."""
+
 
 class DistServe:
     """Each phase to its shortest queue, the second one when it begins (OSDI 2024, section 4.3).
 
     A request goes to the prefill unit with the fewest pending tokens; who decodes it is chosen when
     its prompt is done, among all that decode then, and fetches it when it has room.
+
+    Ours: a model may be colocated in other units beside that. Units of one role are compared by
+    their tokens; a mixed unit, which has sequences from their first token to their last, with all
+    units that serve the model apart, together (`_Way`).
     """
 
     def __init__(self, ledger: Ledger, ready: Ready) -> None:
@@ -100,20 +109,28 @@ class DistServe:
         prefills any more, those that decode do both: they can, only slower.
         """
         ready = self._ready(ask.model)
-        first = choose([r for r in ready if r.role != "decode"] or ready, self._ledger)
-        if first is None:
+        if not ready:
             return None
-        near = (r for r in ready if r.unit == ask.near and r.role == first.role)
         has_decoders = any(r.role == "decode" for r in ready)
+        starts = [r for r in ready if r.role != "decode"] or ready
+        near = next((r for r in starts if r.unit == ask.near), None)
+        if near is None and has_decoders and {r.role for r in starts} == {"prefill", "mixed"}:
+            ways = _ways(ready)
+            starts = min(ways, key=lambda way: way.pressure(self._ledger, ask)).starts
+        first = near or choose(starts, self._ledger)
+        assert first is not None, "some start there"
         is_handed_over = ask.has_answer and first.role == "prefill" and has_decoders
-        return Route(next(near, first), is_handed_over)
+        return Route(first, is_handed_over)
 
     def decoder(self, request_id: int) -> Replica | None:
         """The shortest queue of those that decode; of none, anybody: all of them can."""
         live = self._ledger.get(request_id)
         assert live is not None, "who has ended needs nobody"
         ready = self._ready(live.request.model)
-        return choose([r for r in ready if r.role == "decode"] or ready, self._ledger)
+        decoders = [r for r in ready if r.role == "decode"] or ready
+        # A unit that decodes since a moment ago may hold it: it would have to compute it again.
+        others = [r for r in decoders if r.unit != live.unit]
+        return choose(others or decoders, self._ledger)
 
     def settle(self) -> None:
         """Nobody is ever borrowed."""
@@ -121,6 +138,35 @@ class DistServe:
     def is_borrowed(self, model: str, unit: str) -> bool:
         """Nobody is."""
         return False
+
+    def rehome(self, model: str, unit: str) -> None:
+        """Nobody is borrowed: there is nothing to forget."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """Units that serve requests from the first token to the last: a mixed one, or all others."""
+
+    starts: list[Replica]  # requests begin in one of them
+    units: list[Replica]
+
+    def pressure(self, ledger: Ledger, ask: Ask) -> tuple[float, float, str]:
+        """Tokens for its share of the traffic, with half of the new prompt.
+
+        With none of it a small share gets too much, with all of it too little: as with seats in a
+        parliament (Sainte-Lague).
+        """
+        loads = [ledger.load(replica.model, replica.unit) for replica in self.units]
+        traffic = sum(replica.traffic for replica in self.starts)
+        tokens = sum(load.tokens for load in loads) + ask.prompt_tokens / 2
+        requests = sum(load.queued + load.running for load in loads)
+        return (tokens / traffic, requests / traffic, self.starts[0].unit)
+
+
+def _ways(ready: Sequence[Replica]) -> list[_Way]:
+    mixed = [_Way([replica], [replica]) for replica in ready if replica.role == "mixed"]
+    starts = [replica for replica in ready if replica.role == "prefill"]
+    return [*mixed, _Way(starts, [replica for replica in ready if replica.role != "mixed"])]
 
 
 def choose(replicas: Iterable[Replica], ledger: Ledger) -> Replica | None:

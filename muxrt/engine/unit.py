@@ -1,10 +1,12 @@
 """The LLM unit: one scheduler, one executor, and the loop between them."""
 
 from collections.abc import Callable, Mapping
+from math import inf
 
-from muxrt.core import FinishReason, Output, Refusal, Request, Result, Work
+from muxrt.core import FinishReason, Load, Output, Refusal, Request, Result, Sleep, Work
 from muxrt.engine.executor import Executor
 from muxrt.engine.messages import Extend, ModelStats, Stats
+from muxrt.engine.mover import Mover
 from muxrt.errors import BadRequest, MuxrtError, Unavailable, UnknownModel
 from muxrt.sched.memory import Preempt
 from muxrt.sched.quota import Usage, adapt
@@ -28,8 +30,11 @@ class Unit:
         now: Callable[[], float],
         emit: Emit,
         quota_period_s: float,
+        mover: Mover | None = None,
     ) -> None:
+        """`mover` puts models to sleep and wakes them; None: all are always awake."""
         self.name = name
+        self.mover = mover
         self.scheduler = scheduler
         self.executor = executor
         self.now = now
@@ -47,10 +52,40 @@ class Unit:
             self.executor.launch(work, self._done)
 
     def _done(self, work: Work, result: Result) -> None:
+        assert not isinstance(work, Load | Sleep), "they are done in `_moved`"
         now = self.now()
         self._send(self.scheduler.commit(work, result, now) + self.scheduler.expire(now))
         self._note_peaks()
+        if self.mover is not None:
+            self.mover.used(work.model, now)
+            self._move_models(self.mover)
         self.pump()
+
+    # -- models that sleep -------------------------------------------------------------------
+
+    def _move_models(self, mover: Mover) -> None:
+        """Launch what lets models fall asleep and wake."""
+        for move in mover.moves(self.now()):
+            self.executor.launch(move, self._moved)
+
+    def _moved(self, work: Work, result: Result) -> None:
+        assert self.mover is not None and isinstance(work, Load | Sleep)
+        self._send(self.mover.moved(work, result, self.now()))
+        self._move_models(self.mover)
+        self.pump()
+
+    def set_awake(self, model: str, is_awake: bool) -> None:
+        """Wake a model, or put it to sleep once what it runs is done; where models can sleep."""
+        if self.mover is None or model not in self.scheduler.queues:
+            return
+        change = self.mover.wake if is_awake else self.mover.sleep
+        change(model, self.now())
+        self._move_models(self.mover)
+        self.pump()
+
+    def state_of(self, model: str) -> str:
+        """Whether the model is awake (`sched.residency.State`)."""
+        return "awake" if self.mover is None else self.mover.residency.models[model].state.value
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -63,7 +98,10 @@ class Unit:
             end = FinishReason.ERROR
             self._send([Output(request.id, finish=end, refusal=refusal, attempt=request.attempt)])
             return
-        self.scheduler.add(request)
+        if self.mover is not None and self.mover.hold(request, self.now()):
+            self._move_models(self.mover)
+        else:
+            self.scheduler.add(request)
         self._send(self.scheduler.expire(self.now()))
         self.pump()
 
@@ -75,7 +113,11 @@ class Unit:
 
     def abort(self, request_id: int) -> None:
         """The client left: free everything of the request. Unknown ids are late, not wrong."""
+        if self.mover is not None and self.mover.abort(request_id):
+            return
         if self.scheduler.abort(request_id):
+            if self.mover is not None:
+                self._move_models(self.mover)
             self.pump()
 
     def drain(self) -> None:
@@ -84,7 +126,7 @@ class Unit:
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle
+        return self.scheduler.is_idle and (self.mover is None or self.mover.is_idle)
 
     def _admit(self, request: Request) -> None:
         if self._is_draining:
@@ -105,17 +147,22 @@ class Unit:
 
     def next_timer(self) -> float | None:
         """When `tick` has something to do, on the clock of `now`; None while nothing waits."""
-        if self.is_idle:
-            return None
-        times = [self.scheduler.deadlines.next_s(), self.scheduler.transfers.next_s()]
-        if self._quota_period_s:
-            times.append(self._next_adapt_s)
-        return min((time for time in times if time is not None), default=None)
+        times: list[float | None] = []
+        if self.mover is not None:
+            times.append(self.mover.next_s(self.now()))
+        if not self.scheduler.is_idle:
+            times += [self.scheduler.deadlines.next_s(), self.scheduler.transfers.next_s()]
+            if self._quota_period_s:
+                times.append(self._next_adapt_s)
+        return min((time for time in times if time is not None and time < inf), default=None)
 
     def tick(self) -> None:
         """Refuse what is too late, move quotas, and see whether that lets work start."""
         self._send(self.scheduler.expire(self.now()))
         self.adapt_quotas()
+        if self.mover is not None:
+            self._send(self.mover.expire(self.now()))
+            self._move_models(self.mover)
         self.pump()
 
     def adapt_quotas(self) -> None:
@@ -160,7 +207,7 @@ class Unit:
         account = memory.pool.accounts[name]
         return ModelStats(
             model=name,
-            waiting=queue.num_waiting,
+            waiting=queue.num_waiting + (self.mover.num_waiting(name) if self.mover else 0),
             running=len(queue.running),
             preempted=len(queue.preempted),
             blocks_used=account.used,
@@ -173,6 +220,8 @@ class Unit:
             prompt_tokens=counters.prompt_tokens,
             output_tokens=counters.output_tokens,
             refused=counters.refused,
+            state=self.state_of(name),
+            moves=self.mover.num_moves[name] if self.mover else 0,
         )
 
     def _send(self, outputs: list[Output]) -> None:
@@ -181,4 +230,4 @@ class Unit:
 
     def check(self) -> bool:
         """All accounts of the unit add up. Costs time: for tests."""
-        return self.scheduler.check()
+        return self.scheduler.check() and (self.mover is None or self.mover.check())

@@ -56,6 +56,11 @@ class BlockPool:
         return self._num_free
 
     @property
+    def num_leaving(self) -> int:
+        """Retired blocks that a group still holds."""
+        return len(self._leaving)
+
+    @property
     def num_used(self) -> int:
         """Blocks in groups that sequences hold."""
         return sum(account.used for account in self.accounts.values())
@@ -76,8 +81,9 @@ class BlockPool:
         if np.count_nonzero(exists) != num_before + len(new):
             raise ConfigError("grow: a block id is in the pool already")
         self._exists = exists
+        # Under those that are free already: an extent that came late may have to go again.
         self._free = np.concatenate(
-            [self._free[: self._num_free], new[::-1], self._spare(len(new))]
+            [new[::-1], self._free[: self._num_free], self._spare(len(new))]
         )
         self._num_free += len(new)
         self.num_blocks += len(new)
@@ -90,7 +96,7 @@ class BlockPool:
         gone = set(ids)
         self._leaving |= gone
         self.num_blocks -= len(gone)
-        for group in [group for group in self.prefixes.idle() if self._is_leaving(group)]:
+        for group in [group for group in self.prefixes.idle() if self.is_leaving(group)]:
             self._forget(group)
         free = self._free[: self._num_free].copy()
         self._num_free = 0
@@ -145,7 +151,7 @@ class BlockPool:
         account = self._count_cached(group, 1)
         account.used -= account.blocks_per_group
         self.prefixes.park(group)
-        if self._is_leaving(group):
+        if self.is_leaving(group):
             self._forget(group)
 
     def _push(self, ids: BlockIds) -> None:
@@ -158,7 +164,8 @@ class BlockPool:
         self._free[self._num_free : self._num_free + len(ids)] = ids
         self._num_free += len(ids)
 
-    def _is_leaving(self, group: BlockGroup) -> bool:
+    def is_leaving(self, group: BlockGroup) -> bool:
+        """A block of it was retired."""
         return bool(self._leaving) and not self._leaving.isdisjoint(unpack_ids(group.blocks))
 
     def _evict(self, num_blocks: int) -> bool:

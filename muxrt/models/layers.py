@@ -27,7 +27,7 @@ class Layer:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], shape: ModelShape, index: int) -> "Layer":
-        """Layer `index` of the weights that `load_weights` made."""
+        """Layer `index` of the weights that `load_weights` made; `shape` as the rank holds it."""
         prefix = f"layers.{index}."
         head_dim = shape.head_dim
         q, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim

@@ -1,7 +1,7 @@
 """LLaMA and its close relatives (Mistral, Qwen 2 and 3) over a paged KV cache."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,9 +12,12 @@ from torch import Tensor
 
 from muxrt import kernels
 from muxrt.config.model import ModelShape, load_shape
+from muxrt.config.shard import Shard
+from muxrt.errors import MuxrtError
 from muxrt.kernels import KvCache, MetaArrays, Packed, Program, Team
 from muxrt.models.layers import Layer, Rope, packed
-from muxrt.models.weights import DTypes, Progress, State, load_weights
+from muxrt.models.ranks import Ranks
+from muxrt.models.weights import WHOLE, DTypes, Progress, State, load_weights
 
 Tokens = npt.NDArray[np.int32]
 
@@ -25,6 +28,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 FIRST_TOKENS, FIRST_POSITIONS = 64, 1024  # what a session is recorded for at first
 
 
+class UnknownToken(MuxrtError):
+    """A token outside the vocabulary; of several ranks, all raise it."""
+
+
 class Llama:
     """Weights and how to run them; holds no state of any sequence.
 
@@ -32,11 +39,14 @@ class Llama:
     the weights; weights are widened to float32 and multiplied as such.
     """
 
-    def __init__(self, shape: ModelShape, state: State) -> None:
-        self.shape = shape
+    def __init__(self, shape: ModelShape, state: State, shard: Shard = WHOLE) -> None:
+        """`shape` is the whole model's, `state` what this rank holds of it."""
+        self.vocab = shard.vocab(shape)  # the rows of embedding and head that are here
+        self.shape = shape = shard.of(shape)
+        self.bytes_read = 0  # of the files that it was loaded from
         self._state = state
         self.norm = state["norm"]
-        self.head = packed(state, "head", shape.vocab_size, shape.hidden_size)
+        self.head = packed(state, "head", len(self.vocab), shape.hidden_size)
         self.embedding: Tensor | Packed = state.get("embedding", self.head)
         self.layers = [Layer.of(state, shape, index) for index in range(shape.num_layers)]
         kernels.warm_up()
@@ -48,8 +58,9 @@ class Llama:
         dtype: DType,
         progress: Progress | None = None,
         weights: LinearDType = "auto",
+        shard: Shard = WHOLE,
     ) -> "Llama":
-        """The model in a Hugging Face folder; `progress(bytes done, bytes in all)` as it loads.
+        """A rank's part of the model in a Hugging Face folder; `progress` as in `load_weights`.
 
         "auto" is the published dtype, but float32 where that is float16: bfloat16 would lose
         bits of it. `weights` is the dtype of the linear layers, "auto" = `dtype`. Raises
@@ -58,7 +69,10 @@ class Llama:
         shape = load_shape(folder)
         table = DTYPES.get(shape.dtype if dtype == "auto" else dtype, torch.float32)
         linear = table if weights == "auto" else DTYPES[weights]
-        return cls(shape, load_weights(folder, shape, DTypes(linear, table), progress))
+        loaded = load_weights(folder, shape, DTypes(linear, table), progress, shard)
+        llama = cls(shape, loaded.state, shard)
+        llama.bytes_read = loaded.bytes_read
+        return llama
 
     @classmethod
     def from_state(cls, shape: ModelShape, state: Mapping[str, Tensor]) -> Self:
@@ -84,7 +98,9 @@ class _Body:
     """All of a model but the head, recorded for batches up to a size."""
 
     program: Program
+    residual: npt.NDArray[np.float32]  # [max tokens, hidden]
     hidden: npt.NDArray[np.float32]  # [max tokens, hidden]: what it leaves
+    sums: tuple[int, ...]  # stages before which `residual` is summed up over the ranks
     layers: tuple[int, ...]  # where each begins among its stages; the last: where all end
     max_positions: int
 
@@ -98,6 +114,7 @@ class _Pass:
 
     body: _Body
     num_tokens: int
+    strangers: npt.NDArray[np.bool_] | None = None  # [T]: tokens whose embedding others hold
     next_layer: int = 0
 
 
@@ -107,8 +124,12 @@ class Session:
     What it returns are its buffers: they last until the next call of the same method.
     """
 
-    def __init__(self, llama: Llama, kv: KvCache, team: Team) -> None:
-        self._llama, self._kv, self._team = llama, kv, team
+    def __init__(self, llama: Llama, kv: KvCache, team: Team, ranks: Ranks | None = None) -> None:
+        """`ranks` are those that hold the model together, where it is not here as a whole.
+
+        All of them call the same methods in the same order, with batches of the same sequences.
+        """
+        self._llama, self._kv, self._team, self._ranks = llama, kv, team, ranks
         self._rope = Rope(llama.shape)
         self._decode = self._record(FIRST_TOKENS, FIRST_POSITIONS, is_prefill=False)
         self._prefill = self._record(FIRST_TOKENS, FIRST_POSITIONS, is_prefill=True)
@@ -124,22 +145,36 @@ class Session:
 
         tokens [T] -> [T, hidden] float32. A row depends on the tokens of its sequence and on
         whether the batch is a decode step (one token each), whatever else is in it. Raises
-        ValueError for a token outside the vocabulary.
+        UnknownToken for one outside the vocabulary. Of several ranks, the first one's tokens count.
         """
         self.begin(tokens, meta)
         return self.go_on(self._llama.shape.num_layers)
 
     def begin(self, tokens: Tokens, meta: MetaArrays) -> None:
         """A batch is computed next, in as many calls of `go_on` as it takes; see `forward`."""
+        strangers = None
+        if self._ranks is not None:
+            tokens = self._agree(self._ranks, tokens)
         if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            raise ValueError(f"found token ids outside the vocabulary of {self.vocab_size}")
+            raise UnknownToken(f"found token ids outside the vocabulary of {self.vocab_size}")
+        if self._ranks is not None:
+            vocab = self._llama.vocab
+            strangers = (tokens < vocab.start) | (tokens >= vocab.stop)
+            tokens = np.where(strangers, 0, tokens - vocab.start)
         num_tokens, highest = len(tokens), int(meta.positions.max())
         if num_tokens > len(meta.slots):
             body = self._prefill = self._enlarged(self._prefill, num_tokens, highest, True)
         else:
             body = self._decode = self._enlarged(self._decode, num_tokens, highest, False)
         body.program.set_batch(tokens, meta)
-        self._pass = _Pass(body, num_tokens)
+        self._pass = _Pass(body, num_tokens, strangers)
+
+    def _agree(self, ranks: Ranks, tokens: Tokens) -> Tokens:
+        """The first rank's tokens: it alone knows what was drawn."""
+        shared = torch.from_numpy(tokens.astype(np.int32))
+        ranks.share(shared)
+        agreed: Tokens = shared.numpy()
+        return agreed
 
     @property
     def next_layer(self) -> int:
@@ -153,22 +188,42 @@ class Session:
         """
         begun, num_layers = self._pass, self._llama.shape.num_layers
         assert begun is not None and begun.next_layer < end_layer <= num_layers, "begin, then go on"
-        body, begin_layer, self._pass = begun.body, begun.next_layer, None
+        body, self._pass = begun.body, None
         if end_layer == num_layers:  # the last norm too
-            body.program.run(body.layers[begin_layer])
+            self._run(begun, body.program.num_stages)
         else:
-            body.program.run(body.layers[begin_layer], body.layers[end_layer])
-            self._pass = _Pass(body, begun.num_tokens, end_layer)
+            self._run(begun, body.layers[end_layer])
+            self._pass = replace(begun, next_layer=end_layer)
         return torch.from_numpy(body.hidden[: begun.num_tokens])
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab] float32."""
+    def _run(self, begun: _Pass, end: int) -> None:
+        """All stages up to `end` that were not run yet."""
+        program, first = begun.body.program, begun.body.layers[begun.next_layer]
+        for stage in begun.body.sums:
+            if first < stage <= end:
+                program.run(first, stage)
+                self._sum(begun, is_embedding=first == 0)
+                first = stage
+        if first < end:
+            program.run(first, end)
+
+    def _sum(self, begun: _Pass, is_embedding: bool) -> None:
+        """The residual stream becomes its sum over the ranks."""
+        assert self._ranks is not None
+        residual = begun.body.residual[: begun.num_tokens]
+        if is_embedding:
+            residual[begun.strangers] = 0.0
+        self._ranks.add(torch.from_numpy(residual))
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[N, hidden] -> [N, vocab] float32; None on ranks other than the first."""
         num_rows = len(hidden)
         if num_rows > self._top.max_tokens:
             self._record_head(_power_of_two(num_rows))
         self._rows[:num_rows] = hidden.numpy()
         self._top.run_rows(num_rows)
-        return torch.from_numpy(self._logits[:num_rows])
+        logits = torch.from_numpy(self._logits[:num_rows])
+        return logits if self._ranks is None else self._ranks.join(logits, self.vocab_size)
 
     def _enlarged(self, body: _Body, num_tokens: int, highest: int, is_prefill: bool) -> _Body:
         """The same, recorded anew if the batch does not fit."""
@@ -188,7 +243,10 @@ class Session:
         attended = program.floats(heads * shape.head_dim)
         gated = program.floats(shape.intermediate_size)
         program.embed(llama.embedding, residual)
-        starts = [0]
+        starts, sums = [0], [program.num_stages]
+        # The stream is a sum over the ranks: the first one adds to it, the others begin anew.
+        is_first = self._ranks is None or self._ranks.rank == 0
+        add_linear = program.add_linear if is_first else program.linear
         for index, layer in enumerate(llama.layers):
             program.rms_norm(residual, layer.input_norm, eps, x)
             program.linear(x, layer.qkv, qkv)
@@ -197,19 +255,22 @@ class Session:
             program.attention(
                 qkv, self._kv, index, attended, rope=rope, norms=norms, eps=eps, scale=scale
             )
-            program.add_linear(attended, layer.output, residual)
+            add_linear(attended, layer.output, residual)
+            sums.append(program.num_stages)
             program.rms_norm(residual, layer.mlp_norm, eps, x)
             program.linear_silu_mul(x, layer.gate_up, gated)
-            program.add_linear(gated, layer.down, residual)
+            add_linear(gated, layer.down, residual)
+            sums.append(program.num_stages)
             starts.append(program.num_stages)
         hidden = program.floats(shape.hidden_size)
         program.rms_norm(residual, llama.norm, eps, hidden)
-        return _Body(program, hidden, tuple(starts), max_positions)
+        cuts = () if self._ranks is None else tuple(sums)
+        return _Body(program, residual, hidden, cuts, tuple(starts), max_positions)
 
     def _record_head(self, max_rows: int) -> None:
         self._top = Program(self._team, max_rows)
         self._rows = self._top.floats(self._llama.shape.hidden_size)
-        self._logits = self._top.floats(self._llama.shape.vocab_size)
+        self._logits = self._top.floats(len(self._llama.vocab))
         self._top.linear(self._rows, self._llama.head, self._logits)
 
 

@@ -1,12 +1,13 @@
 """Reading safetensors into fused, packed weights, checked by name and shape before any copy."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -14,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from muxrt.config.model import ModelShape
+from muxrt.config.shard import Shard
 from muxrt.errors import ConfigError
 from muxrt.kernels import Pages, pack_into, packed_elems
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 State = dict[str, Tensor]
+WHOLE = Shard()  # of one device that holds everything
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,10 +29,19 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One published tensor and its shape."""
+    """One published tensor and its shape; a rank may hold only some of its rows or columns."""
 
     name: str
     shape: tuple[int, ...]
+    rows: range | None = None  # None = all
+    columns: range | None = None
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The shape of what is held."""
+        cuts = (self.rows, self.columns)[: len(self.shape)]
+        sizes = zip(self.shape, cuts, strict=False)
+        return tuple(size if cut is None else len(cut) for size, cut in sizes)
 
 
 class Kind(Enum):
@@ -56,7 +68,8 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+        """Of what is held."""
+        return (sum(part.held[0] for part in self.parts), *self.parts[0].held[1:])
 
 
 class TensorPlace(msgspec.Struct, frozen=True):
@@ -86,62 +99,101 @@ class DTypes:
         return self.linear if weight.kind is Kind.LINEAR else self.table
 
 
-def list_weights(shape: ModelShape) -> Iterator[Weight]:
-    """Every weight a model of this shape has, in order of use."""
+def list_weights(shape: ModelShape, shard: Shard = WHOLE) -> Iterator[Weight]:
+    """Every weight that a rank holds of a model of this shape, in order of use."""
     hidden, vocab = shape.hidden_size, shape.vocab_size
-    embedding = (Part("model.embed_tokens.weight", (vocab, hidden)),)
+    rows = shard.vocab(shape)
+    embedding = (Part("model.embed_tokens.weight", (vocab, hidden), rows),)
     if shape.tied_embeddings:
         yield Weight("head", embedding, Kind.TIED)
     else:
         yield Weight("embedding", embedding, Kind.TABLE)
     for layer in range(shape.num_layers):
-        yield from _layer_weights(shape, layer)
-    yield Weight("norm", (Part("model.norm.weight", (hidden,)),), Kind.NORM)
+        yield from _attention_weights(shape, shard, layer)
+        yield from _mlp_weights(shape, shard, layer)
+    yield _norm("norm", "model.norm", hidden)
     if not shape.tied_embeddings:
-        yield Weight("head", (Part("lm_head.weight", (vocab, hidden)),))
+        yield Weight("head", (Part("lm_head.weight", (vocab, hidden), rows),))
 
 
-def _layer_weights(shape: ModelShape, layer: int) -> Iterator[Weight]:
-    hidden, head_dim, mlp = shape.hidden_size, shape.head_dim, shape.intermediate_size
-    q, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+def _attention_weights(shape: ModelShape, shard: Shard, layer: int) -> Iterator[Weight]:
+    hidden, head_dim = shape.hidden_size, shape.head_dim
     ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
     attention = f"{theirs}.self_attn"
-
-    def norm(name: str, published: str, width: int) -> Weight:
-        return Weight(f"{ours}.{name}", (Part(f"{published}.weight", (width,)),), Kind.NORM)
-
-    def linear(
-        name: str, rows: dict[str, int], width: int, bias: bool, pieces: int = 1
-    ) -> Iterator[Weight]:
-        weights = tuple(Part(f"{part}.weight", (size, width)) for part, size in rows.items())
-        yield Weight(f"{ours}.{name}", weights, pieces=pieces)
-        if bias:
-            biases = tuple(Part(f"{part}.bias", (size,)) for part, size in rows.items())
-            yield Weight(f"{ours}.{name}.bias", biases, Kind.NORM)
-
-    yield norm("input_norm", f"{theirs}.input_layernorm", hidden)
-    qkv = {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
-    yield from linear("qkv", qkv, hidden, shape.qkv_bias)
+    heads = _features(shard.heads(shape), head_dim)
+    kv_heads = _features(shard.kv_heads(shape), head_dim)
+    q, kv = shape.num_heads * head_dim, shape.num_kv_heads * head_dim
+    yield _norm(f"{ours}.input_norm", f"{theirs}.input_layernorm", hidden)
+    qkv = {"q_proj": (q, heads), "k_proj": (kv, kv_heads), "v_proj": (kv, kv_heads)}
+    cuts = {f"{attention}.{name}": cut for name, cut in qkv.items()}
+    yield from _by_outputs(f"{ours}.qkv", cuts, hidden, shape.qkv_bias)
     if shape.qk_norm:
-        yield norm("q_norm", f"{attention}.q_norm", head_dim)
-        yield norm("k_norm", f"{attention}.k_norm", head_dim)
-    yield from linear("output", {f"{attention}.o_proj": hidden}, q, shape.output_bias)
-    yield norm("mlp_norm", f"{theirs}.post_attention_layernorm", hidden)
-    gate_up = {f"{theirs}.mlp.gate_proj": mlp, f"{theirs}.mlp.up_proj": mlp}
-    yield from linear("gate_up", gate_up, hidden, shape.mlp_bias, pieces=2)
-    yield from linear("down", {f"{theirs}.mlp.down_proj": hidden}, mlp, shape.mlp_bias)
+        yield _norm(f"{ours}.q_norm", f"{attention}.q_norm", head_dim)
+        yield _norm(f"{ours}.k_norm", f"{attention}.k_norm", head_dim)
+    bias = shape.output_bias and not shard.rank
+    yield from _by_inputs(f"{ours}.output", f"{attention}.o_proj", hidden, q, heads, bias)
+
+
+def _mlp_weights(shape: ModelShape, shard: Shard, layer: int) -> Iterator[Weight]:
+    ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
+    held = shard.intermediate(shape)
+    yield _norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", hidden)
+    cuts = {f"{theirs}.mlp.{name}": (mlp, held) for name in ("gate_proj", "up_proj")}
+    yield from _by_outputs(f"{ours}.gate_up", cuts, hidden, shape.mlp_bias, pieces=2)
+    bias = shape.mlp_bias and not shard.rank  # sums over the ranks hold it once
+    yield from _by_inputs(f"{ours}.down", f"{theirs}.mlp.down_proj", hidden, mlp, held, bias)
+
+
+def _norm(name: str, published: str, width: int) -> Weight:
+    return Weight(name, (Part(f"{published}.weight", (width,)),), Kind.NORM)
+
+
+def _by_outputs(
+    name: str, cuts: Mapping[str, tuple[int, range]], width: int, bias: bool, pieces: int = 1
+) -> Iterator[Weight]:
+    """Linear layers side by side, each with its outputs and which of them are held."""
+    weights = tuple(Part(f"{part}.weight", (n, width), held) for part, (n, held) in cuts.items())
+    yield Weight(name, weights, pieces=pieces)
+    if bias:
+        biases = tuple(Part(f"{part}.bias", (n,), held) for part, (n, held) in cuts.items())
+        yield Weight(f"{name}.bias", biases, Kind.NORM)
+
+
+def _by_inputs(
+    name: str, published: str, features: int, width: int, held: range, bias: bool
+) -> Iterator[Weight]:
+    """A linear layer of which some inputs are held; its outputs are sums over the ranks."""
+    yield Weight(name, (Part(f"{published}.weight", (features, width), columns=held),))
+    if bias:
+        yield Weight(f"{name}.bias", (Part(f"{published}.bias", (features,)),), Kind.NORM)
+
+
+def _features(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)
+
+
+class Loaded(NamedTuple):
+    """Weights, and how much of the files they were made of."""
+
+    state: State
+    bytes_read: int
 
 
 def load_weights(
-    folder: Path, shape: ModelShape, dtypes: DTypes, progress: Progress | None = None
-) -> State:
-    """All weights of the model in `folder`, fused, linear ones packed (`muxrt.kernels.Packed`).
+    folder: Path,
+    shape: ModelShape,
+    dtypes: DTypes,
+    progress: Progress | None = None,
+    shard: Shard = WHOLE,
+) -> Loaded:
+    """A rank's weights of the model in `folder`, linear ones packed (`muxrt.kernels.Packed`).
 
     A linear layer is under its name, with its scales under `NAME.scales` if it is int8. Peak
     memory is that of the result and one weight. Raises ConfigError where a file or tensor is
     missing, damaged, or not of the shape that config.json promises.
     """
-    weights = list(list_weights(shape))
+    weights = list(list_weights(shape, shard))
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
         for weight in weights:
@@ -162,7 +214,8 @@ def load_weights(
             done += size
             if progress is not None:
                 progress(done, sum(sizes))
-    return state
+        return Loaded(state, checkpoint.bytes_read)
+    raise AssertionError("an exit stack swallows nothing")
 
 
 def num_bytes(weight: Weight, dtypes: DTypes) -> int:
@@ -188,6 +241,7 @@ class Checkpoint:
         self._files = {file: stack.enter_context(_open(folder / file)) for file in files}
         self._held = {file: frozenset(opened.keys()) for file, opened in self._files.items()}
         self._names = names or dict.fromkeys(self._held[SINGLE], SINGLE)
+        self.bytes_read = 0  # of tensors' data
 
     def check(self, weight: Weight) -> None:
         """Raise ConfigError unless every part is there in its shape."""
@@ -208,9 +262,16 @@ class Checkpoint:
         return out
 
     def parts(self, weight: Weight) -> Iterator[Tensor]:
-        """The published tensors, one by one: views of the file, of which nothing is read yet."""
+        """What is held of the published tensors, one by one.
+
+        Whole ones are views of the file, of which nothing is read yet; of others only what is held
+        is copied out of it.
+        """
         for part in weight.parts:
-            tensor = self._files[self._path(part.name).name].get_tensor(part.name)
+            file = self._files[self._path(part.name).name]
+            is_whole = part.held == part.shape
+            tensor = file.get_tensor(part.name) if is_whole else _slice(file, part)
+            self.bytes_read += tensor.nbytes
             if not tensor.is_floating_point():
                 raise ConfigError(
                     f"{self._path(part.name)}: tensor {part.name}: found {tensor.dtype},"
@@ -246,8 +307,18 @@ class Checkpoint:
 
 def part_rows(weight: Weight, stacked: Tensor) -> tuple[Tensor, ...]:
     """Where each part lies in `stacked`, a tensor of `weight.shape`."""
-    rows: tuple[Tensor, ...] = stacked.split([part.shape[0] for part in weight.parts])
+    rows: tuple[Tensor, ...] = stacked.split([part.held[0] for part in weight.parts])
     return rows
+
+
+def _slice(file: safe_open, part: Part) -> Tensor:
+    rows = slice(None) if part.rows is None else slice(part.rows.start, part.rows.stop)
+    published: Any = file.get_slice(part.name)  # type: ignore[no-untyped-call]
+    if part.columns is None:
+        tensor: Tensor = published[rows]
+    else:
+        tensor = published[rows, part.columns.start : part.columns.stop]
+    return tensor
 
 
 def _is_file_name(name: object) -> bool:

@@ -308,6 +308,15 @@ class Memory:
         key = (sequence.request.model, kind)
         self.num_preempted[key] = self.num_preempted.get(key, 0) + 1
 
+    def vacate(self) -> None:
+        """Take running sequences off blocks that are to leave the pool."""
+        if not self.pool.num_leaving:
+            return
+        for queue in self._queues.values():
+            for sequence in list(queue.running):
+                if sequence.can_run and any(map(self.pool.is_leaving, sequence.groups)):
+                    self.preempt(sequence)
+
     def _swap_out(self, sequence: Sequence) -> bool:
         ids = self.host.take(sum(group.num_blocks for group in sequence.groups))
         if ids is None:

@@ -20,11 +20,11 @@ from muxrt.core import (
     Refusal,
     Request,
     Result,
+    Scheduled,
     Sequence,
     SequenceState,
     Transfer,
     TransferKind,
-    Work,
 )
 from muxrt.cost.latency import BatchShape, Latency, attention_work
 from muxrt.errors import Overloaded
@@ -84,7 +84,7 @@ class Counters:
 class Flight:
     """A launched work and the sequences it names."""
 
-    work: Work
+    work: Scheduled
     sequences: list[Sequence] = field(default_factory=list)
 
 
@@ -195,7 +195,7 @@ class Scheduler:
         """Nothing waits, runs or flies."""
         return not self._sequences and not self.flights
 
-    def schedule(self, now: float) -> Work | None:
+    def schedule(self, now: float) -> Scheduled | None:
         """The next work that fits now; None when every lane is full or nothing can run."""
         if self._parts:
             part, sequences = self._parts.popleft()
@@ -353,7 +353,7 @@ class Scheduler:
 
     # -- landing -----------------------------------------------------------------------------
 
-    def commit(self, work: Work, result: Result, now: float) -> list[Output]:
+    def commit(self, work: Scheduled, result: Result, now: float) -> list[Output]:
         """Account for a finished work; what its sequences gave, and whether they ended."""
         flight = self.flights.pop(work.id)
         self.lane_load[work.lane] -= 1
@@ -487,7 +487,7 @@ class Scheduler:
         return True
 
 
-def _is_prefill(work: Work) -> bool:
+def _is_prefill(work: Scheduled) -> bool:
     return isinstance(work, Batch) and work.phase is Phase.PREFILL
 
 

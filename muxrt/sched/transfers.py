@@ -148,21 +148,20 @@ class Transfers:
         is_end = end >= sequence.request.prompt_tokens
         num_groups = layout.num_groups(end) if is_end else end // layout.block_tokens
         is_whole = layers is None or layers.end == layers.of
-        shape = layout.shape
-        end_plane = shape.num_planes if layers is None else layers.end * shape.num_kv_heads
-        if num_groups <= outgoing.num_groups or end_plane <= outgoing.num_planes:
+        end_layer = layout.shape.num_layers if layers is None else layers.end
+        if num_groups <= outgoing.num_groups or end_layer <= outgoing.num_layers:
             return
         piece = Piece(
             number=outgoing.num_pieces,
             blocks=pack_ids(sequence.groups[outgoing.num_groups : num_groups]),
             first_group=outgoing.num_groups,
-            first_plane=outgoing.num_planes,
-            end_plane=end_plane,
+            first_layer=outgoing.num_layers,
+            end_layer=end_layer,
             num_tokens=min(end, num_groups * layout.block_tokens),
             is_last=is_last,
         )
         outgoing.num_pieces += 1
-        outgoing.num_planes = 0 if is_whole else end_plane
+        outgoing.num_layers = 0 if is_whole else end_layer
         outgoing.num_groups = num_groups if is_whole else outgoing.num_groups
         outgoing.unsealed.append(piece)
         self._memory.copies.append((sequence, TransferKind.SEAL))
@@ -201,7 +200,7 @@ class Transfers:
             return [self._fail(sequence, result.error)]
         if work.kind is TransferKind.FETCH:
             return self._fetched(sequence, now)
-        return self._sealed(sequence, replace(work.pieces[0], checksum=result.checksum), now)
+        return self._sealed(sequence, replace(work.pieces[0], checksums=result.checksums), now)
 
     def _fetched(self, sequence: Sequence, now: float) -> list[Output]:
         request, incoming = sequence.request, sequence.incoming

@@ -8,16 +8,23 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from time import monotonic
 
+import msgspec
 import uvloop
 from aiohttp import web
 
 from muxrt.config.placement import ModelSpec
 from muxrt.config.serve import ServeConfig
-from muxrt.errors import MuxrtError
+from muxrt.engine.reconcile import Deployment
+from muxrt.errors import ConfigError, MuxrtError
+from muxrt.server.admin import AdminRoutes
 from muxrt.server.auth import load_keys
+from muxrt.server.deploy import Deployer
 from muxrt.server.dispatch import Dispatcher
+from muxrt.server.journal import Journal
 from muxrt.server.progress import LoadingView
 from muxrt.server.prometheus import Metrics
 from muxrt.server.routes import Routes
@@ -46,6 +53,7 @@ class Server:
         spawn: Spawn = spawn,
         on_change: Callable[[UnitProcess], None] = lambda unit: None,
     ) -> None:
+        self._journal, config = resume(config)
         self.config = config
         self.models: dict[str, ServedModel] = {}
         self.supervisor = Supervisor(
@@ -57,6 +65,7 @@ class Server:
         )
         self.dispatcher = Dispatcher(config.models, self.supervisor, monotonic, config.routing)
         self.traffic = TrafficLog(config.traffic) if config.traffic is not None else None
+        self.deployer: Deployer | None = None  # where changes are allowed
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -73,10 +82,29 @@ class Server:
         if self.traffic is not None:
             self.traffic.start()
         routes = Routes(self.models, self.dispatcher, units, metrics, keys, isolate, self.traffic)
-        await self._listen(routes.application(self.config.endpoint.max_body_bytes))
+        extend = partial(self._add_admin, metrics) if self.config.admin else _nothing
+        await self._listen(routes.application(self.config.endpoint.max_body_bytes, extend))
         self.supervisor.start()
         self.models.update(await _load_models(self.config.models))
         await self.supervisor.wait_ready()
+
+    def _add_admin(self, metrics: Metrics, app: web.Application) -> None:
+        """Routes for who may change what is served. Raises ConfigError for keys that are none."""
+        admin = self.config.admin
+        assert admin is not None
+        keys = load_keys(admin.keys, os.environ, "admin.keys")
+        assert keys is not None, "a source was given"
+        self.deployer = Deployer(
+            Deployment(self.config.models, self.config.units),
+            self.supervisor,
+            self.dispatcher,
+            self.models,
+            journal=self._journal,
+            drain_s=admin.drain_s,
+            limit_bytes=admin.max_extra_bytes,
+        )
+        self.deployer.on_switch = metrics.serve
+        AdminRoutes(keys, self.deployer, self.supervisor, self.dispatcher).add_to(app)
 
     async def _listen(self, app: web.Application) -> None:
         endpoint = self.config.endpoint
@@ -107,12 +135,36 @@ class Server:
         """End the units, then stop listening; True if every unit ended well."""
         self.dispatcher.is_draining = True
         self.dispatcher.abandon()
+        if self.deployer is not None:
+            await self.deployer.stop()
         is_clean = await self.supervisor.stop(LAST_STOP_S)
         if self._runner is not None:
             await self._runner.cleanup()
         if self.traffic is not None:
             self.traffic.stop()
         return is_clean
+
+
+def resume(config: ServeConfig) -> tuple[Journal | None, ServeConfig]:
+    """The journal of a configuration, and what it came to: changes outlive the server.
+
+    Raises ConfigError where the journal cannot be read or written.
+    """
+    if config.admin is None or config.admin.journal is None:
+        return None, config
+    journal = Journal(Path(config.admin.journal))
+    base = Deployment(config.models, config.units)
+    try:
+        served = journal.open(base)
+    except OSError as error:
+        raise ConfigError(f"admin.journal: {error.filename}: {error.strerror}") from None
+    if served != base:
+        log.warning("event=resumed units=%s", ",".join(unit.name for unit in served.units))
+    return journal, msgspec.structs.replace(config, models=served.models, units=served.units)
+
+
+def _nothing(app: web.Application) -> None:
+    """No routes but those that every endpoint has."""
 
 
 async def _load_models(specs: Sequence[ModelSpec]) -> dict[str, ServedModel]:

@@ -46,25 +46,30 @@ class KeyRing:
         return blake2b(data, key=self._secret, digest_size=32).digest()
 
 
-def load_keys(source: ApiKeys | None, environ: Mapping[str, str]) -> KeyRing | None:
-    """The key ring of `source`; None where anyone may ask. Raises ConfigError for no keys."""
+def load_keys(
+    source: ApiKeys | None, environ: Mapping[str, str], at: str = "endpoint.api_keys"
+) -> KeyRing | None:
+    """The key ring of `source`; None where anyone may ask. Raises ConfigError for no keys.
+
+    `at` is where the configuration has it.
+    """
     if source is None:
         return None
     if source.file is not None:
-        keys, where = _read(Path(source.file)), f"the file {source.file}"
+        keys, where = _read(Path(source.file), at), f"the file {source.file}"
     else:
         text = environ.get(source.env or "", "")
         keys, where = _split(text.split(",")), f"the variable {source.env}"
     if not keys:
-        raise ConfigError(f"endpoint.api_keys: {where} holds no key, expected at least one")
+        raise ConfigError(f"{at}: {where} holds no key, expected at least one")
     return KeyRing(keys)
 
 
-def _read(path: Path) -> list[str]:
+def _read(path: Path, at: str) -> list[str]:
     try:
         return _split(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"endpoint.api_keys.file: {path} cannot be read: {error}") from None
+        raise ConfigError(f"{at}.file: {path} cannot be read: {error}") from None
 
 
 def _split(lines: Iterable[str]) -> list[str]:

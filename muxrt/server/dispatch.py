@@ -5,13 +5,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import msgspec
 import numpy as np
 
-from muxrt.config.placement import ModelSpec
+from muxrt.config.placement import ModelSpec, Role
 from muxrt.config.routing import Routing
 from muxrt.core import (
     FinishReason,
@@ -28,8 +28,8 @@ from muxrt.engine.messages import Abort, Extend, ModelReady, Step, Submit, ToUni
 from muxrt.engine.pools import make_router
 from muxrt.engine.relay import Relay
 from muxrt.engine.requests import Ledger, LiveRequest
-from muxrt.engine.router import Ask, Replica, Switch
-from muxrt.errors import Overloaded, Unavailable
+from muxrt.engine.router import Ask, Replica, Route, Switch
+from muxrt.errors import BadRequest, Overloaded, Unavailable
 from muxrt.server.unit_process import UnitProcess
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Draft:
     deadline_s: float | None = None
     keys: tuple[bytes, ...] = ()
     block_tokens: int = 0  # what `keys` were made for
+    path: str | None = None  # of the folder that its tokens are of; None: whatever is served
 
     def request(self, request_id: int, block_tokens: int) -> Request:
         """The request for a unit whose block groups hold `block_tokens` tokens."""
@@ -122,12 +123,14 @@ class Dispatcher:
             routing or Routing(), self.ledger, self._ready_replicas, self._on_switch
         )
         self.num_switches: Counter[tuple[str, str]] = Counter()  # of roles, by model and unit
+        self._roles: dict[tuple[str, str], Role] = {}  # likewise: those that are not as configured
         self.is_draining = False
         self._units = units
         self._now = now
         self._relay = Relay(self.ledger, self)
         self._waiters: dict[int, _Waiter] = {}
         self._idle = asyncio.Event()
+        self._ended = asyncio.Event()  # some request has
 
     # -- before a request --------------------------------------------------------------------
 
@@ -157,18 +160,22 @@ class Dispatcher:
 
     def _ready_replicas(self, model: str) -> list[Replica]:
         return [
-            _replica(unit, model)
+            self._replica(unit, model)
             for unit in self._units.units.values()
-            if unit.is_ready and model in unit.models
+            if unit.is_ready and unit.is_routed and model in unit.models
+        ]
+
+    def _homes(self, model: str) -> list[UnitProcess]:
+        """Units that have it and may be given new requests, ready or not."""
+        units = self._units.units.values()
+        return [
+            unit
+            for unit in units
+            if unit.is_routed and any(part.name == model for part in unit.spec.models)
         ]
 
     def _unavailable(self, model: str) -> Unavailable:
-        homes = [
-            unit
-            for unit in self._units.units.values()
-            if any(part.name == model for part in unit.spec.models)
-        ]
-        waits = [unit.retry_after_s(self._now()) for unit in homes]
+        waits = [unit.retry_after_s(self._now()) for unit in self._homes(model)]
         return Unavailable(
             f"{model} is loading or being restarted; try again shortly",
             retry_after_s=min(waits, default=QUEUE_RETRY_S),
@@ -189,7 +196,10 @@ class Dispatcher:
     def _start(self, request_id: int, waiter: _Waiter, near: str | None = None) -> bool:
         """Send a request that gave nothing yet, to `near` if that suits; False if none is ready."""
         draft = waiter.draft
-        route = self.router.route(Ask(draft.model, draft.num_tokens, draft.max_tokens > 1, near))
+        route = self._leaving(near, draft.model)
+        if route is None and self._is_known(draft):
+            ask = Ask(draft.model, draft.num_tokens, draft.max_tokens > 1, near)
+            route = self.router.route(ask)
         if route is None:
             return False
         name = route.replica.unit
@@ -203,6 +213,18 @@ class Dispatcher:
         self.ledger.open(request, name, route.decoder)
         self._send(request, waiter, name)
         return True
+
+    def _is_known(self, draft: Draft) -> bool:
+        """Its model is still served, and no other one has that name now."""
+        spec = self.models.get(draft.model)
+        return spec is not None and draft.path in (None, spec.path)
+
+    def _leaving(self, name: str | None, model: str) -> Route | None:
+        """To a unit that only finishes, for who belongs to something that runs there."""
+        unit = self._units.units.get(name) if name is not None else None
+        if unit is None or unit.is_routed or not unit.is_ready:
+            return None
+        return Route(self._replica(unit, model))
 
     def _send(self, request: Request, waiter: _Waiter, unit: str) -> None:
         self._waiters[request.id] = waiter
@@ -228,6 +250,7 @@ class Dispatcher:
         if waiter is not None and waiter.handoff is not None:
             self._relay.let_go(request_id, waiter.handoff)
         live = self.ledger.close(request_id)
+        self._ended.set()
         if not self._waiters:
             self._idle.set()
         return live
@@ -284,6 +307,46 @@ class Dispatcher:
         waiter.is_untouched = False
         return is_sent
 
+    # -- roles -------------------------------------------------------------------------------
+
+    def role_now(self, model: str, unit: str) -> Role:
+        """What `unit` does for `model` now, also where it is borrowed."""
+        if self.router.is_borrowed(model, unit):
+            return "mixed"
+        parts = self._units.units[unit].spec.models
+        configured = next(part.role for part in parts if part.name == model)
+        return self._roles.get((model, unit), configured)
+
+    def switch_role(self, model: str, unit: str, role: Role) -> None:
+        """From the next request on `unit` does this for `model`, also when it was started again.
+
+        Requests that are on their way stay where they are, and end there; only those that a decode
+        unit was going to take over may find another one. Until the leases of both sides are over
+        two units may wait for each other's room. Raises BadRequest for a model that is not in that
+        unit, or a unit that exchanges nothing with others.
+        """
+        process = self._units.units.get(unit)
+        if process is None or all(part.name != model for part in process.spec.models):
+            homes = self._homes(model)
+            known = ", ".join(home.name for home in homes) or "none, nobody has it"
+            raise BadRequest(f"found no {model!r} in unit {unit!r}, expected one of: {known}")
+        if role != "mixed" and not process.spec.has_roles:
+            raise BadRequest(
+                f"{unit} exchanges no K and V: expected a unit of models that others have roles"
+                " for, or one with `exchanges: true`"
+            )
+        before = self.role_now(model, unit)
+        self.router.rehome(model, unit)
+        self._roles[model, unit] = role
+        if before != role:
+            self._on_switch(Switch(model, unit, before, role))
+
+    def _replica(self, unit: UnitProcess, model: str) -> Replica:
+        ready = unit.models[model]
+        kv_tokens = ready.quota_blocks // ready.blocks_per_group * ready.block_tokens
+        replica = Replica.of(unit.spec, model, kv_tokens)
+        return replace(replica, role=self._roles.get((model, unit.name), replica.role))
+
     def _on_switch(self, switch: Switch) -> None:
         self.num_switches[switch.model, switch.unit] += 1
         log.info(
@@ -338,6 +401,17 @@ class Dispatcher:
         waiter = self._waiters[request_id]
         return waiter.draft.resumed(request_id, waiter.outputs, source)
 
+    def serve(self, models: Sequence[ModelSpec]) -> None:
+        """These are the models from now on; what is live of others goes on."""
+        self.models.clear()
+        self.models.update((model.name, model) for model in models)
+
+    async def quiet(self, unit: str) -> None:
+        """Until nothing is live in `unit`, or on its way there."""
+        while self.ledger.of_unit(unit) or self.ledger.promised_to(unit):
+            self._ended.clear()
+            await self._ended.wait()
+
     async def drained(self, timeout_s: float) -> bool:
         """Take nothing new; True once nothing is live, False if that takes too long."""
         self.is_draining = True
@@ -360,12 +434,6 @@ class Dispatcher:
         assert all(self.ledger.get(request_id) for request_id in self._waiters)
         assert len(self.ledger) == len(self._waiters), "a request is lost"
         return self.ledger.check()
-
-
-def _replica(unit: UnitProcess, model: str) -> Replica:
-    ready = unit.models[model]
-    kv_tokens = ready.quota_blocks // ready.blocks_per_group * ready.block_tokens
-    return Replica.of(unit.spec, model, kv_tokens)
 
 
 def _gone(live: LiveRequest, why: str, retry_after_s: float) -> Output:

@@ -29,12 +29,14 @@ GAUGES: Mapping[str, tuple[str, ModelValue]] = {
     "muxrt_blocks_used": ("Blocks that sequences hold.", lambda m: m.blocks_used),
     "muxrt_blocks_cached": ("Blocks that only the prefix cache holds.", lambda m: m.blocks_cached),
     "muxrt_blocks_quota": ("Blocks a model is entitled to.", lambda m: m.blocks_quota),
+    "muxrt_model_awake": ("1 while its weights are in memory.", lambda m: m.state == "awake"),
     "muxrt_blocks_borrowed": ("Blocks above the quota.", lambda m: m.blocks_borrowed),
 }
 COUNTERS: Mapping[str, tuple[str, ModelValue]] = {
     "muxrt_prefix_hit_tokens": ("Prompt tokens found in the cache.", lambda m: m.prefix_hit_tokens),
     "muxrt_prompt_tokens": ("Prompt tokens of started sequences.", lambda m: m.prompt_tokens),
     "muxrt_output_tokens": ("Tokens generated.", lambda m: m.output_tokens),
+    "muxrt_model_moves": ("Times that it woke or fell asleep.", lambda m: m.moves),
     "muxrt_deadline_refusals": ("Sequences refused at their deadline.", lambda m: m.refused),
 }
 BATCHES: Mapping[str, tuple[str, Callable[[BatchStats], float]]] = {
@@ -52,12 +54,13 @@ class UnitCollector(Collector):
     """The units' last reports, read when somebody asks. A dead unit reports nothing."""
 
     def __init__(
-        self, units: Mapping[str, UnitProcess], dispatcher: Dispatcher, models: Iterable[str]
+        self, units: Mapping[str, UnitProcess], dispatcher: Dispatcher, models: Mapping[str, object]
     ) -> None:
+        """`models` by name, those served at the time."""
         self._units = units
         self._dispatcher = dispatcher
         self._ledger = dispatcher.ledger
-        self._models = list(models)
+        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
@@ -81,7 +84,7 @@ class UnitCollector(Collector):
         running = GaugeMetricFamily(
             "muxrt_requests_running", "Requests that stream.", labels=("model",)
         )
-        for model in self._models:
+        for model in list(self._models):
             queued.add_metric([model], self._ledger.queued(model))
             running.add_metric([model], self._ledger.running(model))
         yield from (queued, running)
@@ -104,12 +107,11 @@ class UnitCollector(Collector):
             "muxrt_role", "1 for what a unit does for a model now.", labels=(*MODEL_UNIT, "role")
         )
         switches = CounterMetricFamily(
-            "muxrt_role_switches", "Times that it was borrowed or went home.", labels=MODEL_UNIT
+            "muxrt_role_switches", "Times that its role changed.", labels=MODEL_UNIT
         )
         for unit in self._units.values():
             for part in unit.spec.models:
-                is_borrowed = self._dispatcher.router.is_borrowed(part.name, unit.name)
-                now = "mixed" if is_borrowed else part.role
+                now = self._dispatcher.role_now(part.name, unit.name)
                 for each in ROLES:
                     role.add_metric([part.name, unit.name, each], each == now)
                 count = self._dispatcher.num_switches[part.name, unit.name]
@@ -155,9 +157,9 @@ class Metrics:
         units: Mapping[str, UnitProcess],
         dispatcher: Dispatcher,
     ) -> None:
-        self._slos = {model.name: model.slo for model in models}
+        self._slos = {model.name: model.slo for model in models}  # of those there were, too
         self._registry = registry = CollectorRegistry(auto_describe=False)
-        registry.register(UnitCollector(units, dispatcher, self._slos))
+        registry.register(UnitCollector(units, dispatcher, dispatcher.models))
         self._requests = Counter(
             "muxrt_http_requests",
             "HTTP requests to generate, by status; 499 = the client left.",
@@ -184,6 +186,10 @@ class Metrics:
         self._met = Counter(
             "muxrt_slo_met", "Those that met both targets.", ("model",), registry=registry
         )
+
+    def serve(self, models: Iterable[ModelSpec]) -> None:
+        """These are the models from now on; requests for others may still end."""
+        self._slos.update((model.name, model.slo) for model in models)
 
     def on_response(self, model: str | None, status: int) -> None:
         """A request to generate was answered; `model` only if it is served here."""

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic, time
 from typing import Any
 from uuid import uuid4
@@ -93,8 +94,10 @@ class Routes:
         self._outbox = Outbox()
         self._created_s = int(time())
 
-    def application(self, max_body_bytes: int) -> web.Application:
-        """The aiohttp application; larger bodies get 413."""
+    def application(
+        self, max_body_bytes: int, extend: Callable[[web.Application], None] = lambda app: None
+    ) -> web.Application:
+        """The aiohttp application; larger bodies get 413. `extend` adds routes of its own."""
 
         @web.middleware
         async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -108,6 +111,7 @@ class Routes:
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics)
+        extend(app)
         return app
 
     # -- the outermost ring ------------------------------------------------------------------
@@ -177,10 +181,9 @@ class Routes:
         if self._keys is not None:
             exchange.key = self._keys.number(known)
         ask = parse(await exchange.http.read())
-        model = self._model(ask.model)
+        self._check_known(ask.model)
         exchange.model = ask.model
-        ready = self._dispatcher.admit(ask.model, ask.num_sequences)
-        prompts = await _encode(model, ask, lambda: model.encode(ask, ready, salt))
+        model, prompts = await self._encoded(ask, salt)
         writer = Writer(words(model.tokenizer), uuid4().hex, int(time()), ask.model)
         with Call(self._dispatcher) as call:
             exchange.call = call
@@ -190,6 +193,16 @@ class Routes:
             if ask.stream:
                 return await _stream(exchange, reply, self._outbox)
             return _json(await reply.whole())
+
+    async def _encoded(self, ask: Ask, salt: bytes) -> tuple[ServedModel, list[EncodedPrompt]]:
+        """The model that is served by that name once its prompts are encoded, and those."""
+        while True:
+            model = self._model(ask.model)
+            ready = self._dispatcher.admit(ask.model, ask.num_sequences)
+            encode = partial(model.encode, ask, ready, salt)
+            prompts = await _encode(model, ask, encode)
+            if self._models.get(ask.model) is model:
+                return model, prompts  # nobody has put another one in its place meanwhile
 
     def _start(
         self,

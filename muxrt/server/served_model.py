@@ -59,6 +59,10 @@ class ServedModel:
         vocab_size = load_shape(folder).vocab_size
         return cls(spec, vocab_size, load_tokenizer(folder), load_chat_template(folder))
 
+    def with_spec(self, spec: ModelSpec) -> "ServedModel":
+        """The same words under other limits."""
+        return ServedModel(spec, self._vocab_size, self.tokenizer, self._template)
+
     def encode(self, ask: Ask, ready: ModelReady, salt: bytes = b"") -> list[EncodedPrompt]:
         """The prompts of `ask` in tokens. Pure computation, long for long prompts.
 
@@ -122,6 +126,7 @@ class ServedModel:
                 deadline_s=arrived_s + timeout_s if timeout_s and not index else None,
                 keys=prompt.keys,
                 block_tokens=ready.block_tokens,
+                path=self.spec.path,
             )
             for index in range(ask.n)
         ]

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 LAST_WORDS_S = 0.2
 # Beyond its own deadline, for a drained process to tidy up and exit.
 EXIT_GRACE_S = 2.0
+# For a unit that nobody needs any more to say so.
+LAST_STOP_S = 1.0
 
 Listener = Callable[[UnitProcess], None]
 
@@ -53,14 +55,17 @@ class Supervisor:
         on_change: Listener = lambda unit: None,
         spawn: Spawn = spawn,
     ) -> None:
-        self.units = {spec.name: UnitProcess(spec) for spec in exchanging(config.units)}
-        self._models = {model.name: model for model in config.models}
+        models = {model.name: model for model in config.models}
+        self.units = {
+            spec.name: UnitProcess(spec, _models_of(spec, models))
+            for spec in exchanging(config.units)
+        }
         self._on_step = on_step
         self._on_death = on_death
         self._on_change = on_change
         self._spawn = spawn
         self._link = Link(self._receive, self._on_garbage)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # by unit
         self._all_ready = asyncio.Event()
         self._is_stopping = False
 
@@ -69,14 +74,16 @@ class Supervisor:
     def start(self) -> None:
         """Begin to load every unit. Must run on the event loop."""
         self._link.open()
-        self._tasks = [asyncio.create_task(self._keep(unit)) for unit in self.units.values()]
+        for unit in self.units.values():
+            self._tasks[unit.name] = asyncio.create_task(self._keep(unit))
 
     async def wait_ready(self) -> None:
         """Return once every unit was ready. Raises StartFailed if one cannot load."""
         ready = asyncio.create_task(self._all_ready.wait())
         try:
-            await asyncio.wait([ready, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
-            for task in self._tasks:
+            tasks = list(self._tasks.values())
+            await asyncio.wait([ready, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
                 if task.done() and not task.cancelled():
                     task.result()
         finally:
@@ -92,10 +99,10 @@ class Supervisor:
         exits = [asyncio.create_task(_wait(unit.process)) for unit in running if unit.process]
         late = await self._wait_exits(exits, deadline_s + EXIT_GRACE_S)
         self.kill()
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
         with suppress(asyncio.CancelledError):
-            await asyncio.gather(*exits, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*exits, *self._tasks.values(), return_exceptions=True)
         for unit in self.units.values():
             unit.state = UnitState.STOPPED
         self._link.close()
@@ -119,16 +126,61 @@ class Supervisor:
         if unit.process is not None:
             unit.process.kill()
 
+    # -- units that come and go --------------------------------------------------------------
+
+    async def add(self, spec: UnitSpec, models: tuple[ModelSpec, ...]) -> None:
+        """Start one more unit and return when it is ready; nothing is routed to it yet.
+
+        Raises StartFailed if it cannot load; it is forgotten then.
+        """
+        unit = UnitProcess(spec, models, is_routed=False)
+        self.units[unit.name] = unit
+        task = self._tasks[unit.name] = asyncio.create_task(self._keep(unit))
+        ready = asyncio.create_task(unit.was_ready.wait())
+        try:
+            await asyncio.wait([ready, task], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if task.done():
+            del self.units[unit.name], self._tasks[unit.name]
+            task.result()
+
+    def route(self, specs: Mapping[str, UnitSpec]) -> None:
+        """New requests go to these units, as they are described here; the others only finish."""
+        for unit in self.units.values():
+            unit.is_routed = unit.name in specs
+            unit.is_leaving = not unit.is_routed
+            unit.spec = specs.get(unit.name, unit.spec)
+
+    async def remove(self, name: str, deadline_s: float = LAST_STOP_S) -> None:
+        """End a unit, and forget it; nothing that is live should be in it. None: done already."""
+        unit = self.units.get(name)
+        if unit is None:
+            return
+        unit.is_leaving, unit.is_routed, task = True, False, self._tasks[name]
+        if unit.process is None:
+            task.cancel()
+        elif not (unit.is_ready and self.send(name, Drain(deadline_s))):
+            self._kill(unit)
+        await asyncio.wait([task], timeout=deadline_s + EXIT_GRACE_S)
+        self._kill(unit)
+        await asyncio.wait([task])
+        del self.units[name], self._tasks[name]
+        self._on_change(unit)
+
     async def _keep(self, unit: UnitProcess) -> None:
         """Start the unit, and again whenever it ends. Raises StartFailed at the first load."""
         while True:
             code = await self._run_once(unit)
-            if self._is_stopping:
+            if self._is_stopping or (unit.is_leaving and code == 0):
                 return
             if not unit.is_ready:
                 await _hear_out(unit)
             self._bury(unit, code)
-            if not self._all_ready.is_set() and not unit.ready_s:
+            if unit.is_leaving:
+                return
+            is_first = not self._all_ready.is_set() or not unit.is_routed
+            if is_first and not unit.ready_s:
                 raise StartFailed(unit.error or f"unit {unit.name} cannot start")
             await asyncio.sleep(max(0.0, unit.next_start_s - monotonic()))
 
@@ -164,7 +216,7 @@ class Supervisor:
     def _boot(self, unit: UnitProcess) -> UnitBoot:
         return UnitBoot(
             unit=unit.spec,
-            models=_models_of(unit.spec, self._models),
+            models=unit.model_specs,
             endpoint=self._link.endpoint,
             identity=unit.identity.decode(),
         )
@@ -173,7 +225,8 @@ class Supervisor:
 
     def send(self, name: str, message: ToUnit) -> bool:
         """Send to the unit's present process; False if there is none that listens."""
-        return self._link.send(self.units[name].identity, message)
+        unit = self.units.get(name)
+        return unit is not None and self._link.send(unit.identity, message)
 
     def _sender(self, identity: bytes) -> UnitProcess | None:
         """The unit whose present process has this identity; the dead are not listened to."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 import muxrt
-from muxrt.config.placement import UnitSpec
+from muxrt.config.placement import ModelSpec, UnitSpec
 from muxrt.engine.messages import Loading, ModelReady, Ready, Stats, UnitBoot
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,10 @@ class UnitProcess:
     """What the API knows of one unit. Times are of the monotonic clock."""
 
     spec: UnitSpec
+    model_specs: tuple[ModelSpec, ...] = ()  # what it is to serve, in the order of `spec`
+    is_routed: bool = True  # new requests go to it
+    is_leaving: bool = False  # it is not started again
+    was_ready: asyncio.Event = field(default_factory=asyncio.Event)  # in whatever generation
     state: UnitState = UnitState.DOWN
     generation: int = 0  # counts starts; messages of earlier ones are not for us
     process: Process | None = None
@@ -165,6 +169,7 @@ class UnitProcess:
         self.state, self.error = UnitState.READY, None
         self.models = {model.name: model for model in ready.models}
         self.ready_s, self.load_s = now, now - self.started_s
+        self.was_ready.set()
 
     def on_exit(self, code: int, now: float) -> None:
         """The process ended without having been told to."""

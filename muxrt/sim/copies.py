@@ -10,6 +10,8 @@ Assumptions, each of which a measurement on GPUs may replace:
 * What is fetched from another unit of the node goes over the links between GPUs, those of the unit
   that has fewer or slower ones; from another node over the network, which all transfers out of a
   node, or into it, share. Sealing takes no time.
+* A model that wakes comes from host memory, on the links of the swaps in; one that falls asleep
+  takes no time, as its weights are there already.
 """
 
 from collections import deque
@@ -20,7 +22,16 @@ from typing import Protocol
 import msgspec
 
 from muxrt.config.placement import UnitSpec
-from muxrt.core import ID_BYTES, Copy, CopyKind, Piece, Transfer, TransferKind
+from muxrt.core import (
+    ID_BYTES,
+    Copy,
+    CopyKind,
+    Load,
+    Piece,
+    Sleep,
+    Transfer,
+    TransferKind,
+)
 from muxrt.engine.executor import Done
 from muxrt.sim.links import Link, Links, LinkTransfer
 from muxrt.sim.loop import FINISH, EventLoop
@@ -38,6 +49,9 @@ def host_path(spec: UnitSpec, kind: CopyKind) -> tuple[Link, ...]:
         Link(f"{spec.name} {kind.value}", HOST_LINK_BYTES_PER_S * len(spec.mesh.gpus or (0,))),
         Link(f"node {node} {kind.value}", HOST_LINK_BYTES_PER_S * NODE_LINKS),
     )
+
+
+Moved = Copy | Transfer | Load | Sleep
 
 
 class Peers(Protocol):
@@ -66,11 +80,11 @@ class CopyLane:
         self._spec, self._block_bytes = spec, block_bytes
         self._peers = peers
         self.tokens = Tokens()  # of the unit: what is fetched opens slots, too
-        self._queue: deque[tuple[Copy | Transfer, Done]] = deque()  # the first one runs
+        self._queue: deque[tuple[Moved, Done]] = deque()  # the first one runs
         self._transfer: LinkTransfer | None = None
         self._started_s = 0.0
 
-    def launch(self, work: Copy | Transfer, done: Done) -> None:
+    def launch(self, work: Moved, done: Done) -> None:
         """Start `work` when those before it are done."""
         self._queue.append((work, done))
         if len(self._queue) == 1:
@@ -88,7 +102,9 @@ class CopyLane:
         if isinstance(work, Copy):
             num_bytes = len(work.blocks) // ID_BYTES * self._block_bytes
             path = host_path(self._spec, work.kind)
-        elif work.kind is TransferKind.SEAL:
+        elif isinstance(work, Load):
+            num_bytes, path = work.num_bytes, host_path(self._spec, CopyKind.SWAP_IN)
+        elif isinstance(work, Sleep) or work.kind is TransferKind.SEAL:
             self._loop.after(0.0, self._end, FINISH)
             return
         else:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from muxrt.core import Batch, Copy, Result, Transfer, Work
+from muxrt.core import Batch, Copy, Load, Result, Sleep, Transfer, Work
 from muxrt.cost.batch import BatchWork
 from muxrt.engine.executor import Done
 from muxrt.sim.copies import CopyLane
@@ -184,7 +184,7 @@ class MeshExecutor:
 
     def launch(self, work: Work, done: Done) -> None:
         """Finish `work` when its lane has had time for it."""
-        if isinstance(work, Copy | Transfer):
+        if isinstance(work, Copy | Transfer | Load | Sleep):
             self.copies.launch(work, done)
             return
         runner = self.lanes.cost.runner(work)

@@ -410,9 +410,10 @@ class Simulation:
     def num_bytes(self, source: str, model: str, pieces: Sequence[Piece]) -> int:
         """Of these pieces of a sequence, as they lie in `source`."""
         plan = self.units[source.rpartition("#")[0]].plan
-        group_bytes = ID_BYTES * plan.models[model].layout.blocks_per_group
-        planes = [len(p.blocks) // group_bytes * (p.end_plane - p.first_plane) for p in pieces]
-        return sum(planes) * plan.arena.plane_bytes
+        layout = plan.models[model].layout
+        group_bytes = ID_BYTES * layout.blocks_per_group
+        layers = [len(p.blocks) // group_bytes * (p.end_layer - p.first_layer) for p in pieces]
+        return sum(layers) * layout.shape.num_kv_heads * plan.arena.plane_bytes
 
     def _turn_away(self, served: Served, status: int) -> None:
         served.finish, served.refused = FinishReason.ERROR, status

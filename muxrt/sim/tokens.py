@@ -2,7 +2,7 @@
 
 import msgspec
 
-from muxrt.core import BatchEntry, Copy, Result, SlotOpen, Transfer, Work
+from muxrt.core import BatchEntry, Copy, Load, Result, Sleep, SlotOpen, Transfer, Work
 
 
 class SimPrompt(msgspec.Struct, frozen=True):
@@ -20,7 +20,7 @@ class Tokens:
 
     def run(self, work: Work, elapsed_s: float) -> Result:
         """The result of `work`."""
-        if isinstance(work, Copy):
+        if isinstance(work, Copy | Load | Sleep):
             return Result(elapsed_s=elapsed_s)
         for opened in work.opened:
             self._open(work.model, opened)

@@ -59,8 +59,10 @@ class SimUnit:
         self.plan = plan_unit(spec, {m.name: m for m in models}, setting.shapes)
         self._loop, self._around = around.loop, around
         self._cost = MeshCost(spec, setting)
-        # What another unit hands over comes at no time that a run could know of before.
-        self._folds = setting.fold and self._cost.can_fold and not spec.has_roles
+        # What another unit hands over comes at no time that a run could know of before, nor does
+        # a model that wakes.
+        comes_alone = not spec.has_roles and self.plan.habits is None
+        self._folds = setting.fold and self._cost.can_fold and comes_alone
         self._lives: list[tuple[Unit, MeshExecutor]] = []
         self._deaths, self._down_s, self._down_since_s = 0, 0.0, 0.0
         self.start()

@@ -27,10 +27,18 @@ def load_shapes(boot: UnitBoot) -> dict[str, ModelShape]:
     return {spec.name: load_shape(spec.folder) for spec in boot.models}
 
 
-def plan_boot(boot: UnitBoot, num_cores: int, shapes: Mapping[str, ModelShape]) -> UnitPlan:
-    """The geometry of the unit on `num_cores` cores. Raises ConfigError."""
+def plan_boot(
+    boot: UnitBoot,
+    num_cores: int,
+    shapes: Mapping[str, ModelShape],
+    weights: Mapping[str, int] | None = None,
+) -> UnitPlan:
+    """The geometry of the unit on `num_cores` cores; `weights`: see `plan_unit`.
+
+    Raises ConfigError.
+    """
     specs = {spec.name: spec for spec in boot.models}
-    return plan_unit(with_split(boot.unit, num_cores), specs, shapes)
+    return plan_unit(with_split(boot.unit, num_cores), specs, shapes, weights)
 
 
 def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:
@@ -50,11 +58,14 @@ def mesh_cores(unit: UnitSpec) -> tuple[int, ...]:
 def with_split(unit: UnitSpec, num_cores: int) -> UnitSpec:
     """The unit with its lanes spelt out: two of half the cores each where nobody said otherwise.
 
+    Every rank of a mesh has its own cores, and lanes of those.
+
     So a prefill of one model runs beside decodes of others; docs/benchmarks/lanes.md has the
     figures. Lanes on a GPU are shares of it, not cores.
     """
     if unit.lanes.split is not None or unit.mesh.device == "gpu":
         return unit
+    num_cores //= unit.mesh.tp
     halves = (num_cores - num_cores // 2, num_cores // 2)
     split = tuple(half for half in halves if half)
     return msgspec.structs.replace(unit, lanes=msgspec.structs.replace(unit.lanes, split=split))

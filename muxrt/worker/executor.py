@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Self
 
-from muxrt.core import Copy, Result, Work
+from muxrt.core import Batch, Result, Transfer, Work
 from muxrt.engine.executor import Done
 from muxrt.worker.lanes import Lane
 from muxrt.worker.transfer import Exchange
@@ -34,7 +34,7 @@ class LaneExecutor:
     def launch(self, work: Work, done: Done) -> None:
         """Queue `work` on its lane; `done` is called by a later `drain`."""
         self._flights[work.lane].append((work, done))
-        if not isinstance(work, Copy) and work.opened:
+        if isinstance(work, Batch | Transfer) and work.opened:
             for number, lane in enumerate(self._lanes):
                 if number != work.lane:
                     lane.learn(work.model, work.opened)

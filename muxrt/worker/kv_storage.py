@@ -23,6 +23,7 @@ from muxrt.kernels import KvCache, map_pages
 from muxrt.kvcache.layout import ModelLayout
 from muxrt.models.weights import TensorPlace
 from muxrt.sched.queues import ServedModel
+from muxrt.worker.pages import HUGE_BYTES, address, move_pages
 
 KV_DTYPES = {
     "float32": torch.float32,
@@ -69,6 +70,34 @@ class Segment:
         if not count:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, offset=offset, count=count)
+
+    def view(self) -> memoryview:
+        """All of it, as bytes, without a copy."""
+        assert self._map is not None, "the segment is closed"
+        return memoryview(self._map)[: self.num_bytes]
+
+    def discard(self, begin: int = 0, end: int | None = None) -> None:
+        """Give whole pages between two bytes back (None: to the end); they read zeros, and are
+        taken again when written.
+        """
+        assert self._map is not None, "the segment is closed"
+        begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = self.num_bytes if end is None else end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            advice = mmap.MADV_DONTNEED if self._fd < 0 else mmap.MADV_REMOVE
+            self._map.madvise(advice, begin, end - begin)
+
+    def take_pages(self, begin: int, other: "Segment") -> int:
+        """Make pages of another private segment ours, from byte `begin` on; how many bytes.
+
+        What they hold comes with them; there they are gone. 0 where pages cannot change hands.
+        """
+        assert self._map is not None and other._map is not None, "a segment is closed"
+        num_bytes = min(self.num_bytes - begin, other.num_bytes) // HUGE_BYTES * HUGE_BYTES
+        if self._fd >= 0 or other._fd >= 0 or not num_bytes:
+            return 0
+        target = address(self._map) + begin
+        return num_bytes if move_pages(address(other._map), target, num_bytes) else 0
 
     def close(self) -> None:
         """Give all pages back now; tensors that still look at them read zeros."""
@@ -140,7 +169,8 @@ class Storage:
         block_bytes = plan.arena.block_bytes
         is_private = plan.spec.lanes.kind == "cores" and not plan.spec.has_roles
         arena_fd = fds.arena if fds else None
-        self.arena = Segment(plan.num_blocks * block_bytes, arena_fd, is_private)
+        num_blocks = plan.num_blocks + plan.num_spare_blocks
+        self.arena = Segment(num_blocks * block_bytes, arena_fd, is_private)
         # Only the owner copies between the two.
         self.host = Segment(0 if fds else plan.num_host_blocks * block_bytes)
         self._tables = {
@@ -201,10 +231,14 @@ class SharedWeights:
         return flat.view(place.shape)
 
 
-def share_weights(state: dict[str, Tensor]) -> SharedWeights:
-    """Move tensors into shared memory one by one; `state` is emptied on the way."""
+def share_weights(state: dict[str, Tensor], is_private: bool = False) -> SharedWeights:
+    """Move tensors into one segment, one by one; `state` is emptied on the way.
+
+    A private one is this process's alone.
+    """
     places = _lay_out(state)
-    shared = SharedWeights(Segment(sum(_aligned(t.nbytes) for t in state.values())), places)
+    num_bytes = sum(_aligned(tensor.nbytes) for tensor in state.values())
+    shared = SharedWeights(Segment(num_bytes, is_private=is_private), places)
     for name, home in shared.state().items():
         home.copy_(state.pop(name))
     return shared

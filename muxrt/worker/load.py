@@ -12,29 +12,35 @@ import torch
 
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec
+from muxrt.config.shard import Shard
 from muxrt.core import (
     Batch,
     BatchEntry,
     Copy,
     CopyKind,
+    Load,
     Phase,
     Prompt,
     SamplingParams,
+    Sleep,
     SlotOpen,
     Work,
 )
 from muxrt.engine.build import UnitPlan, linear_dtype, weight_dtype
 from muxrt.engine.messages import Loading, UnitBoot
+from muxrt.engine.ranks import rank_cores
 from muxrt.errors import ConfigError, MuxrtError
 from muxrt.models.device_llama import DeviceLlama
 from muxrt.models.llama import DType, LinearDType, Llama
-from muxrt.models.weights import Progress
+from muxrt.models.weights import WHOLE, Progress
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
 from muxrt.worker.device_build import open_device_executor
 from muxrt.worker.device_streams import check_device
 from muxrt.worker.executor import LaneExecutor
+from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.lanes import split_cores
+from muxrt.worker.mesh import open_mesh
 from muxrt.worker.service import Opened, Tell
 from muxrt.worker.transfer import addresses
 
@@ -55,6 +61,8 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     is_gpu = boot.unit.mesh.device == "gpu"
     if is_gpu:
         executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell)
+    elif plan.habits is not None:
+        plan, executor = _open_sleepers(boot, shapes, cores, tell)
     else:
         executor = _open_on_cores(boot, plan, shapes, cores, tell)
     try:
@@ -74,10 +82,33 @@ def _open_on_cores(
     cores: Sequence[int],
     tell: Tell,
 ) -> LaneExecutor:
-    models = {}
+    def load(shard: Shard) -> dict[str, Llama]:
+        return {
+            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], tell, shard)
+            for spec in boot.models
+        }
+
+    if plan.spec.mesh.tp > 1:
+        return open_mesh(plan, boot.models, shapes, cores, load)
+    return open_executor(plan, load(WHOLE), cores, boot.identity)
+
+
+def _open_sleepers(
+    boot: UnitBoot, shapes: Mapping[str, ModelShape], cores: Sequence[int], tell: Tell
+) -> tuple[UnitPlan, LaneExecutor]:
+    """Likewise where models may sleep: with the sizes that their weights turn out to have.
+
+    Each is read, packed, copied and put to sleep before the next one is read, so no more memory is
+    taken than the budget and what one model takes while it loads.
+    """
+    models, sleepers = {}, {}
+    is_private = boot.unit.lanes.kind == "cores"
     for spec in boot.models:
-        models[spec.name] = load_model(boot.unit.name, spec, shapes[spec.name], tell)
-    return open_executor(plan, models, cores, boot.identity)
+        pair = HostWeights.of(load_model(boot.unit.name, spec, shapes[spec.name], tell), is_private)
+        sleepers[spec.name], models[spec.name] = pair
+    sizes = {name: weights.num_bytes for name, weights in sleepers.items()}
+    plan = plan_boot(boot, len(cores), shapes, sizes)
+    return plan, open_executor(plan, models, cores, boot.identity, sleepers)
 
 
 def take_gpu(boot: UnitBoot) -> torch.device:
@@ -113,7 +144,8 @@ def open_on_device(
 
 def _leave_lanes(plan: UnitPlan, cores: Sequence[int]) -> None:
     """Keep this thread, the unit's loop, off the cores of lanes where others are left for it."""
-    shares = split_cores(cores, plan.spec.lanes.split)
+    parts = rank_cores(cores, plan.spec.mesh.tp)
+    shares = [share for part in parts for share in split_cores(part, plan.spec.lanes.split)]
     if free := set(cores).difference(*shares):
         os.sched_setaffinity(0, free)
 
@@ -125,20 +157,36 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
     MuxrtError where a model cannot run.
     """
     total = plan.num_lanes * len(plan.models)
-    pairs = [(lane, model) for lane in range(plan.num_lanes) for model in plan.models]
-    for done, (lane, model) in enumerate(pairs):
+    # Who stays awake comes last: nobody is awake then beyond those that fit.
+    pairs = [
+        (model, lane)
+        for model in sorted(plan.models, key=lambda model: model in plan.awake)
+        for lane in range(plan.num_lanes)
+    ]
+    for done, (model, lane) in enumerate(pairs):
         tell(Loading(plan.spec.name, "warm-up", model, done, total))
+        if plan.habits is not None and lane == 0:
+            size = plan.habits[model].num_bytes
+            _run(executor, [Load(0, plan.num_lanes, model, size)])
         _run(executor, list(_warm_works(plan, model, lane)))
+        if plan.habits is not None and model not in plan.awake and lane == plan.num_lanes - 1:
+            _run(executor, [Sleep(0, plan.num_lanes, model, size)])
     if plan.num_host_blocks:
         _run(executor, [_warm_copy(plan, plan.num_lanes)])
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
 
 
-def load_model(unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell) -> Llama:
-    """The model with the weights that its spec asks for. Raises ConfigError."""
-    dtype, weights = weight_dtype(spec, shape), linear_dtype(spec, shape)
-    progress = _progress(unit, spec.name, tell)
-    return Llama.load(spec.folder, cast(DType, dtype), progress, cast(LinearDType, weights))
+def load_model(
+    unit: str, spec: ModelSpec, shape: ModelShape, tell: Tell, shard: Shard = WHOLE
+) -> Llama:
+    """A rank's part of the model with the weights that its spec asks for. Raises ConfigError."""
+    dtype = cast(DType, weight_dtype(spec, shape))
+    weights = cast(LinearDType, linear_dtype(spec, shape))
+    llama = Llama.load(spec.folder, dtype, _progress(unit, spec.name, tell), weights, shard)
+    log.info(
+        "event=weights_read model=%s rank=%d bytes=%d", spec.name, shard.rank, llama.bytes_read
+    )
+    return llama
 
 
 def load_device_model(

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ import msgspec
 
 import muxrt
 from muxrt.config.model import ModelShape
-from muxrt.core import Batch, Result, SlotOpen, Work
+from muxrt.core import Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.llama import Llama
@@ -103,7 +104,7 @@ class Learn(msgspec.Struct, frozen=True, tag="learn"):
     opened: tuple[SlotOpen, ...]
 
 
-_ORDERS: msgspec.msgpack.Decoder[Batch | Learn] = msgspec.msgpack.Decoder(Batch | Learn)
+_ORDERS: msgspec.msgpack.Decoder[Work | Learn] = msgspec.msgpack.Decoder(Work | Learn)
 _RESULTS = msgspec.msgpack.Decoder(Result)
 
 
@@ -126,6 +127,7 @@ class ProcessLane:
         finally:
             os.close(down)
             os.close(up)
+        self._steps: deque[Result] = deque()
         os.set_blocking(self._results, False)
         self._send(setup)
 
@@ -134,11 +136,16 @@ class ProcessLane:
         return self._process.pid
 
     def wait_started(self) -> None:
-        """Return when the lane takes work. Raises MuxrtError with the reason if it cannot."""
-        while not (results := self.collect()):
+        """Return when the lane takes work. Raises MuxrtError with the reason if it cannot.
+
+        A process that starts in steps says so after each: one call for every step.
+        """
+        while not self._steps:
             select.select([self._results], [], [])
-        if results[0].error is not None:
-            raise MuxrtError(f"lane {self.name} could not start: {results[0].error}")
+            self._steps += self.collect()
+        error = self._steps.popleft().error
+        if error is not None:
+            raise MuxrtError(f"lane {self.name} could not start: {error}")
 
     def launch(self, work: Work) -> None:
         self._send(work)
@@ -164,10 +171,18 @@ class ProcessLane:
         self._orders = self._results = -1
         self._process.wait()
 
+    def kill(self) -> None:
+        """End it at once, whatever it does; no error if it has ended."""
+        self._process.kill()
+
     def _send(self, order: Any) -> None:
+        self.write(msgspec.msgpack.encode(order))
+
+    def write(self, order: bytes) -> None:
+        """Send an order that is encoded already. Raises LaneDied."""
         try:
             # The other end reads on a thread of its own: this waits for no batch.
-            write_frame(self._orders, msgspec.msgpack.encode(order))
+            write_frame(self._orders, order)
         except BrokenPipeError:
             raise self._death() from None
 

@@ -18,8 +18,10 @@ from muxrt.core import (
     Copy,
     CopyKind,
     Layers,
+    Load,
     Prompt,
     Result,
+    Sleep,
     SlotOpen,
     TokenLogprobs,
     Transfer,
@@ -29,6 +31,8 @@ from muxrt.core import (
 from muxrt.errors import MuxrtError
 from muxrt.kernels import KvCache, MetaArrays, Team
 from muxrt.models.llama import Llama, Session
+from muxrt.models.ranks import Ranks
+from muxrt.worker.host_weights import WeightMover
 from muxrt.worker.kv_storage import SlotTable, Storage
 from muxrt.worker.sampler import SLICE_ELEMS, Drawn, Sampling, describe
 from muxrt.worker.transfer import Exchange
@@ -85,11 +89,14 @@ class Layout:
 class Runner:
     """Runs the batches of a unit's models with one team of threads."""
 
-    def __init__(self, models: Mapping[str, Resident], team: Team) -> None:
+    def __init__(
+        self, models: Mapping[str, Resident], team: Team, ranks: Ranks | None = None
+    ) -> None:
+        """`ranks`: see `Session`. All run the same batches in order; the first one draws."""
         self._models = models
         self._team = team
         self._sessions = {
-            name: Session(model.llama, model.kv, team) for name, model in models.items()
+            name: Session(model.llama, model.kv, team, ranks) for name, model in models.items()
         }
 
     @torch.inference_mode()
@@ -109,11 +116,15 @@ class Runner:
             session.begin(tokens, layout.meta())
         elif session.next_layer != layers.begin:
             raise MuxrtError(f"layers {layers.begin} to {layers.end}: those before them failed")
-        hidden = session.go_on(layers.end)
         if layers.end < layers.of:
+            session.go_on(layers.end)
             return Result(elapsed_s=perf_counter() - begun_s)
+        # Of slots nothing is read behind the last exchange with other ranks but by the first one,
+        # whose result lets others have them.
+        spans = prompt_spans(layout, model.sampling, model.slots.unscored)
+        hidden = session.go_on(layers.end)
+        scored = _score_prompts(model, session, spans, hidden)
         drawn = self._sample(model, session, layout, batch.entries, hidden)
-        scored = _score_prompts(model, session, layout, hidden)
         return batch_result(batch.entries, drawn, scored, perf_counter() - begun_s)
 
     def learn(self, model: str, opened: Iterable[SlotOpen]) -> None:
@@ -140,8 +151,10 @@ class Runner:
         slots, positions = layout.slots[asking], layout.positions[rows] + 1
         if len(rows) < len(hidden):
             hidden = hidden[torch.from_numpy(rows)]
-        tokens = model.slots.tokens
-        drawn = model.sampling.draw(session.logits(hidden), slots, positions, tokens, self._team)
+        logits, tokens = session.logits(hidden), model.slots.tokens
+        if logits is None:
+            return None
+        drawn = model.sampling.draw(logits, slots, positions, tokens, self._team)
         tokens[slots, positions] = drawn.tokens
         return drawn
 
@@ -155,8 +168,13 @@ class Copier:
         block_bytes: int,
         exchange: Exchange | None = None,
         models: Mapping[str, Resident] | None = None,
+        mover: WeightMover | None = None,
     ) -> None:
-        """`models` learn of slots that are opened here; lane processes learn by themselves."""
+        """`models` learn of slots that are opened here; lane processes learn by themselves.
+
+        `mover` is for models that sleep.
+        """
+        self._mover = mover
         self._arena = storage.arena.tensor()
         self._host = storage.host.tensor()
         self._slots = storage.slots
@@ -165,12 +183,15 @@ class Copier:
         self._models = models or {}
 
     def run(self, work: Work) -> Result:
-        """Swap one sequence out or in, or seal or fetch it.
+        """Swap one sequence out or in, or seal or fetch it; wake a model or let it sleep.
 
-        Coming in, its slot's block table becomes `blocks`.
+        When a sequence comes in, its slot's block table becomes `blocks`.
         """
         if isinstance(work, Transfer):
             return self._transfer(work)
+        if isinstance(work, Load | Sleep):
+            assert self._mover is not None, "the models of this unit are always awake"
+            return self._mover.run(work)
         assert isinstance(work, Copy), "batches have lanes of their own"
         return self._copy(work)
 
@@ -223,20 +244,6 @@ def _learn(model: Resident, slot: int, prompt: Prompt) -> None:
     model.sampling.open(slot, num_tokens - prompt.num_outputs, prompt.sampling)
 
 
-def _score_prompts(
-    model: Resident, session: Session, layout: Layout, hidden: Tensor
-) -> dict[int, tuple[TokenLogprobs, ...]] | None:
-    """Logprobs of the prompt tokens that this batch predicts, by entry; None if none asked."""
-    spans = prompt_spans(layout, model.sampling, model.slots.unscored)
-    if spans is None:
-        return None
-    scored = {}
-    for span in spans:
-        known = model.slots.tokens[span.slot, span.positions].tolist()
-        scored[span.entry] = tuple(_score(session, hidden[span.rows], known, span.count))
-    return scored
-
-
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
     """Tokens of a prompt whose logprobs were asked for, and which a batch predicts."""
@@ -246,6 +253,19 @@ class PromptSpan:
     positions: slice  # of the tokens
     rows: slice  # of the batch, that predict them
     count: int  # of the most probable ones
+
+
+def _score_prompts(
+    model: Resident, session: Session, spans: list[PromptSpan] | None, hidden: Tensor
+) -> dict[int, tuple[TokenLogprobs, ...]] | None:
+    """Logprobs of the prompt tokens that this batch predicts, by entry; None if none asked."""
+    if spans is None:
+        return None
+    scored = {}
+    for span in spans:
+        known = model.slots.tokens[span.slot, span.positions].tolist()
+        scored[span.entry] = tuple(_score(session, hidden[span.rows], known, span.count))
+    return scored
 
 
 def prompt_spans(
@@ -276,8 +296,9 @@ def _score(
     step = max(1, SLICE_ELEMS // session.vocab_size)
     for begin in range(0, len(tokens), step):
         part = tokens[begin : begin + step]
-        scores = session.logits(hidden[begin : begin + step]).log_softmax(dim=-1)
-        yield from describe(scores, part, [count] * len(part))
+        logits = session.logits(hidden[begin : begin + step])
+        if logits is not None:
+            yield from describe(logits.log_softmax(dim=-1), part, [count] * len(part))
 
 
 def batch_result(

@@ -32,6 +32,7 @@ from muxrt.engine.messages import (
     Loading,
     ModelReady,
     Ready,
+    SetAwake,
     Stats,
     Step,
     Stopped,
@@ -166,6 +167,8 @@ class Service:
                     self._unit.abort(order.request_id)
                 case Drain():
                     self._drain(order.deadline_s)
+                case SetAwake():
+                    self._unit.set_awake(order.model, order.is_awake)
 
     def _drain(self, seconds: float) -> None:
         log.info("event=drain deadline_s=%.1f", seconds)
@@ -213,6 +216,7 @@ def ready_message(unit: Opened) -> Ready:
             prefix_reuse=plan.spec.scheduling.prefix_reuse,
             is_made_up=unit.is_made_up,
             address=unit.addresses.get(name, b""),
+            may_sleep=plan.habits is not None,
         )
         for name, model in plan.models.items()
     )

@@ -39,7 +39,8 @@ class SharedTransport:
 
     def __init__(self, fd: int, num_bytes: int) -> None:
         self._peer = msgspec.msgpack.encode(_SharedPeer(os.getpid(), fd, num_bytes))
-        self._mapped: dict[str, tuple[mmap.mmap, Tensor]] = {}  # by unit and generation
+        # By unit and generation, and whose of its ranks it is.
+        self._mapped: dict[tuple[str, _SharedPeer], tuple[mmap.mmap, Tensor]] = {}
 
     def peer(self) -> bytes:
         return self._peer
@@ -58,7 +59,8 @@ class SharedTransport:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def _map(self, unit: str, where: _SharedPeer) -> Tensor:
-        if unit not in self._mapped:
+        key = (unit, where)
+        if key not in self._mapped:
             self._forget(unit)
             try:
                 with open(f"/proc/{where.pid}/fd/{where.fd}", "rb") as file:
@@ -67,14 +69,15 @@ class SharedTransport:
                 raise TransferFailed(f"the memory of {unit} cannot be mapped: {error}") from None
             with warnings.catch_warnings():  # it is only read
                 warnings.simplefilter("ignore", UserWarning)
-                self._mapped[unit] = (mapped, torch.frombuffer(mapped, dtype=torch.uint8))
-        return self._mapped[unit][1]
+                self._mapped[key] = (mapped, torch.frombuffer(mapped, dtype=torch.uint8))
+        return self._mapped[key][1]
 
     def _forget(self, unit: str) -> None:
         """Let go of earlier generations of a unit: nobody will name them again."""
         name = unit.rpartition("#")[0]
-        for old in [old for old in self._mapped if old.rpartition("#")[0] == name]:
-            del self._mapped[old]  # the map is closed with its last tensor
+        for key in [*self._mapped]:
+            if key[0] != unit and key[0].rpartition("#")[0] == name:
+                del self._mapped[key]  # the map is closed with its last tensor
 
     def close(self) -> None:
         self._mapped.clear()
@@ -104,7 +107,7 @@ class NixlTransport:
         self._arena = self._register(arena)
         metadata = self._agent.get_agent_metadata()
         self._peer = msgspec.msgpack.encode(_NixlPeer(metadata, arena.data_ptr()))
-        self._known: dict[str, str] = {}  # NIXL's name of an agent, by unit and generation
+        self._known: dict[bytes, str] = {}  # NIXL's name of an agent, by its metadata
         self._scratch: tuple[Tensor, Any] | None = None
         self._lock = Lock()  # agents are not made for two threads
         self._is_closed = Event()
@@ -141,9 +144,9 @@ class NixlTransport:
         theirs = [where.address + i * block_bytes for i in ids.tolist()]
         try:
             with self._lock:
-                if unit not in self._known:
-                    self._known[unit] = self._agent.add_remote_agent(where.metadata)
-            self._read(self._known[unit], _merged(ours, theirs, block_bytes))
+                if where.metadata not in self._known:
+                    self._known[where.metadata] = self._agent.add_remote_agent(where.metadata)
+            self._read(self._known[where.metadata], _merged(ours, theirs, block_bytes))
         except TransferFailed:
             raise
         except Exception as error:  # NIXL has a tree of its own

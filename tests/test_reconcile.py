@@ -1,0 +1,92 @@
+"""From one placement to another: steps in order, nothing started that is there already."""
+
+import msgspec
+import pytest
+
+from muxrt.config.placement import Memory, ModelSpec, UnitModel, UnitSpec
+from muxrt.engine.reconcile import Change, Deployment, Kind, check_room, diff
+from muxrt.errors import ConfigError
+
+
+def deployment(units: dict[str, str], kv_bytes: int = 1 << 20, **model: object) -> Deployment:
+    """`units`: models as letters, by unit."""
+    names = sorted({name for models in units.values() for name in models})
+    return Deployment(
+        tuple(ModelSpec(name=name, path=f"models/{name}", **model) for name in names),  # type: ignore[arg-type]
+        tuple(
+            UnitSpec(
+                name=unit,
+                models=tuple(UnitModel(name=name) for name in models),
+                memory=Memory(kv_bytes=kv_bytes),
+            )
+            for unit, models in units.items()
+        ),
+    )
+
+
+def steps(change: Change) -> list[str]:
+    return [f"{step.kind.value} {step.unit}".strip() for step in change.steps]
+
+
+def test_what_is_there_already_takes_no_step() -> None:
+    change = diff(deployment({"x": "ab"}), deployment({"x": "ab"}))
+    assert steps(change) == []
+
+
+def test_a_name_alone_is_no_difference() -> None:
+    change = diff(deployment({"x": "ab"}), deployment({"y": "ab"}))
+    assert steps(change) == [] and change.after.units[0].name == "x"
+
+
+def test_new_units_are_ready_before_anything_goes_to_them() -> None:
+    change = diff(deployment({"x": "ab", "y": "c"}), deployment({"x": "a", "z": "b", "y": "c"}))
+    assert steps(change) == ["load x.2", "load z", "switch", "drain x", "free x"]
+    assert [unit.name for unit in change.after.units] == ["x.2", "z", "y"]
+
+
+def test_applied_twice_it_is_done() -> None:
+    wanted = deployment({"x": "a", "z": "b"})
+    change = diff(deployment({"x": "ab"}), wanted)
+    assert steps(diff(change.after, wanted)) == []
+
+
+def test_back_and_forth_names_stay_apart() -> None:
+    first, second = deployment({"x": "ab"}), deployment({"x": "a", "y": "b"})
+    there = diff(first, second).after
+    back = diff(there, first)
+    assert [unit.name for unit in back.after.units] == ["x"]
+    assert steps(back) == ["load x", "switch", "drain x.2", "free x.2", "drain y", "free y"]
+
+
+def test_twins_are_kept_one_by_one() -> None:
+    change = diff(deployment({"x": "a", "y": "a"}), deployment({"y": "a"}))
+    assert steps(change) == ["switch", "drain x", "free x"]
+
+
+def test_limits_of_the_endpoint_start_no_unit() -> None:
+    change = diff(deployment({"x": "a"}), deployment({"x": "a"}, max_queue=3, rate_rps=9.0))
+    assert steps(change) == ["switch"]
+
+
+def test_another_folder_under_the_same_name_is_another_model() -> None:
+    before = deployment({"x": "a"})
+    moved = msgspec.structs.replace(before.models[0], path="elsewhere")
+    assert Kind.LOAD in [s.kind for s in diff(before, Deployment((moved,), before.units)).steps]
+
+
+def test_more_memory_than_allowed_is_refused_with_figures() -> None:
+    change = diff(deployment({"x": "a"}), deployment({"x": "a"}, kv_bytes=2 << 20))
+    assert check_room(change, {"x.2": 500}, 500) == 500
+    with pytest.raises(ConfigError, match=r"x\.2 take 501 bytes .* admin\.max_extra_bytes = 500"):
+        check_room(change, {"x.2": 501}, 500)
+
+
+def test_units_with_roles_are_not_changed_at_run_time() -> None:
+    before = deployment({"x": "a", "y": "a"})
+    parts = ("prefill", "decode")
+    units = tuple(
+        msgspec.structs.replace(unit, models=(UnitModel(name="a", role=role),))  # type: ignore[arg-type]
+        for unit, role in zip(before.units, parts, strict=True)
+    )
+    with pytest.raises(ConfigError, match="has roles"):
+        diff(before, Deployment(before.models, units))
