@@ -87,7 +87,13 @@ def test_nine_in_ten_bins_hold_no_more_than_the_ninth_decile() -> None:
 
 def test_the_level_is_that_of_the_newest_days() -> None:
     told = of(*[10, 20, 30, 20] * 5, *[20, 40, 60, 40]).rates_rps["a"]
-    assert told[0] == pytest.approx(1.8, rel=0.1) and told[2] == pytest.approx(3 * told[0])
+    assert told[0] == pytest.approx(2.0, rel=0.05) and told[2] == pytest.approx(3 * told[0])
+
+
+def test_the_newest_hours_of_a_day_move_the_level() -> None:
+    steady, moved = (expected(np.array([10, 20, 30, 20] * 5 + [10, 20, *last], float), 4, PER_DAY)
+                     for last in ([30, 20], [60, 40]))  # fmt: skip
+    assert (moved > 1.6 * steady).all() and (moved < 2.1 * steady).all()
 
 
 def test_less_than_a_day_is_a_recent_mean() -> None:

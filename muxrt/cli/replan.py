@@ -56,7 +56,7 @@ Scenarios = Annotated[
     typer.Option(
         min=1,
         help="Ways that the traffic may go, the forecast and others within its errors: a change"
-        " must gain in each.",
+        " must gain on average and lose in none.",
     ),
 ]
 Apply = Annotated[

@@ -38,7 +38,7 @@ def draw(path: Path, found: Replan) -> None:
             tuple(_blocks(problem, best.units, best.served, fates, Fate.ADDED)),
         ),
     )
-    draw_panels(path, problem, panels, offered_rps=found.offered_rps)
+    draw_panels(path, problem, panels, offered_rps=found.before.offered_rps)
 
 
 def _blocks(

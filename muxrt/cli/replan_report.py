@@ -56,7 +56,7 @@ def _print(to: Console, found: Replan) -> None:
     to.print(_forecast_line(found), highlight=False)
     before, after = found.before.goodput_rps[0], best.served.goodput_rps[0]
     to.print(
-        f"goodput {before:.2f} -> {after:.2f} of {found.offered_rps:.2f} requests/s by the"
+        f"goodput {before:.2f} -> {after:.2f} of {found.before.offered_rps:.2f} requests/s by the"
         f" simulator ({best.name}); {_cost_line(best)}",
         highlight=False,
     )
@@ -169,7 +169,7 @@ def as_data(found: Replan) -> dict[str, Any]:
         "goodput_rps": {
             "before": found.before.goodput_rps[0],
             "after": best.served.goodput_rps[0],
-            "offered": found.offered_rps,
+            "offered": found.before.offered_rps,
         },
         "cost": asdict(best.cost) | {"total_bytes": best.cost.total_bytes},
         "forecast": {

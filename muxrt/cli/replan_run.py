@@ -28,7 +28,8 @@ class Served:
     """What a placement serves within targets, over the window."""
 
     goodput_rps: tuple[float, ...]  # by scenario, of which the first is the forecast
-    attainment: Mapping[str, float]  # of each model's requests, if all comes as forecast
+    offered_rps: float  # if all comes as forecast, as what is below
+    attainment: Mapping[str, float]  # of each model's requests
     kv: Mapping[str, float]  # share of each unit's KV that is held, in the busiest hours
 
 
@@ -55,7 +56,6 @@ class Replan:
 
     outlook: Outlook
     before: Served
-    offered_rps: float  # by the forecast
     best: Candidate
     notes: tuple[str, ...]
 
@@ -86,7 +86,8 @@ class Judge:
         hours = [band.hours for band in self._bands]
         goodputs = tuple(_mean(hours, [_goodput(one) for one in by_band]) for by_band in reports)
         shares = {unit.unit: unit.kv_mean for unit in reports[0][0].units}
-        return Served(goodputs, _attainment(hours, reports[0]), shares)
+        offered = [one.total.requests / one.duration_s for one in reports[0]]
+        return Served(goodputs, _mean(hours, offered), _attainment(hours, reports[0]), shares)
 
 
 def _goodput(report: Report) -> float:
@@ -133,7 +134,7 @@ def replan(outlook: Outlook, strategy: str, terms: Terms) -> Replan:
     if not candidates:
         raise ConfigError("; ".join(notes))
     best = max(candidates, key=lambda one: one.net)
-    return Replan(outlook, before, sum(offered.values()), best, tuple(notes))
+    return Replan(outlook, before, best, tuple(notes))
 
 
 def _candidates(

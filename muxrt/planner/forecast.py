@@ -2,7 +2,7 @@
 
 A rate is a level times a profile of the day, as in the multiplicative method of Winters (1960,
 "Forecasting sales by exponentially weighted moving averages"), without a trend. Popularity wanders,
-so the level forgets within days; the shape of a day stays, so the profile forgets within weeks.
+so the level forgets within hours; the shape of a day stays, so the profile forgets within weeks.
 Days are counted back from the moment of the forecast: no clock and no time zone is asked.
 
 Quantiles come from what the same rule would have got wrong on the days before. Errors are taken of
@@ -25,7 +25,7 @@ from muxrt.errors import MuxrtError
 Floats = npt.NDArray[np.float64]
 
 # Half-lives in days, by scripts/backtest_forecast.py (docs/replan.md has the table).
-LEVEL_DAYS, SHAPE_DAYS = 0.5, 7.0
+LEVEL_DAYS, SHAPE_DAYS = 0.125, 7.0
 # Of a day without a day before it: the mean of the newest bins, as many as a quarter of a day has.
 RECENT = 0.25
 # Days whose errors make the quantiles: the newest.
@@ -98,11 +98,14 @@ def expected(counts: Floats, num_bins: int, per_day: int) -> Floats:
         return np.full(num_bins, recent.mean())
     days = counts[len(counts) - num_days * per_day :].reshape(num_days, per_day)  # oldest first
     levels = days.mean(axis=1)
-    ages = np.arange(num_days)[::-1]
-    newest, any_day = 0.5 ** (ages / LEVEL_DAYS), 0.5 ** (ages / SHAPE_DAYS)
-    level = newest @ levels / newest.sum()
+    any_day = 0.5 ** (np.arange(num_days)[::-1] / SHAPE_DAYS)
     weight = any_day @ levels
-    shape = any_day @ days / weight if weight else np.ones(per_day)
+    if not weight:
+        return np.zeros(num_bins)
+    shape = any_day @ days / weight
+    # What came over what the shape would have at level 1, the newest bins first of all.
+    newest = 0.5 ** (np.arange(days.size)[::-1] / (LEVEL_DAYS * per_day))
+    level = newest @ days.ravel() / (newest @ np.tile(shape, num_days))
     return np.resize(level * shape, num_bins)
 
 

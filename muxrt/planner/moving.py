@@ -110,7 +110,7 @@ def decide(
         return Decision(False, gain, "the old placement is as good as any that was found")
     if gain <= 0:
         return Decision(False, gain, "nothing that was found serves more")
-    if min(gains_rps) <= 0:
+    if min(gains_rps) < -terms.least_gain * goodput_rps:
         return Decision(
             False,
             gain,
