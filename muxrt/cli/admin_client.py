@@ -11,7 +11,7 @@ import msgspec
 
 from muxrt.bench.client import EndpointError
 from muxrt.config.placement import UnitSpec
-from muxrt.errors import MuxrtError
+from muxrt.errors import ConfigError, MuxrtError
 
 ANSWER_S = 10.0
 CHANGE_S = 3600.0  # until all new units are loaded
@@ -53,6 +53,15 @@ class AdminClient:
             raise AdminError(f"{self.url}: {error.code}: {_why(error)}") from None
         except (OSError, HTTPException, ValueError) as error:
             raise EndpointError(f"{self.url} does not answer: {error}") from None
+
+
+def administrator(url: str | None, key: str | None) -> AdminClient | None:
+    """The one of the server at `url`, if there is to be one. Raises ConfigError without a key."""
+    if url is None:
+        return None
+    if not key:
+        raise ConfigError("--apply: found no key, expected --admin-key or MUXRT_ADMIN_KEY")
+    return AdminClient(url, key)
 
 
 def _why(error: HTTPError) -> str:

@@ -1,11 +1,13 @@
 """`muxrt replan`: from the traffic that came to the placement for what will come."""
 
-import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from muxrt.config.placement import Slo
 
 
 class StrategyName(StrEnum):
@@ -102,45 +104,31 @@ def replan(
 
     Example: muxrt replan serve.yaml --traffic traffic --plan plan.yaml --out new.yaml
     """
-    if (ttft is None) != (tpot is None):
-        raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
-    if apply is not None and admin_key is None:
-        raise typer.BadParameter(
-            "needs --admin-key, or MUXRT_ADMIN_KEY in the environment", param_hint="--apply"
-        )
     from time import time
 
-    from muxrt.cli.admin_client import AdminClient
+    from muxrt.cli.admin_client import administrator
     from muxrt.cli.replan_input import Words, look_out
-    from muxrt.cli.replan_report import check_paths, report
+    from muxrt.cli.replan_report import check_paths, report, tell
     from muxrt.cli.replan_run import replan as run
     from muxrt.cli.replan_run import window_s
     from muxrt.cli.traffic_files import point_in_time
-    from muxrt.config.placement import Slo
     from muxrt.planner.moving import Terms
 
     check_paths(out, picture)
-    admin = AdminClient(apply, admin_key) if apply and admin_key else None
-    now_s = time() if at is None else point_in_time("--at", at)
-    slo = Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None
-    outlook = look_out(
-        Words(
-            config,
-            traffic,
-            plan,
-            now_s,
-            window,
-            quantile,
-            least_history,
-            most_age,
-            slo,
-            scenarios,
-            admin.units() if admin else None,
-        )
-    )
+    now_s, slo = time() if at is None else point_in_time("--at", at), _slo(ttft, tpot)
+    admin = administrator(apply, admin_key)
+    units = admin.units() if admin else None
+    history = (window, quantile, least_history, most_age)
+    outlook = look_out(Words(config, traffic, plan, now_s, *history, slo, scenarios, units))
     terms = Terms(window_s(outlook), margin, least_gain)
     found = run(outlook, strategy.value, terms)
     report(found, out=out, picture=picture, as_json=as_json)
-    if admin is not None and found.best.decision.is_worth:
-        phase = admin.apply(found.best.units)
-        print(f"{apply} serves the new placement ({phase})", file=sys.stderr)
+    tell(admin, found)
+
+
+def _slo(ttft: float | None, tpot: float | None) -> "Slo | None":
+    if (ttft is None) != (tpot is None):
+        raise typer.BadParameter("one goes with the other", param_hint="--ttft and --tpot")
+    from muxrt.config.placement import Slo
+
+    return Slo(ttft_s=ttft, tpot_s=tpot) if ttft is not None and tpot is not None else None

@@ -1,5 +1,6 @@
 """What `muxrt replan` says, writes and draws."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from muxrt.cli.admin_client import AdminClient
 from muxrt.cli.replan_run import Candidate, Replan
 from muxrt.cli.show import console
 from muxrt.config.load import dump
@@ -47,6 +49,13 @@ def report(found: Replan, *, out: Path | None, picture: Path | None, as_json: bo
         from muxrt.cli.replan_picture import draw
 
         draw(picture, found)
+
+
+def tell(admin: AdminClient | None, found: Replan) -> None:
+    """Have the server change, if it is worth it. Raises what AdminClient does."""
+    if admin is not None and found.best.decision.is_worth:
+        phase = admin.apply(found.best.units)
+        print(f"{admin.url} serves the new placement ({phase})", file=sys.stderr)
 
 
 def _print(to: Console, found: Replan) -> None:
