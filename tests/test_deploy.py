@@ -73,6 +73,12 @@ class Desk:
         async with asyncio.timeout(WAIT_S):
             await self.stage.server.deployer.wait()
 
+    async def answers(self, model: str) -> None:
+        """Until the endpoint has heard that some unit serves it."""
+        async with asyncio.timeout(WAIT_S):
+            while not self.stage.server.dispatcher.is_served(model):
+                await asyncio.sleep(0.01)
+
     def units(self) -> list[str]:
         return sorted(self.stage.server.supervisor.units)
 
@@ -212,6 +218,7 @@ async def test_a_new_unit_that_dies_after_the_switch_comes_back(
         new.die(-9)
         again = await at.next_unit("main.2")
         await again.ready()
+        await at.answers("x")
         served = at.ask("x")
         await answer(again)
         assert (await served)[0] == 200
