@@ -47,6 +47,15 @@ At = Annotated[
 Out = Annotated[
     Path | None, typer.Option(help="Write the new file here, if the change is worth it.")
 ]
+Apply = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Have this server change, if it is worth it; its file has `admin`."
+    ),
+]
+AdminKey = Annotated[
+    str | None, typer.Option(envvar="MUXRT_ADMIN_KEY", help="One of admin.keys of that server.")
+]
 Picture = Annotated[
     Path | None, typer.Option(help="Draw both placements beside each other: .svg or .png.")
 ]
@@ -55,7 +64,7 @@ Scenarios = Annotated[
     typer.Option(
         min=1,
         help="Ways that the traffic may go, the forecast and others within its errors: a change"
-        " must gain on average and lose in none.",
+        " must gain on average.",
     ),
 ]
 Ttft = Annotated[float | None, typer.Option(min=1e-3, help="Seconds, for models without an slo.")]
@@ -78,13 +87,15 @@ def replan(
     ttft: Ttft = None,
     tpot: Tpot = None,
     out: Out = None,
+    apply: Apply = None,
+    admin_key: AdminKey = None,
     picture: Picture = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Plan anew by the traffic that came: what would change, what it brings, what it costs.
 
-    Nothing is changed: it says what it would do, and writes the new file where it is worth it.
-    Refuses (exit status 1) where the log says too little or is stale.
+    Without --apply nothing is changed: it says what it would do, and writes the new file where it
+    is worth it. Refuses (exit status 1) where the log says too little or is stale.
 
     Example: muxrt replan serve.yaml --traffic traffic --plan plan.yaml --out new.yaml
     """
@@ -110,4 +121,13 @@ def replan(
     )
     terms = Terms(window_s(outlook), margin, least_gain)
     found = run(outlook, strategy.value, terms)
-    report(found, out=out, picture=picture, as_json=as_json)
+    wanted = found.config
+    if apply is not None and found.best.decision.is_worth:
+        from msgspec.structs import replace
+
+        from muxrt.cli.replan_apply import apply as apply_to
+
+        wanted = replace(wanted, units=apply_to(apply, admin_key, wanted.units))
+    report(found, wanted, out=out, picture=picture, as_json=as_json)
+    if apply is not None and not as_json:
+        print(f"{apply} {'has changed' if found.best.decision.is_worth else 'is left as it is'}")

@@ -14,6 +14,7 @@ from muxrt.cli.replan_run import Candidate, Replan
 from muxrt.cli.show import console
 from muxrt.config.load import dump
 from muxrt.config.placement import UnitSpec
+from muxrt.config.serve import ServeConfig
 from muxrt.errors import ConfigError
 from muxrt.planner.diff import Fate, UnitDiff
 
@@ -32,11 +33,13 @@ def check_paths(out: Path | None, picture: Path | None) -> None:
         check_name(picture)
 
 
-def report(found: Replan, *, out: Path | None, picture: Path | None, as_json: bool) -> None:
-    """Write the file if the change is worth it, say what it is, draw it."""
+def report(
+    found: Replan, config: ServeConfig, *, out: Path | None, picture: Path | None, as_json: bool
+) -> None:
+    """Write `config` if the change is worth it, say what it is, draw it."""
     is_written = out is not None and found.best.decision.is_worth
     if out is not None and is_written:
-        out.write_text(dump(found.config))
+        out.write_text(dump(config))
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(as_data(found))).decode())
     else:
