@@ -9,8 +9,12 @@ from random import Random
 import pytest
 import yaml
 from command_line import CommandLine
+from msgspec.structs import replace
+from real_server import real_config, real_server
 
+from muxrt.cli.admin_client import AdminClient, AdminError
 from muxrt.config.load import load
+from muxrt.config.serve import Admin, ApiKeys
 from muxrt.server.traffic_files import Entry, add_history
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +87,30 @@ def test_popularity_that_moved_moves_models(muxrt: CommandLine, world: Path) -> 
     again = muxrt(*words(world, log, "new.yaml"), "--json")
     data = json.loads(again.out)
     assert not data["is_worth"], f"what was planned is kept: {data['reason']}"
+
+
+def test_a_server_that_is_not_there_is_one_clear_line(muxrt: CommandLine, world: Path) -> None:
+    log, out = history(world / "log", 3, a=0.8, b=0.05), world / "new.yaml"
+    where = ["--apply", "http://127.0.0.1:9", "--admin-key", "sesame"]
+    answer = muxrt(*words(world, log), *where, "--out", out)
+    assert answer.code == 1 and "http://127.0.0.1:9 does not answer" in answer.err
+    assert not out.exists(), "what is not served is not written"
+
+
+def test_a_server_changes_its_placement(tmp_path: Path) -> None:
+    keys = tmp_path / "admin.keys"
+    keys.write_text("sesame\n")
+    before = real_config(tmp_path, {"main": ["a", "b"]})
+    config = replace(before, admin=Admin(keys=ApiKeys(file=str(keys))))
+    (unit,) = config.units
+    split = tuple(replace(unit, name=part.name, models=(part,)) for part in unit.models)
+    with real_server(config) as server:
+        with pytest.raises(AdminError, match="API key"):
+            AdminClient(server.url, "guess").apply(split)
+        served = AdminClient(server.url, "sesame").apply(split)
+        assert [[part.name for part in one.models] for one in served] == [["a"], ["b"]]
+        assert server.server.dispatcher.is_served("a") and server.server.dispatcher.is_served("b")
+        assert set(server.server.supervisor.units) >= {one.name for one in served}
 
 
 def test_figures_for_machines(muxrt: CommandLine, world: Path) -> None:

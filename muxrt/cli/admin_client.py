@@ -33,15 +33,15 @@ class AdminClient:
         found = self._ask("/admin/placement", None, ANSWER_S)
         return msgspec.convert(found["units"], tuple[UnitSpec, ...])
 
-    def apply(self, units: tuple[UnitSpec, ...]) -> str:
-        """Serve these units instead; where the change is once new requests go to them.
+    def apply(self, units: tuple[UnitSpec, ...]) -> tuple[UnitSpec, ...]:
+        """Serve these units instead; by the names that they got, once new requests go to them.
 
         Raises EndpointError where the server cannot be asked, AdminError with why it serves what it
         served before.
         """
         body = msgspec.json.encode({"units": units})
-        phase: str = self._ask("/admin/placement", body, CHANGE_S)["phase"]
-        return phase
+        self._ask("/admin/placement", body, CHANGE_S)
+        return self.units()
 
     def _ask(self, path: str, body: bytes | None, timeout_s: float) -> Any:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}

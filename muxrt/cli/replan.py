@@ -58,7 +58,7 @@ Scenarios = Annotated[
     typer.Option(
         min=1,
         help="Ways that the traffic may go, the forecast and others within its errors: a change"
-        " must gain on average and lose in none.",
+        " must gain on average.",
     ),
 ]
 Apply = Annotated[
@@ -108,7 +108,7 @@ def replan(
 
     from muxrt.cli.admin_client import administrator
     from muxrt.cli.replan_input import Words, look_out
-    from muxrt.cli.replan_report import check_paths, report, tell
+    from muxrt.cli.replan_report import carried_out, check_paths, report
     from muxrt.cli.replan_run import replan as run
     from muxrt.cli.replan_run import window_s
     from muxrt.cli.traffic_files import point_in_time
@@ -122,8 +122,8 @@ def replan(
     outlook = look_out(Words(config, traffic, plan, now_s, *history, slo, scenarios, units))
     terms = Terms(window_s(outlook), margin, least_gain)
     found = run(outlook, strategy.value, terms)
-    report(found, out=out, picture=picture, as_json=as_json)
-    tell(admin, found)
+    wanted = carried_out(admin, found)
+    report(found, wanted, out=out, picture=picture, as_json=as_json)
 
 
 def _slo(ttft: float | None, tpot: float | None) -> "Slo | None":

@@ -16,6 +16,7 @@ from muxrt.cli.replan_run import Candidate, Replan
 from muxrt.cli.show import console
 from muxrt.config.load import dump
 from muxrt.config.placement import UnitSpec
+from muxrt.config.serve import ServeConfig
 from muxrt.errors import ConfigError
 from muxrt.planner.diff import Fate, UnitDiff
 
@@ -34,11 +35,25 @@ def check_paths(out: Path | None, picture: Path | None) -> None:
         check_name(picture)
 
 
-def report(found: Replan, *, out: Path | None, picture: Path | None, as_json: bool) -> None:
-    """Write the file if the change is worth it, say what it is, draw it."""
+def carried_out(admin: AdminClient | None, found: Replan) -> ServeConfig:
+    """The new file: as the server has it, which serves it now where that is worth it.
+
+    Raises what AdminClient does; then nothing is changed.
+    """
+    if admin is None or not found.best.decision.is_worth:
+        return found.config
+    units = admin.apply(found.best.units)
+    print(f"{admin.url} serves the new placement", file=sys.stderr)
+    return msgspec.structs.replace(found.config, units=units)
+
+
+def report(
+    found: Replan, config: ServeConfig, *, out: Path | None, picture: Path | None, as_json: bool
+) -> None:
+    """Write `config` if the change is worth it, say what it is, draw it."""
     is_written = out is not None and found.best.decision.is_worth
     if out is not None and is_written:
-        out.write_text(dump(found.config))
+        out.write_text(dump(config))
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(as_data(found))).decode())
     else:
@@ -49,13 +64,6 @@ def report(found: Replan, *, out: Path | None, picture: Path | None, as_json: bo
         from muxrt.cli.replan_picture import draw
 
         draw(picture, found)
-
-
-def tell(admin: AdminClient | None, found: Replan) -> None:
-    """Have the server change, if it is worth it. Raises what AdminClient does."""
-    if admin is not None and found.best.decision.is_worth:
-        phase = admin.apply(found.best.units)
-        print(f"{admin.url} serves the new placement ({phase})", file=sys.stderr)
 
 
 def _print(to: Console, found: Replan) -> None:

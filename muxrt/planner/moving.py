@@ -110,13 +110,6 @@ def decide(
         return Decision(False, gain, "the old placement is as good as any that was found")
     if gain <= 0:
         return Decision(False, gain, "nothing that was found serves more")
-    if min(gains_rps) < -terms.least_gain * goodput_rps:
-        return Decision(
-            False,
-            gain,
-            f"it would gain {gain:.2f} requests/s, but {min(gains_rps):.2f} if the traffic goes"
-            " otherwise within the forecast's errors",
-        )
     if gain < terms.least_gain * goodput_rps:
         return Decision(
             False,
