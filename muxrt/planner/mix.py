@@ -49,6 +49,11 @@ class Mix:
         return apart, self.together, self.rest.spans
 
     @property
+    def has_both(self) -> bool:
+        """Whether some model is apart and colocated."""
+        return any(one.share < 1 for one in self.apart.models)
+
+    @property
     def num_gpus(self) -> int:
         return self.apart.num_gpus + sum(group.size for group in self.together)
 

@@ -395,7 +395,10 @@ class _Mixer:
         singles = self._singles() if self._terms.objective is None and base else []
         plain = (*base[: NUM_FINAL - 1], *base[-1:])  # with an objective the last is the largest
         every = [mix for mix in mixes if not mix.together]  # what the other strategies would do
-        unique = {mix.key: mix for mix in (*plain, *singles, *near[:NUM_FINAL], *every)}
+        # One in both ways comes on top: it would keep a simpler one from the judge.
+        simple = [mix for mix in near if not mix.has_both][:NUM_FINAL]
+        both = [mix for mix in near if mix.has_both][:1]
+        unique = {mix.key: mix for mix in (*plain, *singles, *simple, *both, *every)}
         return list(unique.values()) or ranked[:1]
 
     def _singles(self) -> list[Mix]:
