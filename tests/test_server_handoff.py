@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from real_server import RealServer, real_config, real_server
 
-from muxrt.config.placement import Lanes, Role, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Mesh, Role, UnitModel, UnitSpec
 from muxrt.config.routing import Routing
 from muxrt.config.serve import Admin, ApiKeys, ServeConfig
 from muxrt.engine.handoff import Event, Handoff
@@ -213,6 +213,26 @@ def test_an_operator_switches_roles_while_requests_flow(
     for unit, other in (("prompts", "prefill"), ("answers", "decode")):
         assert f'muxrt_role{{model="a",role="mixed",unit="{unit}"}} 1.0' in text
         assert f'muxrt_role{{model="b",role="{other}",unit="{unit}"}} 1.0' in text
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=lambda ranks: f"{ranks[0]} to {ranks[1]}")
+def test_units_of_different_tp_give_the_tokens_of_one_rank(
+    ranks: tuple[int, int],
+    whole: ServeConfig,
+    wanted: dict[tuple[str, str], tuple[str, list[str]]],
+) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("a core for each rank")
+    apart = split(whole)
+    units = tuple(
+        msgspec.structs.replace(unit, mesh=Mesh(gpus=tuple(range(tp))))
+        for unit, tp in zip(apart.units, ranks, strict=True)
+    )
+    with real_server(msgspec.structs.replace(apart, units=units)) as endpoint:
+        assert asyncio.run(answers(endpoint)) == wanted
+        endpoint.check_nothing_leaked()
+        stats = endpoint.server.supervisor.units["answers"].stats
+        assert stats is not None and [one.prompt_tokens for one in stats.models] == [0, 0]
 
 
 @pytest.mark.parametrize("transfer", ["nixl", "gloo"])
