@@ -1,4 +1,4 @@
-"""`auto` is not worse than the best strategy of one kind: two of the ten workloads, two seeds."""
+"""`auto` is not worse than the best strategy of one kind: one of the ten workloads, two seeds."""
 
 import sys
 from pathlib import Path

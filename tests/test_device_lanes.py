@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from readable import is_readable
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -77,11 +78,10 @@ class Device:
 
 
 def collect(lane: DeviceLane, number: int) -> list[Result]:
-    import select
 
     results: list[Result] = []
     while len(results) < number:
-        assert select.select([lane.fileno()], [], [], 60)[0]
+        assert is_readable(lane.fileno(), 60)
         results += lane.collect()
     return results
 

@@ -79,8 +79,8 @@ def test_a_mesh_of_cores_can_be_served_here(folder: Path) -> None:
         (
             "24MiB}",
             "24MiB, weight_bytes: 64MiB}",
-            "",
-            "found memory.weight_bytes and 2 ranks, expected one of them",
+            "mesh.gpus",
+            "found 2 and memory.weight_bytes, expected one of them",
         ),
     ],
 )

@@ -2,14 +2,15 @@
 
 import gc
 import os
-import select
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from readable import is_readable
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -91,6 +92,16 @@ def test_twenty_executors_leave_nothing_behind(home: Path, kind: Any, split: Any
     assert Held.now() == before
 
 
+def test_a_lane_starts_where_more_than_1024_files_are_open(home: Path) -> None:
+    """It was waited for with `select`, which refuses descriptors from 1,024 on."""
+    plan = make_plan(home, lanes=Lanes(kind="processes"))
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        with open_executor(plan, load_models(home), CORES) as executor:
+            use(executor, Desk(plan))
+
+
 def test_lanes_that_cannot_start_give_everything_back(home: Path) -> None:
     plan = make_plan(home, lanes=Lanes(kind="processes"))
 
@@ -124,7 +135,7 @@ def test_a_killed_lane_process_is_noticed(home: Path) -> None:
     with open_executor(plan, load_models(home), CORES) as executor:
         use(executor, desk)
         os.kill(executor._lanes[0].pid, 9)  # type: ignore[attr-defined]
-        assert select.select([executor.fileno()], [], [], 30)[0]
+        assert is_readable(executor.fileno(), 30)
         with pytest.raises(LaneDied, match=r"of lane lane-0 ended by signal 9"):
             executor.drain()
         seat = desk.seat("wide", 3)
@@ -190,7 +201,7 @@ def test_lanes_compute_on_their_cores_with_their_own_number_of_threads() -> None
         lane.wait_started()
     for lane in lanes.values():
         lane.launch(work)
-        assert select.select([lane.fileno()], [], [], 30)[0]
+        assert is_readable(lane.fileno(), 30)
         assert lane.collect() == [Result()]
         assert lane.collect() == []
     for lane in lanes.values():

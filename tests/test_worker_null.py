@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from urllib.request import urlopen
 import msgspec
 import pytest
 from command_line import CommandLine
+from readable import is_readable
 from real_server import RealServer, real_config, real_server
 from tiny_folder import byte_level, sentencepiece_like, write_model, write_tokenizer
 
@@ -72,7 +72,7 @@ def run(executor: NullExecutor, works: list[Work]) -> list[Result]:
         executor.launch(work, lambda work, result: results.append(result))
         assert not results, "done was called inside launch"
     while len(results) < len(works):
-        assert select.select([executor.fileno()], [], [], WAIT_S)[0]
+        assert is_readable(executor.fileno(), WAIT_S)
         executor.drain()
     return results
 

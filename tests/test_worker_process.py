@@ -1,7 +1,6 @@
 """The unit process as its supervisor sees it: boot, messages, signals, deaths."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from readable import is_readable
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -299,6 +299,6 @@ def wait_gone(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        assert select.select([descriptor], [], [], 30)[0], f"process {pid} lives on"
+        assert is_readable(descriptor, 30), f"process {pid} lives on"
     finally:
         os.close(descriptor)

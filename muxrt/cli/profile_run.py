@@ -29,7 +29,7 @@ BURSTS, QUICK_BURSTS = 9, 3  # of each cell, if the time allows
 QUICK_LEVELS = 2
 BESIDE_S = 0.25  # of two passes beside each other, each time
 BESIDE_SHARE = 0.15  # of the budget
-SERVICE_SHARE, QUICK_SERVICE_S = 0.5, 3.0  # of requests, beyond the budget of cells
+SERVICE_SHARE, QUICK_SERVICE_S = 0.5, 2.0  # of requests, beyond the budget of cells
 BESIDE_BATCH = 8
 # A prompt as chats have them; longer ones read their weights more seldom and suffer less.
 BESIDE_TOKENS = 128

@@ -200,12 +200,6 @@ def _sleep_problems(config: ServeConfig) -> Iterator[KeyedError]:
                 f"found {why} and roles, expected one of them: K and V are fetched from units"
                 " whose models are awake",
             )
-        if why and unit.mesh.tp > 1:
-            yield KeyedError(
-                ("units", index),
-                f"found {why} and {unit.mesh.tp} ranks, expected one of them: models on several"
-                " ranks are always awake",
-            )
         if why and unit.mesh.device == "gpu":
             yield KeyedError(
                 ("units", index), f"found {why}, expected none on a GPU: models sleep on CPUs only"

@@ -140,8 +140,10 @@ class ProcessLane:
 
         A process that starts in steps says so after each: one call for every step.
         """
+        said = select.poll()  # `select` would end at descriptor 1,023
+        said.register(self._results, select.POLLIN)
         while not self._steps:
-            select.select([self._results], [], [])
+            said.poll()
             self._steps += self.collect()
         error = self._steps.popleft().error
         if error is not None:
