@@ -90,7 +90,7 @@ WORLDS = (
         2,
     ),
 )
-SMALL = (WORLDS[6],)  # what a test has time for
+SMALL = (WORLDS[3], WORLDS[6])  # what tests have time for
 
 
 def asked_of(world: World, load: float = LOADS[1]) -> Asked:
