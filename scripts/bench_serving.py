@@ -1,7 +1,6 @@
 """A server of either kind while it serves: where, by which processes, after how long."""
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,7 @@ from urllib.request import Request, urlopen
 
 import msgspec
 
-from muxrt.cli.endpoint import start_endpoint
-from muxrt.config.load import dump
+from muxrt.cli.endpoint import ready_endpoint
 from muxrt.config.placement import Lanes, Memory, ModelSpec, Scheduling, UnitModel, UnitSpec
 from muxrt.config.serve import Endpoint, ServeConfig
 
@@ -55,18 +53,11 @@ def one_unit(
 @contextmanager
 def muxrt_serving(config: ServeConfig) -> Iterator[Serving]:
     """`muxrt serve` with `config` inside the block; nothing of it is left after it."""
-    folder = Path(tempfile.mkdtemp(prefix="muxrt-bench-"))
-    file = folder / "serve.yaml"
-    file.write_text(dump(config))
     begun_s = time.monotonic()
-    endpoint = start_endpoint(file, config, folder / "serve.log")
-    try:
-        endpoint.wait_ready(lambda _: None)
+    with ready_endpoint(config) as endpoint:
         ask_each({model.name: endpoint.url for model in config.models})
         ready_s = time.monotonic() - begun_s
         yield Serving((endpoint.url,), (endpoint.process.pid,), ready_s)
-    finally:
-        endpoint.stop()
 
 
 def ask_each(urls: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 from muxrt.config.placement import Memory, ModelSpec, UnitModel, UnitSpec
 from muxrt.engine.reconcile import Change, Deployment, Kind, check_room, diff
 from muxrt.errors import ConfigError
+from muxrt.planner.diff import diff as planned
 
 
 def deployment(units: dict[str, str], kv_bytes: int = 1 << 20, **model: object) -> Deployment:
@@ -36,6 +37,29 @@ def test_what_is_there_already_takes_no_step() -> None:
 def test_a_name_alone_is_no_difference() -> None:
     change = diff(deployment({"x": "ab"}), deployment({"y": "ab"}))
     assert steps(change) == [] and change.after.units[0].name == "x"
+
+
+def tuned(period_s: float, quota: float | None) -> Deployment:
+    """A unit of two models in either order, one of them with a quota and half of the traffic."""
+    found = deployment({"x": "ab" if quota is None else "ba"})
+    (unit,) = found.units
+    models = tuple(
+        msgspec.structs.replace(part, quota=quota, traffic=1.0 if quota is None else 0.5)
+        for part in unit.models
+    )
+    scheduling = msgspec.structs.replace(unit.scheduling, quota_period_s=period_s)
+    unit = msgspec.structs.replace(unit, models=models, scheduling=scheduling)
+    return msgspec.structs.replace(found, units=(unit,))
+
+
+def test_a_planner_keeps_what_a_server_keeps() -> None:
+    """Quotas that move by themselves were kept by the plan, and the unit was started anew."""
+    change = diff(tuned(2.0, None), tuned(2.0, 0.3))
+    assert steps(change) == ["switch"], "the router's shares are new, no process is"
+    assert change.after.units[0].models[0].traffic == 0.5
+    assert planned(tuned(2.0, None).units, tuned(2.0, 0.3).units).is_empty
+    assert "load x.2" in steps(diff(tuned(0.0, None), tuned(0.0, 0.3)))
+    assert not planned(tuned(0.0, None).units, tuned(0.0, 0.3).units).is_empty
 
 
 def test_new_units_are_ready_before_anything_goes_to_them() -> None:

@@ -6,15 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 from muxrt.bench.client import EndpointError
+from muxrt.config.load import dump
 from muxrt.config.serve import ServeConfig
 
 SERVE = (sys.executable, "-m", "muxrt", "serve")
@@ -78,6 +80,23 @@ def start_endpoint(file: Path, config: ServeConfig, log: Path, *words: str) -> O
             start_new_session=True,
         )
     return OwnEndpoint(process, f"http://{_reachable(host)}:{port}", log, config.endpoint.drain_s)
+
+
+@contextmanager
+def ready_endpoint(config: ServeConfig) -> Iterator[OwnEndpoint]:
+    """A server of `config` in which every model answers; nothing of it is left after the block.
+
+    Raises EndpointError if it gives up.
+    """
+    with tempfile.TemporaryDirectory(prefix="muxrt-endpoint-") as folder:
+        file = Path(folder) / "serve.yaml"
+        file.write_text(dump(config), encoding="utf-8")
+        endpoint = start_endpoint(file, config, Path(folder) / "serve.log")
+        try:
+            endpoint.wait_ready(lambda _: None)
+            yield endpoint
+        finally:
+            endpoint.stop()
 
 
 def choose_port(host: str, preferred: int) -> int:

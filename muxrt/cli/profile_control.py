@@ -6,7 +6,6 @@ processes compute outside their lanes is control; the client is not.
 
 import asyncio
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import msgspec
 from muxrt.bench.client import replay, session
 from muxrt.bench.job import Job, Outcome, Progress, Status, Target
 from muxrt.cli.batch_counts import Batches, batches_since, read_batches
-from muxrt.cli.endpoint import OwnEndpoint, start_endpoint
+from muxrt.cli.endpoint import OwnEndpoint, ready_endpoint
 from muxrt.cli.profile_source import Subject
-from muxrt.config.load import dump
 from muxrt.config.placement import Lanes, Memory, Scheduling, UnitModel, UnitSpec
 from muxrt.config.serve import Endpoint, ServeConfig
 from muxrt.core import Phase
@@ -61,23 +59,16 @@ class _Count:
 def measure_control(subject: Subject) -> Control:
     """Serve the first model for some seconds. Raises MuxrtError where it cannot be served."""
     name = subject.specs[0].name
-    with tempfile.TemporaryDirectory(prefix="muxrt-profile-") as folder:
-        config = _config(subject)
-        file = Path(folder) / "serve.yaml"
-        file.write_text(dump(config), encoding="utf-8")
-        endpoint = start_endpoint(file, config, Path(folder) / "serve.log")
-        try:
-            endpoint.wait_ready(lambda _: None)
-            length = min(OUTPUT_TOKENS, config.models[0].max_model_len or OUTPUT_TOKENS)
-            for streams in (FEW, MANY):  # code and buffers that only a first request meets
-                _ask(endpoint, name, streams, length - PROMPT_TOKENS)
-            few, many = (
-                [_count(endpoint, name, streams, length) for _ in range(ROUNDS)]
-                for streams in (FEW, MANY)
-            )
-            request_s = _request_s(endpoint, name)
-        finally:
-            endpoint.stop()
+    config = _config(subject)
+    with ready_endpoint(config) as endpoint:
+        length = min(OUTPUT_TOKENS, config.models[0].max_model_len or OUTPUT_TOKENS)
+        for streams in (FEW, MANY):  # code and buffers that only a first request meets
+            _ask(endpoint, name, streams, length - PROMPT_TOKENS)
+        few, many = (
+            [_count(endpoint, name, streams, length) for _ in range(ROUNDS)]
+            for streams in (FEW, MANY)
+        )
+        request_s = _request_s(endpoint, name)
     return Control(*_prices(_sum(few), _sum(many)), request_s)
 
 

@@ -7,12 +7,9 @@ of their steps is kept: by model and phase on one lane, and by phase where lanes
 """
 
 import asyncio
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 
 import msgspec
@@ -20,9 +17,8 @@ import msgspec
 from muxrt.bench.client import replay, session
 from muxrt.bench.job import Job, Progress, Status, Target
 from muxrt.cli.batch_counts import Batches, batches_since, read_batches
-from muxrt.cli.endpoint import start_endpoint
+from muxrt.cli.endpoint import ready_endpoint
 from muxrt.cli.profile_source import Subject
-from muxrt.config.load import dump
 from muxrt.config.placement import Lanes, Memory, Mesh, Scheduling, UnitModel, UnitSpec
 from muxrt.config.plan import EngineFacts
 from muxrt.config.profile import ServiceRatio
@@ -243,30 +239,17 @@ def _serve(subject: Subject, profile: Profile, split: tuple[int, ...], seconds: 
         for seed in range(SEED, SEED + rounds)
         for load in loads
     ]
-    with _endpoint(config) as url:
+    with ready_endpoint(config) as endpoint:
+        url = endpoint.url
         client = _Client(url, {name: shape.vocab_size for name, shape in subject.shapes.items()})
-        client.ask(
-            arrivals(workload(config, most_rps, min(seconds, WARM_S)))
-        )  # code is compiled, buffers made
+        warm = workload(config, most_rps, min(seconds, WARM_S))  # code is compiled, buffers made
+        client.ask(arrivals(warm))
         before, begun_s = read_batches(url), time.process_time()
         asked = tuple(client.ask(load) for load in plan)
         client_s = time.process_time() - begun_s
         found = batches_since(before, read_batches(url))
     tokens = sum(one.output_tokens for load in asked for one in load)
     return Served(config, asked, found, client_s / max(tokens, 1))
-
-
-@contextmanager
-def _endpoint(config: ServeConfig) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="muxrt-profile-") as folder:
-        file = Path(folder) / "serve.yaml"
-        file.write_text(dump(config), encoding="utf-8")
-        endpoint = start_endpoint(file, config, Path(folder) / "serve.log")
-        try:
-            endpoint.wait_ready(lambda _: None)
-            yield endpoint.url
-        finally:
-            endpoint.stop()
 
 
 class _Client:

@@ -189,6 +189,20 @@ class UnitSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Other units fetch sequences from it, or it from them."""
         return self.exchanges or any(model.role != "mixed" for model in self.models)
 
+    @property
+    def lasting(self) -> "UnitSpec":
+        """Itself without what moves or may be set while it runs, its models by name.
+
+        What is left differs where a unit has to start anew. Quotas move by themselves, unless
+        `quota_period_s` is 0; shares of traffic are the router's; expectations are for people.
+        """
+        own: dict[str, float | None] = {"traffic": 1.0, "expected": None}
+        if self.scheduling.quota_period_s:
+            own["quota"] = None
+        by_name = sorted(self.models, key=lambda part: (part.name, part.role))
+        models = tuple(msgspec.structs.replace(part, **own) for part in by_name)
+        return msgspec.structs.replace(self, models=models)
+
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All units."""

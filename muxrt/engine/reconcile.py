@@ -88,11 +88,16 @@ def diff(before: Deployment, wanted: Deployment) -> Change:
             )
     after = Deployment(wanted.models, tuple(units))
     steps = [Step(Kind.LOAD, unit.name) for unit in new]
-    if new or left or before.models != wanted.models:
+    is_same = _by_name(after.units) == _by_name(exchanging(before.units))
+    if not is_same or before.models != wanted.models:
         steps.append(Step(Kind.SWITCH))
     for unit in left:
         steps += [Step(Kind.DRAIN, unit.name), Step(Kind.FREE, unit.name)]
     return Change(before, after, tuple(steps))
+
+
+def _by_name(units: Iterable[UnitSpec]) -> dict[str, UnitSpec]:
+    return {unit.name: unit for unit in units}
 
 
 # What a model is to its endpoint only, or expected to be: a unit need not start anew for it.
@@ -101,12 +106,8 @@ _EDGE = {"rate_rps": 1.0, "queue_timeout_s": None, "max_queue": 0}
 
 def _content(unit: UnitSpec, deployment: Deployment) -> bytes:
     """All that makes a unit what it is, its name left out."""
-    models = [msgspec.structs.replace(m, **_EDGE) for m in deployment.specs_of(unit)]
-    plain = [
-        msgspec.structs.replace(part, expected=None, traffic=1.0)  # for planner and router
-        for part in unit.models
-    ]
-    spec = msgspec.structs.replace(unit, name="-", models=tuple(plain))
+    spec = msgspec.structs.replace(unit.lasting, name="-")
+    models = [msgspec.structs.replace(m, **_EDGE) for m in deployment.specs_of(spec)]
     return msgspec.json.encode((spec, models))
 
 

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import msgspec
-
 from muxrt.config.placement import UnitSpec
 
 
@@ -62,8 +60,7 @@ class Diff:
 def diff(old: Sequence[UnitSpec], new: Sequence[UnitSpec]) -> Diff:
     """From `old` to `new`; units of the same name are the same unit.
 
-    A unit is kept where nothing differs but what moves by itself or is the router's: quotas, shares
-    of traffic, expectations.
+    A unit is kept where nothing differs that it would have to start anew for.
     """
     before = {unit.name: unit for unit in old}
     after = {unit.name for unit in new}
@@ -73,19 +70,10 @@ def diff(old: Sequence[UnitSpec], new: Sequence[UnitSpec]) -> Diff:
         if was is None:
             units.append(UnitDiff(Fate.ADDED, None, unit))
         else:
-            fate = Fate.KEPT if lasting(was) == lasting(unit) else Fate.CHANGED
+            fate = Fate.KEPT if was.lasting == unit.lasting else Fate.CHANGED
             units.append(UnitDiff(fate, was, unit))
     units += [UnitDiff(Fate.REMOVED, unit, None) for unit in old if unit.name not in after]
     return Diff(tuple(units), _moves(old, new))
-
-
-def lasting(unit: UnitSpec) -> UnitSpec:
-    """Itself without what may change while it runs, its models by name."""
-    models = tuple(
-        msgspec.structs.replace(part, quota=None, traffic=1.0, expected=None)
-        for part in sorted(unit.models, key=lambda part: (part.name, part.role))
-    )
-    return msgspec.structs.replace(unit, models=models)
 
 
 def _moves(old: Sequence[UnitSpec], new: Sequence[UnitSpec]) -> tuple[Move, ...]:
