@@ -1,5 +1,6 @@
 """What a restart finds out from the journal, wherever its line ends."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_what_was_undone_never_was(tmp_path: Path) -> None:
     journal.begin(CHANGE)
     journal.undone("the disk is full")
     assert Journal(tmp_path / "journal").open(OLD) == OLD
+
+
+def test_half_a_line_on_a_full_disk_does_not_spoil_those_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.open(OLD)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            journal.begin(CHANGE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.undone("no room")
+    assert Journal(path).open(OLD) == OLD
 
 
 def test_an_edited_configuration_goes_before(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ until the line of the switch is there, the new one from then on.
 """
 
 import os
+from errno import ENOSPC
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,14 @@ class Journal:
 
     def _write(self, path: Path, line: Line, mode: int) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | mode, 0o600)
+        text, before = msgspec.json.encode(line) + b"\n", os.fstat(descriptor).st_size
         try:
-            os.write(descriptor, msgspec.json.encode(line) + b"\n")
+            if os.write(descriptor, text) < len(text):
+                raise OSError(ENOSPC, os.strerror(ENOSPC), str(path))
             os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, before)  # half a line would spoil those that come after it
+            raise
         finally:
             os.close(descriptor)
 
