@@ -366,7 +366,7 @@ class Result(msgspec.Struct, frozen=True):
     stopped: tuple[bool, ...] = ()  # the token ends its sequence (eos or a stop token)
     logprobs: tuple[TokenLogprobs | None, ...] | None = None
     prompt_logprobs: tuple[tuple[TokenLogprobs, ...], ...] | None = None
-    elapsed_s: float = 0.0  # on the lane, without waiting
+    elapsed_s: float = 0.0  # that its lane was taken, from when it could have begun
     error: str | None = None
     checksums: tuple[int, ...] = ()  # of a SEAL: `Piece.checksums`
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
+from time import perf_counter
 from typing import Protocol
 
 import torch
+from msgspec.structs import replace
 
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.errors import ConfigError, MuxrtError
@@ -100,7 +102,7 @@ class ThreadLane:
 
         `size`: see `occupy`.
         """
-        self._inbox: SimpleQueue[Work | None] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[Work, float] | None] = SimpleQueue()
         self._results: deque[Result] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._started: Future[None] = Future()
@@ -112,7 +114,7 @@ class ThreadLane:
         self._started.result()
 
     def launch(self, work: Work) -> None:
-        self._inbox.put(work)
+        self._inbox.put((work, perf_counter()))
 
     def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
         """Nothing to do: the threads of a process share what they know of slots."""
@@ -145,6 +147,14 @@ class ThreadLane:
             self._started.set_exception(error)
 
     def _serve(self, run: Run) -> None:
-        while (work := self._inbox.get()) is not None:
-            self._results.append(attempt(run, work))
+        """A work takes from its launch, or from the end of the one before if that was later.
+
+        Between two works the unit's loop may have this core: that is time of the lane's, too.
+        """
+        ended_s = 0.0
+        while (order := self._inbox.get()) is not None:
+            work, launched_s = order
+            result = attempt(run, work)
+            begun_s, ended_s = max(launched_s, ended_s), perf_counter()
+            self._results.append(replace(result, elapsed_s=ended_s - begun_s))
             os.eventfd_write(self._wake, 1)
