@@ -110,7 +110,7 @@ def test_a_reservation_is_no_rotation() -> None:
     world = World(models="a", num_blocks=36, max_sequences=4, quota_period_s=50.0)
     for _ in range(3):
         world.submit("a", 60, 40)
-    while not world.unit.scheduler.memory.claims:
+    while not world.unit.scheduler.memory.reserved:
         assert world.step()
     assert world.unit.scheduler.policy.rotation(world.unit.scheduler) is None
 

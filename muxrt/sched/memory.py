@@ -64,7 +64,10 @@ class Memory:
     ) -> None:
         self.pool = pool
         self.host = host
-        self.claims: dict[str, int] = {}  # blocks that loans to other models must leave free
+        # Blocks that loans to other models must leave free, by model: what it is short of within
+        # its quota, and what its policy keeps for a while, whatever the quota is.
+        self._claims: dict[str, int] = {}
+        self.reserved: dict[str, int] = {}
         self.copies: deque[tuple[Sequence, CopyKind | TransferKind]] = deque()  # to be launched
         self.num_preempted: dict[tuple[str, Preempt], int] = {}
         self._queues = queues
@@ -76,7 +79,8 @@ class Memory:
     @property
     def is_settled(self) -> bool:
         """Nobody is on the way in or out or waits for blocks, and nothing is kept for anybody."""
-        return not (self.copies or self.claims or self._leaving or self._short)
+        is_kept = self._claims or self.reserved
+        return not (self.copies or is_kept or self._leaving or self._short)
 
     # -- taking ------------------------------------------------------------------------------
 
@@ -178,7 +182,12 @@ class Memory:
 
     def _end_shortage(self, model: str) -> None:
         del self._short[model]
-        self.claims.pop(model, None)
+        self.disclaim(model)
+
+    def disclaim(self, model: str) -> None:
+        """Nothing is kept for the model any more."""
+        self._claims.pop(model, None)
+        self.reserved.pop(model, None)
 
     def need(self, sequence: Sequence) -> int:
         """Blocks a waiting sequence needs to start, prefix hits not counted."""
@@ -203,7 +212,7 @@ class Memory:
         growth = len(self._queues[model].running) * self._group_blocks(head)
         if self._is_entitled(model, blocks + idle + growth):
             if self.pool.num_available - idle < blocks:
-                self.claims[model] = blocks + idle
+                self._claims[model] = blocks + idle
                 self._call_back(blocks + idle)
             return self.pool.num_available - idle >= blocks
         if not self.may_borrow:
@@ -222,7 +231,17 @@ class Memory:
         return account.used + blocks <= account.quota
 
     def _claimed_by_others(self, model: str) -> int:
-        return sum(blocks for owner, blocks in self.claims.items() if owner != model)
+        if not (self._claims or self.reserved):
+            return 0
+        owners = {*self._claims, *self.reserved} - {model}
+        return sum(map(self._claimed, owners))
+
+    def _claimed(self, owner: str) -> int:
+        """What is kept for it. A quota that was lowered since ends a claim to blocks within it."""
+        claim = self._claims.get(owner, 0)
+        if not self._is_entitled(owner, claim):
+            claim = 0
+        return max(claim, self.reserved.get(owner, 0))
 
     def _take(self, sequence: Sequence, num_groups: int) -> list[BlockGroup]:
         groups = self.pool.take(sequence.request.model, num_groups)
@@ -237,7 +256,7 @@ class Memory:
     def _make_room(self, sequence: Sequence, blocks: int) -> None:
         """Call blocks back for a running sequence that is short of them."""
         if self._is_entitled(sequence.request.model, blocks):
-            self.claims[sequence.request.model] = blocks
+            self._claims[sequence.request.model] = blocks
             self._call_back(blocks)
         elif self._room(sequence.request.model) < blocks:
             self._preempt_newer(sequence, blocks)

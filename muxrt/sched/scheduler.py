@@ -268,7 +268,7 @@ class Scheduler:
         if not self.memory.start(head):
             return False
         self.transfers.begin(head)
-        self.memory.claims.pop(queue.name, None)
+        self.memory.disclaim(queue.name)
         if is_new and head.state is not SequenceState.FETCHING:
             counters = self.counters[queue.name]
             counters.prompt_tokens += head.request.prompt_tokens
@@ -464,7 +464,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]
         # Its claim, if it had one, was for it; the next head makes its own.
-        self.memory.claims.pop(sequence.request.model, None)
+        self.memory.disclaim(sequence.request.model)
         self.memory.abandon(sequence)
 
     # -- proof -------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class Adbs:
         if head is None or head.in_flight or self._reserved_until:
             return
         self._reserved_until[model] = now + self._period_s
-        scheduler.memory.claims.setdefault(model, scheduler.memory.need(head))
+        scheduler.memory.reserved[model] = scheduler.memory.need(head)
 
     def _lapse(self, scheduler: Scheduler, now: float) -> None:
         """End reservations whose time is over, or that would leave every lane idle.
@@ -98,6 +98,6 @@ class Adbs:
         """
         for model, until in list(self._reserved_until.items()):
             if now >= until or not scheduler.num_in_flight:
-                scheduler.memory.claims.pop(model, None)
+                scheduler.memory.reserved.pop(model, None)
             if now >= until + self._period_s or scheduler.queues[model].head() is None:
                 del self._reserved_until[model]

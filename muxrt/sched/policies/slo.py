@@ -172,7 +172,7 @@ class LeastSlack:
             if now + LATENESS_MARGIN * scheduler.prompt_s(request) <= request.arrived_s + ttft_s:
                 return
             queue.step_behind()
-            scheduler.memory.claims.pop(queue.name, None)
+            scheduler.memory.disclaim(queue.name)
 
     # -- decode steps ------------------------------------------------------------------------
 
