@@ -1,6 +1,7 @@
 """What a tensor-parallel mesh of cores costs: telling the ranks, exchanging sums, whole steps.
 
     python scripts/bench_mesh.py --model 88m --out docs/benchmarks
+    python scripts/bench_mesh.py --model configs/demo_models/pydoc-s --rounds 10 --sequences 8
 
 Telling: rank 0 encodes a decode step of `--sequences` sequences and sends it to one other rank,
 which decodes it and answers with a byte, over each of three channels. Exchanges: an all-reduce of
@@ -51,7 +52,8 @@ from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment
 from muxrt.worker.mesh import open_mesh
-from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
+from muxrt.worker.rank_processes import open_wake
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes
 
 BLOCKS = 64  # ids that a sequence gets with a new block group: 32 layers x 32 heads / 16 planes
 GROUP_TOKENS = 16  # so one sequence in so many needs a group
@@ -281,13 +283,15 @@ def steps(model: Path, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Whose steps: a shape of llama_folder.py.")] = "88m",
+    model: Annotated[
+        str, typer.Option(help="Whose steps: a shape of llama_folder.py, or a model folder.")
+    ] = "88m",
     sequences: Annotated[int, typer.Option(help="Of the step that ranks are told of.")] = 256,
     rounds: Annotated[int, typer.Option(help="Repetitions of everything.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="Folder for mesh.json.")] = None,
 ) -> None:
     """Measure a mesh of two ranks on this machine."""
-    (folder,) = preset_folders([model])
+    folder = Path(model) if Path(model).is_dir() else preset_folders([model])[0]
     settings = {"model": model, "sequences": sequences, "rounds": rounds}
     record = Record((out or Path.cwd()) / "mesh.json", settings)
     os.sched_setaffinity(0, {CORES[0]})
