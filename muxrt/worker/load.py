@@ -41,6 +41,7 @@ from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.lanes import split_cores
 from muxrt.worker.mesh import open_mesh
+from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.service import Opened, Tell
 from muxrt.worker.transfer import addresses
 
@@ -50,10 +51,10 @@ PROGRESS_PERIOD_S = 0.1
 WARM_TOKENS = 8
 
 
-def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
+def load_unit(boot: UnitBoot, tell: Tell, ranks: RankProcesses | None = None) -> Opened:
     """Load weights, reserve memory, start the lanes and warm them up.
 
-    Raises MuxrtError with what is wrong.
+    `ranks` are the other ones of the unit's mesh. Raises MuxrtError with what is wrong.
     """
     cores = take_cores(boot.unit)
     shapes = load_shapes(boot)
@@ -64,7 +65,7 @@ def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
     elif plan.habits is not None:
         plan, executor = _open_sleepers(boot, shapes, cores, tell)
     else:
-        executor = _open_on_cores(boot, plan, shapes, cores, tell)
+        executor = _open_on_cores(boot, plan, shapes, cores, tell, ranks)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
@@ -81,15 +82,21 @@ def _open_on_cores(
     shapes: Mapping[str, ModelShape],
     cores: Sequence[int],
     tell: Tell,
+    ranks: RankProcesses | None,
 ) -> LaneExecutor:
+    def told(loading: Loading) -> None:
+        if ranks is not None:
+            ranks.check()  # rather than to read gigabytes for a mesh that is broken
+        tell(loading)
+
     def load(shard: Shard) -> dict[str, Llama]:
         return {
-            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], tell, shard)
+            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], told, shard)
             for spec in boot.models
         }
 
     if plan.spec.mesh.tp > 1:
-        return open_mesh(plan, boot.models, shapes, cores, load, boot.identity)
+        return open_mesh(plan, boot.models, shapes, cores, load, boot.identity, ranks)
     return open_executor(plan, load(WHOLE), cores, boot.identity)
 
 
