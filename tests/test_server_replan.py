@@ -85,7 +85,7 @@ class Clients:
     is_over: threading.Event = field(default_factory=threading.Event)
 
     def ask(self, model: str) -> None:
-        while not self.is_over.is_set():
+        while not self.is_over.wait(0.05):
             try:
                 assert len(complete(self.url, model)["choices"]) == 1
                 self.answered += 1
@@ -94,9 +94,9 @@ class Clients:
 
 
 @contextmanager
-def asking(server: RealServer) -> Iterator[Clients]:
+def asking(server: RealServer, models: tuple[str, ...] = MODELS) -> Iterator[Clients]:
     clients = Clients(server.url)
-    threads = [threading.Thread(target=clients.ask, args=(model,)) for model in MODELS]
+    threads = [threading.Thread(target=clients.ask, args=(model,)) for model in models]
     for thread in threads:
         thread.start()
     try:
