@@ -93,7 +93,7 @@ def test_a_server_that_is_not_there_is_one_clear_line(muxrt: CommandLine, world:
     log, out = history(world / "log", 3, a=0.8, b=0.05), world / "new.yaml"
     where = ["--apply", "http://127.0.0.1:9", "--admin-key", "sesame"]
     answer = muxrt(*words(world, log), *where, "--out", out)
-    assert answer.code == 1 and "http://127.0.0.1:9 does not answer" in answer.err
+    assert answer.code == 1 and "127.0.0.1:9 does not answer: Connection refused" in answer.err
     assert not out.exists(), "what is not served is not written"
 
 
@@ -199,6 +199,22 @@ def test_weekends_of_the_log_are_told_apart(muxrt: CommandLine, world: Path) -> 
     assert answer.code == 2 and "found --timezone Mars/Olympus" in answer.err
 
 
+@pytest.mark.parametrize(
+    ("what", "instead", "said"),
+    [
+        (", slo: {ttft_s: 4, tpot_s: 0.5}", "", "found no slo of a, b, expected one in the file"),
+        ("kind: slow, ", "", "units[0].mesh: found no kind and gpus [0], expected a kind"),
+        ("kind: slow, ", "kind: fast, ", "found fast and gpus [0], expected a kind of the plan's"),
+    ],
+)
+def test_what_cannot_be_planned_over_is_named(
+    muxrt: CommandLine, world: Path, what: str, instead: str, said: str
+) -> None:
+    (world / "serve.yaml").write_text(SERVE.replace(what, instead))
+    answer = muxrt(*words(world, history(world / "log", 3, a=0.1)))
+    assert answer.code == 2 and said in answer.err, answer.err
+
+
 def test_requests_without_answers_have_no_lengths(muxrt: CommandLine, world: Path) -> None:
     refused = [
         Entry(NOW_S - 60 * number, "a", None, 0, None, None, 429, None, None, 1)
@@ -218,6 +234,10 @@ def test_requests_without_answers_have_no_lengths(muxrt: CommandLine, world: Pat
         (("--ttft", 1), "one goes with the other"),
         (("--plan", "none.yaml"), "no such file"),
         (("--traffic", "none"), "no such traffic log"),
+        (
+            ("--apply", "localhost", "--admin-key", "k"),
+            "found localhost, expected an address: http",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(

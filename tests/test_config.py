@@ -57,7 +57,8 @@ BROKEN = {
     "unknown top-level key": (
         "endpoint:",
         "server:",
-        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic, admin, replan",
+        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic, admin,"
+        " replan",
     ),
     "size without a unit we know": (
         "64MiB",

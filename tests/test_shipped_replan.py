@@ -1,4 +1,4 @@
-"""configs/replan.yaml as it is shipped: the demo's models get the cores that their traffic takes."""
+"""configs/replan.yaml as it is shipped: its models get the cores that their traffic takes."""
 
 import os
 import time

@@ -13,7 +13,7 @@ from muxrt.config.document import Key, KeyedError
 from muxrt.config.load import load_file
 from muxrt.config.model import ModelShape, load_shape
 from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
-from muxrt.config.plan import load_plan
+from muxrt.config.plan import load_plan, mesh_problems
 from muxrt.config.replan import Replan
 from muxrt.config.serve import (
     ApiKeys,
@@ -92,15 +92,8 @@ def _check_replan(replan: Replan, units: tuple[UnitSpec, ...]) -> None:
         plan = load_plan(Path(replan.plan))
     except ConfigError as error:
         raise KeyedError(("replan", "plan"), error.message) from None
-    kinds = sorted({group.gpu for group in plan.file.cluster.nodes})
-    for index, unit in enumerate(units):
-        if unit.mesh.kind not in kinds or not unit.mesh.gpus:
-            raise KeyedError(
-                ("units", index, "mesh"),
-                f"found {unit.mesh.kind or 'no kind'} and gpus {list(unit.mesh.gpus or ())},"
-                f" expected a kind of {replan.plan} ({', '.join(kinds)}) and its gpus, as"
-                " `muxrt plan --out` writes them: replan goes by them",
-            )
+    for problem in mesh_problems(units, plan.file):
+        raise problem
 
 
 def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str], at: Key) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from muxrt.cli.plan_input import Asked, join
 from muxrt.cli.simulate_input import Variant, load_variant
 from muxrt.config.placement import Slo, UnitSpec
-from muxrt.config.plan import PlanInput, load_plan
+from muxrt.config.plan import PlanInput, load_plan, mesh_problems
 from muxrt.config.replan import is_zone
 from muxrt.config.serve import ServeConfig
 from muxrt.errors import ConfigError, MuxrtError
@@ -29,7 +29,7 @@ from muxrt.planner.forecast import (
     sample_lengths,
     scenario,
 )
-from muxrt.server.traffic_files import Counted, count_asked, read_entries
+from muxrt.server.traffic_files import Counted, count_asked, newest_s, read_entries
 from muxrt.workload.spec import Joint, Seen, Traffic, Workload
 
 Bins = npt.NDArray[np.intp]  # numbers of bins
@@ -109,6 +109,12 @@ def look_out(words: Words) -> Outlook:
     """Read everything and forecast. Raises ConfigError, and TooLittle for a log that is."""
     served = _served(words)
     log, plan = _named(words, served.config)
+    aimless = [model.name for model in served.config.models if model.slo is None]
+    if aimless and words.slo is None:
+        raise ConfigError(
+            f"{words.config}: found no slo of {', '.join(aimless)}, expected one in the file, or"
+            " --ttft and --tpot for models without"
+        )
     history, found = _history(words, log, served.models)
     num_bins = ceil(words.window_h)
     told = forecast(history, num_bins, words.quantile)
@@ -177,7 +183,9 @@ def _history(words: Words, log: Path, models: list[str]) -> tuple[History, Count
     """Counts of the served models, in hours before now. Raises TooLittle."""
     found = count_asked(log, words.now_s, HOUR_S)
     if found is None:
-        raise TooLittle(f"{log}: no request came before {_time(words.now_s)}")
+        newest = newest_s(log)
+        has = "it is empty" if newest is None else f"its newest came {_time(newest)}"
+        raise TooLittle(f"{log}: no request came before {_time(words.now_s)}: {has}")
     asked = {model for model, _ in found.sequences}
     if not asked & set(models):
         raise TooLittle(
@@ -271,6 +279,8 @@ def _traffic(
 def _plan(path: Path, served: Variant) -> PlanInput:
     """The cluster, profiles and facts of a plan file, for the models that are served."""
     plan = load_plan(path)
+    for problem in mesh_problems(served.config.units, plan.file):
+        raise ConfigError(f"{served.name}: {problem.message}")
     models = tuple(msgspec.structs.replace(one, rate_rps=1.0) for one in served.config.models)
     file = msgspec.structs.replace(plan.file, models=models)
     return PlanInput(file, plan.document, dict(served.shapes))
