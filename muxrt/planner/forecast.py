@@ -6,9 +6,9 @@ so the level forgets within hours; the shape of a day stays, so the profile forg
 Days are counted back from the moment of the forecast: no clock and no time zone is asked.
 
 Weekends are told apart from other days, each with hours of its own, where two weeks are known and
-that would have been nearer on the days before. How much less (or more) a weekend has is its hours
-over the same hours of the weekdays next to it, on both sides, so that a popularity that wanders
-does not look like a weekend.
+that would have been clearly nearer on the days before. How much less (or more) a weekend has is its
+hours over the same hours of the weekdays next to it, on both sides, so that a popularity that
+wanders does not look like a weekend.
 
 Quantiles come from what the same rule would have got wrong on the days before. Errors are taken of
 square roots, which makes those of Poisson counts alike whatever the rate is (Bartlett 1936), and
@@ -41,6 +41,7 @@ LIKELY = (0.1, 0.9)  # quantiles that a scenario draws from
 LENGTHS_DAYS = 1.0  # half-life of a request's weight among the lengths
 # Days of a log before weekends are looked for, and before what they would have been is tried.
 WEEKS_DAYS, WEEK_DAYS = 14, 7
+NEARER = 0.95  # of the errors that days alike make, at most: less is chance
 LEAST_WEEKEND = 0.001  # of a weekday's traffic, and its inverse the most
 
 
@@ -192,12 +193,13 @@ def at_quantile(
 
 
 def fitted(counts: Floats, per_day: int, weekends: Bools | None) -> Fit:
-    """With weekends where that would have been nearer on the days before."""
+    """With weekends where that would have been clearly nearer on the days before."""
     alike = Fit(None, errors(counts, per_day))
     if weekends is None or len(counts) < WEEKS_DAYS * per_day:
         return alike
     apart = Fit(weekends, errors(counts, per_day, weekends))
-    return min(alike, apart, key=lambda fit: float(np.abs(fit.errors).sum()))
+    is_nearer = np.abs(apart.errors).sum() < NEARER * np.abs(alike.errors).sum()
+    return apart if is_nearer else alike
 
 
 def _told(counts: Floats, num_bins: int, per_day: int, quantile: float, fit: Fit) -> Floats:
