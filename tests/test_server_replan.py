@@ -257,6 +257,34 @@ def test_a_server_that_stops_ends_its_planner(muxrt: CommandLine, tmp_path: Path
     assert not planners()
 
 
+def test_what_cannot_be_made_on_time_is_left(
+    muxrt: CommandLine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("muxrt.server.replan.LOOK_S", 0.01)
+    prepare(muxrt, tmp_path)
+    with real_server(config_of(tmp_path)) as server:
+        deployer = server.server.deployer
+        assert deployer is not None
+        clock = [time.time()]
+        replanner = Replanner(terms(tmp_path), tmp_path / "log", deployer, lambda: clock[0])
+        server.run(replanner.start)
+        due_s = replanner.next_s
+        clock[0] = due_s + 1000  # the machine slept
+        until(lambda: replanner.num_missed == 1)
+        assert replanner.begun_s is None and replanner.next_s == due_s + 86400
+        assert "stood still" in caplog.text
+        clock[0] = due_s + 86400 + 1
+        until(planners)
+        clock[0] = due_s + 2 * 86400 + 1
+        until(lambda: replanner.num_missed == 2)
+        assert len(planners()) == 1 and "the one before goes on" in caplog.text
+        server.run(replanner.stop)
+        assert not planners()
+
+
 def test_a_server_without_replan_says_so(muxrt: CommandLine, tmp_path: Path) -> None:
     prepare(muxrt, tmp_path)
     config = msgspec.structs.replace(config_of(tmp_path), replan=None)
