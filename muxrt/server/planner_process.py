@@ -70,7 +70,7 @@ def words(replan: Replan, log: Path, file: Path) -> list[str]:
     if replan.slo is not None:
         options |= {"ttft": replan.slo.ttft_s, "tpot": replan.slo.tpot_s}
     said = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "muxrt", "replan", str(file), *said, "--json"]
+    return [sys.executable, "-m", "muxrt.cli.tied", "replan", str(file), *said, "--json"]
 
 
 async def _run(command: list[str], timeout_s: float) -> tuple[int, bytes, bytes]:
@@ -78,7 +78,7 @@ async def _run(command: list[str], timeout_s: float) -> tuple[int, bytes, bytes]
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,  # open as long as the server lives
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=_quiet(environment(os.environ)),
@@ -90,15 +90,18 @@ async def _run(command: list[str], timeout_s: float) -> tuple[int, bytes, bytes]
         # It has hardly begun, and its threads and children get what it has.
         with suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST)
+        assert process.stdout is not None and process.stderr is not None
         async with asyncio.timeout(timeout_s):
-            out, err = await process.communicate()
+            # Not `communicate`, which closes stdin.
+            out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
+            code = await process.wait()
     except TimeoutError:
         raise PlannerFailed(f"the planner took longer than {timeout_s:g} s") from None
     finally:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
-    return process.returncode or 0, out, err
+    return code, out, err
 
 
 def _quiet(environ: Mapping[str, str]) -> dict[str, str]:
