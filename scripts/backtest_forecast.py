@@ -9,12 +9,14 @@ errors, as ours has them.
 
 Synthetic: eight models over `--days`, each share a random walk from day to day (sigma 0.3), rates
 by the hours of configs/workloads/diurnal.yaml; without drift; without hours. Told at midnight, when
-shares step, or four hours later. Azure's traces are an
+shares step, or four hours later. Days begin on a Monday. Over `--weeks` and from the third week on,
+weekends have 0.4 of the requests: of all models, of every other one, or (to see what looking for
+them costs where there are none) of nobody. Azure's traces are an
 hour long and say nothing of days: the next ten minutes are told from those before, where ours is
 the recent mean that it falls back to, and "yesterday" is the last ten minutes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,16 +34,19 @@ from muxrt.workload.spec import Drift, Traffic, Workload, load_workload
 from muxrt.workload.trace import read_trace
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Rule = Callable[[Floats, int, float], Floats]  # counts, bins per day, quantile -> the next day
 
 ROOT = Path(__file__).parent.parent
 QUANTILES = (0.1, 0.5, 0.9)
 HOUR_S, PER_DAY = 3600.0, 24
-ALPHA, MODELS = 0.9, 8
+ALPHA, MODELS, NOBODY = 0.9, 8, slice(0)
 FIRST_DAY = 2  # that is forecast: two are behind it
+WEEK, SATURDAY, FIRST_OF_WEEKS = 7, 5, 14  # days; the first of a log of weeks that is forecast
+DIP = 0.4  # of a weekday's requests come on a day of a weekend
 AZURE_BIN_S, AZURE_BLOCK, MINUTES_PER_DAY = 60.0, 10, 1440
 DRAWN_DAYS = 4
-OURS, YESTERDAY = "forecast", "yesterday's mean"
+OURS, YESTERDAY, ALIKE = "forecast", "yesterday's mean", "forecast, all days alike"
 
 
 def yesterday(counts: Floats, per_day: int, quantile: float) -> Floats:
@@ -63,8 +68,26 @@ def yesterday_quantiles(counts: Floats, per_day: int, quantile: float) -> Floats
     return np.full(per_day, max(0.0, np.sqrt(means[-1]) + off) ** 2)
 
 
-def ours(counts: Floats, per_day: int, quantile: float) -> Floats:
-    """What `muxrt replan` goes by."""
+def weekends(num_bins: int, first_bin: int = 0) -> Bools:
+    """Of the hours from `first_bin` on, where hour 0 begins a Monday."""
+    return (first_bin + np.arange(num_bins)) // PER_DAY % WEEK >= SATURDAY
+
+
+def calendar(first_bin: int) -> Rule:
+    """What `muxrt replan` goes by, for counts that begin in that hour of a Monday."""
+
+    def ours(counts: Floats, per_day: int, quantile: float) -> Floats:
+        known = weekends(len(counts) + per_day, first_bin)
+        return at_quantile(counts, per_day, per_day, quantile, known)
+
+    return ours
+
+
+ours = calendar(0)
+
+
+def days_alike(counts: Floats, per_day: int, quantile: float) -> Floats:
+    """The same without a calendar."""
     return at_quantile(counts, per_day, per_day, quantile)
 
 
@@ -78,7 +101,9 @@ RULES: dict[str, Rule] = {
     YESTERDAY: yesterday,
     "same hour yesterday": same_hour,
     "yesterday's mean, with quantiles": yesterday_quantiles,
+    ALIKE: days_alike,
 }
+NO_RULES: Mapping[str, Rule] = {}
 
 
 def pinball(actual: Floats, told: Floats, quantile: float) -> float:
@@ -88,13 +113,16 @@ def pinball(actual: Floats, told: Floats, quantile: float) -> float:
 
 
 def backtest(
-    counts: Floats, per_day: int, first: int, mine: Rule = ours
+    counts: Floats, per_day: int, first: int, own: Mapping[str, Rule] = NO_RULES
 ) -> dict[str, dict[str, float]]:
-    """Loss by rule and quantile, over every day from `first` on; `counts` is [models, bins]."""
+    """Loss by rule and quantile, over every day from `first` on; `counts` is [models, bins].
+
+    `own` rules go before those of the same name.
+    """
     num_days = counts.shape[1] // per_day
     scale = counts[:, first * per_day :].mean()
     found: dict[str, dict[str, float]] = {}
-    for name, rule in {**RULES, OURS: mine}.items():
+    for name, rule in {**RULES, **own}.items():
         losses = {}
         for quantile in QUANTILES:
             days = [
@@ -111,8 +139,10 @@ def backtest(
     return found
 
 
-def synthetic(days: int, rate_rps: float, seed: int, drift: bool, hours: bool) -> Floats:
-    """Requests per model and hour, [models, hours]."""
+def synthetic(
+    days: int, rate_rps: float, seed: int, drift: bool, hours: bool, dips: slice = NOBODY
+) -> Floats:
+    """Requests per model and hour, [models, hours]; weekends of `dips` have fewer."""
     base = load_workload(ROOT / "configs" / "workloads" / "diurnal.yaml")
     assert base.diurnal is not None
     shares = np.arange(1, MODELS + 1) ** -ALPHA
@@ -129,7 +159,10 @@ def synthetic(days: int, rate_rps: float, seed: int, drift: bool, hours: bool) -
     counts = np.zeros((MODELS, days * PER_DAY))
     for one in arrivals(workload):
         counts[int(one.model[1:]), int(one.at_s / HOUR_S)] += 1
-    return counts
+    dipped = np.zeros(counts.shape, np.bool_)
+    dipped[dips] = weekends(counts.shape[1])
+    thinned = np.random.default_rng(seed).binomial(counts.astype(int), DIP)
+    return np.where(dipped, thinned, counts)
 
 
 def azure(path: Path) -> Floats:
@@ -139,7 +172,9 @@ def azure(path: Path) -> Floats:
     return np.histogram(times, num_bins, (0, num_bins * AZURE_BIN_S))[0][None].astype(float)
 
 
-def cases(days: int, rate_rps: float, seeds: int, folder: Path) -> Iterator[dict[str, object]]:
+def cases(
+    days: int, weeks: int, rate_rps: float, seeds: int, folder: Path
+) -> Iterator[dict[str, object]]:
     """Each case with its losses, by seed where there are some."""
     kinds = {
         "diurnal drift": (True, True, 0),
@@ -149,17 +184,45 @@ def cases(days: int, rate_rps: float, seeds: int, folder: Path) -> Iterator[dict
     }
     for name, (drift, hours, told_at) in kinds.items():
         by_seed = [
-            backtest(synthetic(days, rate_rps, seed, drift, hours)[:, told_at:], PER_DAY, FIRST_DAY)
+            backtest(
+                synthetic(days, rate_rps, seed, drift, hours)[:, told_at:],
+                PER_DAY,
+                FIRST_DAY,
+                {OURS: calendar(told_at)},
+            )
             for seed in range(seeds)
         ]
         yield {"case": name, "days": days, "seeds": seeds, **_across(by_seed)}
+    yield from weekly_cases(weeks * WEEK, rate_rps, seeds)
     for trace in ("code", "conv"):
         path = folder / f"azure_llm_2023_{trace}.csv"
         if path.is_file():
             counts = azure(path)
-            losses = backtest(counts, AZURE_BLOCK, 1, ours_by_minute)
+            by_minute = dict.fromkeys((OURS, ALIKE), ours_by_minute)
+            losses = backtest(counts, AZURE_BLOCK, 1, by_minute)
             row = {"case": f"azure {trace}", "minutes": counts.shape[1], "seeds": 1}
             yield {**row, **_across([losses])}
+
+
+def weekly_cases(days: int, rate_rps: float, seeds: int) -> Iterator[dict[str, object]]:
+    """Logs of some weeks, with hours and drift."""
+    dips = {
+        "weekends": (slice(None), 0),
+        "weekends at 04:00": (slice(None), 4),
+        "every other model's": (slice(0, None, 2), 0),
+        "nobody's": (NOBODY, 0),
+    }
+    for name, (whose, told_at) in dips.items():
+        by_seed = [
+            backtest(
+                synthetic(days, rate_rps, seed, True, True, whose)[:, told_at:],
+                PER_DAY,
+                FIRST_OF_WEEKS,
+                {OURS: calendar(told_at)},
+            )
+            for seed in range(seeds)
+        ]
+        yield {"case": name, "days": days, "seeds": seeds, **_across(by_seed)}
 
 
 def _across(by_seed: list[dict[str, dict[str, float]]]) -> dict[str, object]:
@@ -200,10 +263,10 @@ def draw(path: Path, counts: Floats, rows: list[dict[str, Any]]) -> None:
     left.set_title("one of eight models, diurnal drift", loc="left", fontsize=10)
     left.set(xlabel="hour", ylabel="requests per hour", ylim=(0, None))
     left.legend(frameon=False, fontsize=8)
-    colours = ("#3f78b0", "#c01c28", "#e0a458", "#8a939b")
+    colours = ("#3f78b0", "#c01c28", "#e0a458", "#8a939b", "#57a773")
     for index, (rule, colour) in enumerate(zip(RULES, colours, strict=True)):
-        places = np.arange(len(rows)) + 0.2 * (index - 1.5)
-        right.bar(places, [r["loss"][rule]["mean"] for r in rows], 0.2, color=colour, label=rule)
+        places = np.arange(len(rows)) + 0.16 * (index - 2)
+        right.bar(places, [r["loss"][rule]["mean"] for r in rows], 0.16, color=colour, label=rule)
     right.set_xticks(
         range(len(rows)), [str(r["case"]) for r in rows], fontsize=8, rotation=20, ha="right"
     )
@@ -217,6 +280,7 @@ def draw(path: Path, counts: Floats, rows: list[dict[str, Any]]) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of forecast.json.")] = FOLDER,
     days: int = 14,
+    weeks: Annotated[int, typer.Option(min=3, help="Of the logs with weekends.")] = 4,
     rate_rps: Annotated[float, typer.Option(help="Of all models together.")] = 0.5,
     seeds: int = 5,
     azure_folder: Annotated[Path, typer.Option(help="Of the whole traces.")] = (
@@ -224,9 +288,10 @@ def main(
     ),
 ) -> None:
     """Back-test the forecast and write forecast.json."""
-    record = Record(out / "forecast.json", {"days": days, "rate_rps": rate_rps, "seeds": seeds})
+    about = {"days": days, "weeks": weeks, "rate_rps": rate_rps, "seeds": seeds}
+    record = Record(out / "forecast.json", about)
     table = Table("case", *RULES, "ours less than yesterday's mean")
-    for row in cases(days, rate_rps, seeds, azure_folder):
+    for row in cases(days, weeks, rate_rps, seeds, azure_folder):
         record.add("cases", row)
         loss = row["loss"]
         assert isinstance(loss, dict)

@@ -8,8 +8,9 @@ law, and who is popular changes every four hours; the two days before were alike
 with the plan for the mean of those days (`muxrt plan`). One keeps it; the other is replanned at
 every full hour by `muxrt replan --apply`, beside the traffic, on the same cores.
 
-An hour takes `--hour` seconds. For the planner it has 3,600: a request stands for as many as are
-left out, and what a move takes is longer by as much.
+`--model` and `--profile` are for who has measured before, and for a day that is only to be tried
+(tests/test_day.py). An hour takes `--hour` seconds. For the planner it has 3,600: a request stands
+for as many as are left out, and what a move takes is longer by as much.
 """
 
 import asyncio
@@ -77,6 +78,7 @@ class Day:
 
     rate_rps: float
     hour_s: float  # of a real clock
+    move_s: float = MOVE_S  # what a unit takes to start, as the planner is told
 
     @property
     def squeeze(self) -> float:
@@ -109,18 +111,28 @@ class Day:
 
 
 class Home:
-    """The folder that everything is written to: models, profile, plan, yesterday's placement."""
+    """The folder that everything is written to: models, profile, plan, yesterday's placement.
 
-    def __init__(self, folder: Path, day: Day, budget_s: float) -> None:
+    All models are the one in the folder `model`; `profile` is of one core, None = measure it.
+    """
+
+    def __init__(
+        self, folder: Path, day: Day, budget_s: float, model: Path | None, profile: Path | None
+    ) -> None:
         self.folder, self.day = folder, day
-        (path,) = preset_folders([PRESET])
-        spec = ModelSpec(name=PRESET, path=str(path), dtype="float32", max_model_len=MAX_MODEL_LEN)
+        path = model.absolute() if model is not None else preset_folders([PRESET])[0]
+        spec = ModelSpec(
+            name=PRESET,
+            path=str(path),
+            dtype="float32" if model is None else "auto",
+            max_model_len=MAX_MODEL_LEN,
+        )
         self.models = tuple(
             msgspec.structs.replace(spec, name=name, slo=SLO, max_queue=100_000) for name in MODELS
         )
         self.weights = weight_bytes(spec, load_shape(path))
         self.vocab_size = load_shape(path).vocab_size
-        self._profile(spec, budget_s)
+        self._set_of_cores(profile or self._profile(spec, budget_s))
         self._plan()
 
     @property
@@ -142,8 +154,8 @@ class Home:
         run("plan", self.plan, self.folder / "traffic.yaml", "--out", out)
         return out
 
-    def _profile(self, spec: ModelSpec, budget_s: float) -> None:
-        """One core of this machine as a kind of its own: lanes of one core, measured."""
+    def _profile(self, spec: ModelSpec, budget_s: float) -> Path:
+        """Lanes of one core of this machine, measured."""
         unit = UnitSpec(
             name="one", models=(UnitModel(name=spec.name),), memory=Memory(kv_bytes=KV_BYTES)
         )
@@ -151,8 +163,12 @@ class Home:
         model.write_text(dump(ServeConfig(models=(spec,), units=(unit,))))
         options = ["--lanes", "1", "--quick", "--budget", budget_s, "--out", whole]
         run("profile", model, *options)
-        read = read_profile(whole)
-        assert read.file.kind is not None, "muxrt profile wrote it"
+        return whole
+
+    def _set_of_cores(self, profile: Path) -> None:
+        """One core as a kind of its own, with memory for some of the models."""
+        read = read_profile(profile)
+        assert read.file.kind is not None, "muxrt profile writes it"
         memory = HELD * self.weights + KV_BYTES
         kind = msgspec.structs.replace(read.file.kind, name=KIND, sms=1, memory_bytes=memory)
         cells = [replace(cell, sm_pct=100) for cell in read_cells(read.table)]
@@ -166,7 +182,7 @@ class Home:
             cluster=Cluster(
                 nodes=(NodeGroup(gpu=KIND, gpus=SETS),),
                 load_bytes_per_s=LOAD_BYTES_PER_S / squeeze,
-                unit_start_s=MOVE_S * squeeze,
+                unit_start_s=self.day.move_s * squeeze,
             ),
             models=self.models,
             profiles=("core.yaml",),
@@ -325,19 +341,25 @@ def measure(
     hour: Annotated[float, typer.Option(min=1, help="Seconds that an hour takes.")] = 25.0,
     hours: Annotated[int, typer.Option(min=1, max=HOURS, help="Of the day.")] = HOURS,
     budget: Annotated[float, typer.Option(min=1, help="Seconds of the profile.")] = 60.0,
+    move: Annotated[
+        float, typer.Option(min=0, help="Seconds of a unit's start; in short hours, less.")
+    ] = MOVE_S,
+    model: Annotated[Path | None, typer.Option(help="A folder; left out, random weights.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Of one core; left out, measured.")] = None,
     out: Out = FOLDER,
 ) -> None:
     """Profile, plan, and serve the day twice."""
     stop_on_sigterm()
-    day = Day(rate, hour)
+    day = Day(rate, hour, move)
     with tempfile.TemporaryDirectory(prefix="muxrt-day-") as folder:
-        home = Home(Path(folder), day, budget)
+        home = Home(Path(folder), day, budget, model, profile)
         home.history(home.folder / "scaled")
         found = {
             name: live(home, name, hours, name == "replanned") for name in ("static", "replanned")
         }
         placement = home.served.read_text()
-    about = {**provenance(), **asdict(day), "models": len(MODELS), "preset": PRESET}
+    served = PRESET if model is None else model.name
+    about = {**provenance(), **asdict(day), "models": len(MODELS), "preset": served}
     path = out / "day.json"
     path.write_text(json.dumps({**about, "placement": placement, **found}, indent=1) + "\n")
     show(path)

@@ -93,7 +93,7 @@ def test_a_server_that_is_not_there_is_one_clear_line(muxrt: CommandLine, world:
     log, out = history(world / "log", 3, a=0.8, b=0.05), world / "new.yaml"
     where = ["--apply", "http://127.0.0.1:9", "--admin-key", "sesame"]
     answer = muxrt(*words(world, log), *where, "--out", out)
-    assert answer.code == 1 and "http://127.0.0.1:9 does not answer" in answer.err
+    assert answer.code == 1 and "127.0.0.1:9 does not answer: Connection refused" in answer.err
     assert not out.exists(), "what is not served is not written"
 
 
@@ -156,6 +156,65 @@ def test_too_little_or_too_old_traffic_is_refused(
     assert answer.code == 1 and said in answer.err.replace("\n", " "), answer.err
 
 
+def test_the_log_of_another_server_is_told_apart(muxrt: CommandLine, world: Path) -> None:
+    answer = muxrt(*words(world, history(world / "log", 3, other=0.3)))
+    assert answer.code == 1 and "found requests for other, expected some for" in answer.err
+    assert "a, b; is it the log of another server?" in answer.err
+
+
+def test_the_served_file_may_name_log_and_plan(muxrt: CommandLine, world: Path) -> None:
+    history(world / "log", 3, a=0.05, b=0.05)
+    less = ["--at", AT, "--least-history", 2, "--window", 4, "--scenarios", 1]
+    answer = muxrt("replan", world / "serve.yaml", *less)
+    assert answer.code == 2 and "keeps no traffic log, expected --traffic FOLDER" in answer.err
+    more = "traffic: {path: log}\nadmin: {keys: {env: ADMIN}}\n"
+    (world / "serve.yaml").write_text(SERVE + more)
+    answer = muxrt("replan", world / "serve.yaml", *less)
+    assert answer.code == 2 and "has no replan.plan, expected --plan FILE" in answer.err
+    (world / "serve.yaml").write_text(SERVE + more + "replan: {plan: plan.yaml}\n")
+    answer = muxrt("replan", world / "serve.yaml", *less)
+    assert answer.code == 0 and answer.out.startswith("stay: "), answer.err
+
+
+def test_weekends_of_the_log_are_told_apart(muxrt: CommandLine, world: Path) -> None:
+    """AT is a Tuesday; the weekends before had a tenth of the requests of other days."""
+    rng, entries = Random(0), []
+    for hour in range(1, 24 * 16 + 1):
+        at_s = NOW_S - 3600 * hour
+        rate = 2 if datetime.fromtimestamp(at_s, UTC).weekday() >= 5 else 20
+        entries += [
+            Entry(at_s + 3600 * rng.random(), model, 200, 60, 1.0, 0.2, 200, "left", None, 1)
+            for model in ("a", "b")
+            for _ in range(rate)
+        ]
+    add_history(world / "log", entries)
+    answer = muxrt(*words(world, world / "log"), "--window", 120, "--json")
+    data = json.loads(answer.out)
+    assert data["forecast"]["weekends_apart"] == ["a", "b"]
+    busiest, quietest = data["forecast"]["bands"][0], data["forecast"]["bands"][-1]
+    # Saturday begins 84 hours from then: 36 of 120 hours are of a weekend, and the quietest band
+    # of four has 30 of them.
+    assert quietest["rates_rps"]["a"] < 0.2 * busiest["rates_rps"]["a"]
+    answer = muxrt(*words(world, world / "log"), "--timezone", "Mars/Olympus")
+    assert answer.code == 2 and "found --timezone Mars/Olympus" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("what", "instead", "said"),
+    [
+        (", slo: {ttft_s: 4, tpot_s: 0.5}", "", "found no slo of a, b, expected one in the file"),
+        ("kind: slow, ", "", "units[0].mesh: found no kind and gpus [0], expected a kind"),
+        ("kind: slow, ", "kind: fast, ", "found fast and gpus [0], expected a kind of the plan's"),
+    ],
+)
+def test_what_cannot_be_planned_over_is_named(
+    muxrt: CommandLine, world: Path, what: str, instead: str, said: str
+) -> None:
+    (world / "serve.yaml").write_text(SERVE.replace(what, instead))
+    answer = muxrt(*words(world, history(world / "log", 3, a=0.1)))
+    assert answer.code == 2 and said in answer.err, answer.err
+
+
 def test_requests_without_answers_have_no_lengths(muxrt: CommandLine, world: Path) -> None:
     refused = [
         Entry(NOW_S - 60 * number, "a", None, 0, None, None, 429, None, None, 1)
@@ -175,6 +234,10 @@ def test_requests_without_answers_have_no_lengths(muxrt: CommandLine, world: Pat
         (("--ttft", 1), "one goes with the other"),
         (("--plan", "none.yaml"), "no such file"),
         (("--traffic", "none"), "no such traffic log"),
+        (
+            ("--apply", "localhost", "--admin-key", "k"),
+            "found localhost, expected an address: http",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(

@@ -57,7 +57,8 @@ BROKEN = {
     "unknown top-level key": (
         "endpoint:",
         "server:",
-        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic, admin",
+        ":1: server: unknown key; allowed here: models, units, endpoint, routing, traffic, admin,"
+        " replan",
     ),
     "size without a unit we know": (
         "64MiB",
@@ -278,13 +279,13 @@ BROKEN = {
         GOOD,
         "",
         ":1: found nothing, expected a mapping with models, units, endpoint, routing,"
-        " traffic, admin",
+        " traffic, admin, replan",
     ),
     "a list": (
         GOOD,
         "- a\n- b\n",
         ":1: found a list, expected a mapping with models, units, endpoint, routing,"
-        " traffic, admin",
+        " traffic, admin, replan",
     ),
 }
 

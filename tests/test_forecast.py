@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import backtest_forecast
 
-PER_DAY = 4
+PER_DAY, WEEK = 4, 7
 Floats = npt.NDArray[np.float64]
 
 counts = st.lists(st.integers(0, 500), min_size=1, max_size=30).map(lambda c: np.array(c, float))
@@ -129,3 +129,65 @@ def test_it_beats_yesterdays_mean_where_days_have_hours_and_popularity_drifts() 
     losses = backtest_forecast.backtest(counts, 24, 2)
     ours, theirs = losses["forecast"], losses["yesterday's mean"]
     assert ours["mean"] < 0.85 * theirs["mean"] and ours["0.5"] < 0.85 * theirs["0.5"]
+
+
+def weekly(num_days: int, first_day: int = 0) -> npt.NDArray[np.bool_]:
+    """Bins of weekends in so many days, of which the first has this number in its week."""
+    days = (first_day + np.arange(num_days)) % WEEK >= 5
+    return np.repeat(days, PER_DAY)
+
+
+def dipped(num_days: int, part: float) -> Floats:
+    """Days of one shape, with weekends that have `part` of it."""
+    usual = np.tile(np.array([40.0, 80.0, 120.0, 80.0]), num_days)
+    return np.where(weekly(num_days), part * usual, usual)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.4, 1.0, 2.5])
+@pytest.mark.parametrize("num_bins", [0, 3, 8, 15, 27])
+def test_weekends_that_repeat_are_forecast_exactly(part: float, num_bins: int) -> None:
+    """Whenever in the week it is made, on whole days or not."""
+    whole = dipped(6 * WEEK, part)
+    end = 3 * WEEK * PER_DAY + num_bins
+    told = at_quantile(whole[:end], 9 * PER_DAY, PER_DAY, 0.5, weekly(6 * WEEK))
+    np.testing.assert_allclose(told, whole[end : end + 9 * PER_DAY], rtol=1e-6)
+
+
+def test_less_than_two_weeks_have_no_weekends() -> None:
+    counts = dipped(13, 0.2)
+    told = at_quantile(counts, PER_DAY, PER_DAY, 0.5, weekly(14))
+    np.testing.assert_allclose(told, at_quantile(counts, PER_DAY, PER_DAY, 0.5))
+
+
+def test_a_silent_weekend_does_not_silence_the_monday() -> None:
+    counts = dipped(3 * WEEK, 0.0)
+    monday = at_quantile(counts, PER_DAY, PER_DAY, 0.5, weekly(4 * WEEK))
+    np.testing.assert_allclose(monday, counts[:PER_DAY], rtol=0.05)
+
+
+def test_a_weekend_of_its_own_hours_keeps_them() -> None:
+    counts = dipped(5 * WEEK, 1.0)
+    counts[weekly(5 * WEEK)] = np.tile([60.0, 60.0, 30.0, 90.0], 10)
+    saturday = (3 * WEEK + 5) * PER_DAY
+    told = at_quantile(counts[:saturday], PER_DAY, PER_DAY, 0.5, weekly(5 * WEEK))
+    np.testing.assert_allclose(told, [60.0, 60.0, 30.0, 90.0], rtol=0.02)
+
+
+def test_weekends_are_told_apart_for_models_that_have_them() -> None:
+    rng = np.random.default_rng(1)
+    office, home = rng.poisson(dipped(4 * WEEK, 0.3)), rng.poisson(dipped(4 * WEEK, 1.0))
+    counts = {"office": office.astype(float), "home": home.astype(float)}
+    told = forecast(History(counts, 10.0, PER_DAY, weekly(5 * WEEK)), 6 * PER_DAY)
+    assert "office" in told.weekly
+    friday, saturday = (told.rates_rps["office"][d * PER_DAY : (d + 1) * PER_DAY] for d in (4, 5))
+    assert saturday.sum() == pytest.approx(0.3 * friday.sum(), rel=0.1)
+    friday, saturday = (told.rates_rps["home"][d * PER_DAY : (d + 1) * PER_DAY] for d in (4, 5))
+    assert saturday.sum() == pytest.approx(friday.sum(), rel=0.1)
+
+
+def test_weekends_gain_where_there_are_some_and_cost_little_where_there_are_none() -> None:
+    for dips, most in ((slice(None), 0.8), (backtest_forecast.NOBODY, 1.02)):
+        counts = backtest_forecast.synthetic(28, 0.2, 3, drift=True, hours=True, dips=dips)
+        losses = backtest_forecast.backtest(counts, 24, backtest_forecast.FIRST_OF_WEEKS)
+        ours, alike = (losses[rule]["mean"] for rule in ("forecast", backtest_forecast.ALIKE))
+        assert ours < most * alike

@@ -53,7 +53,7 @@ LIBRARIES = {
     "server": {"aiohttp", "jinja2", "prometheus_client", "tokenizers", "uvloop", "zmq"},
     "cluster": {"ray", "zmq"},
     "bench": {"aiohttp", "rich"},
-    "cli": {"matplotlib", "prometheus_client", "rich", "typer", "uvloop"},
+    "cli": {"matplotlib", "prometheus_client", "pyarrow", "rich", "typer", "uvloop"},
 }
 
 # The brain is called with time, luck and what was read; it looks for none of them itself.

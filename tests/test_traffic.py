@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import aiohttp
+import msgspec
 import pytest
 from command_line import CommandLine
 from scripted_unit import make_config, on_loop, serving, write_words
@@ -308,6 +309,23 @@ def test_targets_come_from_the_served_file(muxrt: CommandLine, log: Path, tmp_pa
     assert data["total"]["attainment"] == 0.8, "a refused request is late"
 
 
+def test_the_served_file_names_log_and_targets(
+    muxrt: CommandLine, log: Path, tmp_path: Path
+) -> None:
+    text = (
+        "models: [{name: a, preset: llama-7b, slo: {ttft_s: 0.3, tpot_s: 0.1}}]\nkv_bytes: 1MiB\n"
+    )
+    served, silent = tmp_path / "serve.yaml", tmp_path / "silent.yaml"
+    served.write_text(text + f"traffic: {{path: {log}}}\n")
+    data = json.loads(muxrt("traffic", served, "--json").out)
+    assert data["total"]["requests"] == 5 and data["total"]["attainment"] is not None
+    silent.write_text(text)
+    answer = muxrt("traffic", silent)
+    assert (
+        answer.code == 2 and "keeps no traffic log, expected traffic: {path: FOLDER}" in answer.err
+    )
+
+
 def test_the_newest_hours_only(muxrt: CommandLine, log: Path) -> None:
     assert json.loads(muxrt("traffic", log, "--hours", 1, "--json").out)["total"]["requests"] == 1
 
@@ -320,7 +338,36 @@ def test_what_is_exported_is_a_trace(muxrt: CommandLine, log: Path, tmp_path: Pa
     assert rows[-1].at_s == 7200 and rows[0].prompt_tokens == 10
     with out.open() as file:
         assert next(csv.DictReader(file))["status"] == "200"
-    assert "Parquet is not written" in muxrt("traffic", log, "--export", "a.parquet").err
+
+
+def test_parquet_has_the_same_rows(muxrt: CommandLine, log: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "out.parquet"
+    answer = muxrt("traffic", log, "--export", out)
+    assert answer.code == 0 and answer.out.startswith("5 requests are in"), answer.err
+    rows = parquet.read_table(out).to_pylist()
+    found = [
+        (
+            row["time"].timestamp(),
+            row["model"],
+            row["prompt"],
+            row["output"],
+            *list(row.values())[4:],
+        )
+        for row in rows
+    ]
+    assert found == [msgspec.structs.astuple(one) for one in read_entries(log)]
+
+
+def test_parquet_asks_for_its_library(
+    muxrt: CommandLine, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "muxrt.cli.traffic_parquet", raising=False)
+    out = tmp_path / "out.parquet"
+    answer = muxrt("traffic", log, "--export", out)
+    assert answer.code == 2 and "pip install 'muxrt[parquet]'" in answer.err
+    assert not out.exists()
 
 
 def test_a_trace_is_taken_in(muxrt: CommandLine, tmp_path: Path) -> None:
@@ -344,6 +391,7 @@ def test_a_trace_is_taken_in(muxrt: CommandLine, tmp_path: Path) -> None:
         (("LOG", "--model", "a"), "they go with --import"),
         (("LOG", "--import", "none.csv"), "no such trace"),
         (("LOG", "--export", "none/x.csv"), "cannot be written"),
+        (("LOG", "--export", "x.txt"), "expected a name that ends in .csv or .parquet"),
         (("LOG", "--config", "none.yaml"), "no such file"),
     ],
 )

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import msgspec
@@ -51,14 +52,23 @@ class AdminClient:
                 return json.load(response)
         except HTTPError as error:
             raise AdminError(f"{self.url}: {error.code}: {_why(error)}") from None
+        except URLError as error:
+            why = getattr(error.reason, "strerror", None) or error.reason
+            raise EndpointError(f"{self.url} does not answer: {why}") from None
         except (OSError, HTTPException, ValueError) as error:
             raise EndpointError(f"{self.url} does not answer: {error}") from None
 
 
 def administrator(url: str | None, key: str | None) -> AdminClient | None:
-    """The one of the server at `url`, if there is to be one. Raises ConfigError without a key."""
+    """The one of the server at `url`, if there is to be one.
+
+    Raises ConfigError without a key, and for what is no address.
+    """
     if url is None:
         return None
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(f"--apply: found {url}, expected an address: http://127.0.0.1:8000")
     if not key:
         raise ConfigError("--apply: found no key, expected --admin-key or MUXRT_ADMIN_KEY")
     return AdminClient(url, key)

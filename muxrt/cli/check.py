@@ -13,6 +13,8 @@ from muxrt.config.document import Key, KeyedError
 from muxrt.config.load import load_file
 from muxrt.config.model import ModelShape, load_shape
 from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
+from muxrt.config.plan import load_plan, mesh_problems
+from muxrt.config.replan import Replan
 from muxrt.config.serve import (
     ApiKeys,
     ServeConfig,
@@ -78,8 +80,20 @@ def check(
             _check_gpu(index, unit, gpus)
         _check_dtypes(unit, config)
         _check_cores(index, unit, cores)
+    if config.replan is not None:
+        _check_replan(config.replan, config.units)
     plans = tuple(_plan(i, unit, config, shapes) for i, unit in enumerate(exchanging(config.units)))
     return Checked(config, shapes, plans)
+
+
+def _check_replan(replan: Replan, units: tuple[UnitSpec, ...]) -> None:
+    """A plan that can be read, and units in its terms: better said now than every night."""
+    try:
+        plan = load_plan(Path(replan.plan))
+    except ConfigError as error:
+        raise KeyedError(("replan", "plan"), error.message) from None
+    for problem in mesh_problems(units, plan.file):
+        raise problem
 
 
 def _check_keys(keys: ApiKeys | None, environ: Mapping[str, str], at: Key) -> None:

@@ -19,10 +19,16 @@ class StrategyName(StrEnum):
     TEMPORAL = "temporal"
 
 
-Traffic = Annotated[Path, typer.Option(help="The log of the server: the folder of traffic.path.")]
+Traffic = Annotated[
+    Path | None,
+    typer.Option(help="The log of the server; left out, the folder of traffic.path in CONFIG."),
+]
 Plan = Annotated[
-    Path,
-    typer.Option(help="Cluster, profiles and engine facts: configs/plans/*.yaml, or your own."),
+    Path | None,
+    typer.Option(
+        help="Cluster, profiles and engine facts: configs/plans/*.yaml, or your own; left out,"
+        " replan.plan of CONFIG."
+    ),
 ]
 Window = Annotated[
     float, typer.Option(min=0.25, max=168, help="Hours to plan for; the next replan is then.")
@@ -61,6 +67,9 @@ Scenarios = Annotated[
         " must gain on average.",
     ),
 ]
+Timezone = Annotated[
+    str, typer.Option(help="Whose Saturdays and Sundays are weekends: UTC, or Europe/Berlin.")
+]
 Apply = Annotated[
     str | None,
     typer.Option(
@@ -78,8 +87,8 @@ Tpot = Annotated[float | None, typer.Option(min=1e-4, help="Seconds, for models 
 
 def replan(
     config: Annotated[Path, typer.Argument(help="What is served: its units are the old ones.")],
-    traffic: Traffic,
-    plan: Plan,
+    traffic: Traffic = None,
+    plan: Plan = None,
     strategy: Annotated[StrategyName, typer.Option(help="How to place.")] = StrategyName.AUTO,
     window: Window = 24.0,
     quantile: Quantile = 0.5,
@@ -89,6 +98,7 @@ def replan(
     most_age: MostAge = 6.0,
     at: At = None,
     scenarios: Scenarios = 3,
+    timezone: Timezone = "UTC",
     ttft: Ttft = None,
     tpot: Tpot = None,
     out: Out = None,
@@ -107,7 +117,7 @@ def replan(
     from time import time
 
     from muxrt.cli.admin_client import administrator
-    from muxrt.cli.replan_input import Words, look_out
+    from muxrt.cli.replan_input import Words, look_out, zone_of
     from muxrt.cli.replan_report import carried_out, check_paths, report
     from muxrt.cli.replan_run import replan as run
     from muxrt.cli.replan_run import window_s
@@ -116,10 +126,11 @@ def replan(
 
     check_paths(out, picture)
     now_s, slo = time() if at is None else point_in_time("--at", at), _slo(ttft, tpot)
+    zone = zone_of(timezone)
     admin = administrator(apply, admin_key)
     units = admin.units() if admin else None
     history = (window, quantile, least_history, most_age)
-    outlook = look_out(Words(config, traffic, plan, now_s, *history, slo, scenarios, units))
+    outlook = look_out(Words(config, traffic, plan, now_s, *history, slo, scenarios, units, zone))
     terms = Terms(window_s(outlook), margin, least_gain)
     found = run(outlook, strategy.value, terms)
     wanted = carried_out(admin, found)

@@ -89,6 +89,8 @@ def _forecast_line(found: Replan) -> str:
     outlook = found.outlook
     days = outlook.forecast.num_days
     source = f"the last {days} days" if days > 1 else "a day" if days else "a recent mean"
+    weekly, models = len(outlook.forecast.weekly), len(outlook.served.models)
+    source += f" (weekends apart for {weekly} of {models} models)" if weekly else ""
     busiest, quietest = outlook.bands[0], outlook.bands[-1]
     return (
         f"forecast by {source}, {outlook.requests} requests: {busiest.total_rps:.2f} requests/s in"
@@ -191,6 +193,7 @@ def as_data(found: Replan) -> dict[str, Any]:
         "cost": asdict(best.cost) | {"total_bytes": best.cost.total_bytes},
         "forecast": {
             "days": outlook.forecast.num_days,
+            "weekends_apart": outlook.forecast.weekly,
             "requests": outlook.requests,
             "bands": [asdict(band) for band in outlook.bands],
         },

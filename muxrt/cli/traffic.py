@@ -11,7 +11,7 @@ Since = Annotated[
 Config = Annotated[
     Path | None, typer.Option(help="The served file: with its targets, attainment is shown.")
 ]
-Export = Annotated[Path | None, typer.Option(help="Write the requests to this .csv file.")]
+Export = Annotated[Path | None, typer.Option(help="Write the requests to this .csv or .parquet.")]
 Import = Annotated[
     Path | None,
     typer.Option(
@@ -31,7 +31,12 @@ Ends = Annotated[
 
 
 def traffic(
-    log: Annotated[Path, typer.Argument(help="The folder of traffic.path, or one file of it.")],
+    log: Annotated[
+        Path,
+        typer.Argument(
+            help="The folder of traffic.path, one file of it, or the served file that names it."
+        ),
+    ],
     hours: Since = None,
     config: Config = None,
     export: Export = None,
@@ -50,12 +55,14 @@ def traffic(
         raise typer.BadParameter("one at a time", param_hint="--import, --export, --json")
     from muxrt.cli import traffic_files
 
+    if log.suffix in (".yaml", ".yml"):
+        config, log = config or log, traffic_files.log_of(log)
     if trace is not None:
         traffic_files.take_in(log, trace, model, ends)
         return
     entries = traffic_files.read(log, hours)
     if export is not None:
-        traffic_files.write_csv(export, entries)
+        traffic_files.export(export, entries)
         return
     from muxrt.cli.traffic_table import as_data, print_summary, summarise
 

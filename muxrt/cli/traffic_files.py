@@ -1,7 +1,7 @@
 """What `muxrt traffic` reads and writes."""
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
@@ -31,29 +31,58 @@ def read(log: Path, hours: float | None) -> Iterator[Entry]:
     return read_entries(log, -inf if hours is None else last_s - hours * HOUR_S)
 
 
+def log_of(config: Path) -> Path:
+    """The log that the server of this file keeps. Raises ConfigError."""
+    traffic = load(config).traffic
+    if traffic is None:
+        raise ConfigError(
+            f"{config} keeps no traffic log, expected traffic: {{path: FOLDER}} in it"
+        )
+    return Path(traffic.path)
+
+
 def targets(config: Path | None) -> dict[str, Slo | None]:
     """Those of the models that `config` serves."""
     return {} if config is None else {model.name: model.slo for model in load(config).models}
 
 
-def write_csv(path: Path, entries: Iterable[Entry]) -> None:
-    """All columns; what has no value is empty. Raises ConfigError."""
-    if path.suffix != ".csv":
-        raise ConfigError(
-            f"found --export {path}, expected a name that ends in .csv: Parquet is not written,"
-            " as nothing here depends on a library for it"
-        )
+def export(path: Path, entries: Iterable[Entry]) -> None:
+    """Write the requests, all columns, as CSV or Parquet by the name. Raises ConfigError."""
+    write = _writer(path)
     try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([HEADERS.get(name, name) for name in Entry.__struct_fields__])
-            count = 0
-            for entry in entries:
-                writer.writerow(msgspec.structs.astuple(entry))
-                count += 1
+        count = write(path, entries)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
     print(f"{count} requests are in {path}")
+
+
+def _writer(path: Path) -> Callable[[Path, Iterable[Entry]], int]:
+    if path.suffix == ".csv":
+        return write_csv
+    if path.suffix != ".parquet":
+        raise ConfigError(f"found --export {path}, expected a name that ends in .csv or .parquet")
+    try:
+        from muxrt.cli.traffic_parquet import write_parquet
+    except ImportError as error:
+        if error.name != "pyarrow":
+            raise
+        raise ConfigError(
+            f"found --export {path} and no pyarrow, expected it for Parquet: pip install"
+            " 'muxrt[parquet]'; .csv needs nothing"
+        ) from None
+    return write_parquet
+
+
+def write_csv(path: Path, entries: Iterable[Entry]) -> int:
+    """What has no value is empty; how many rows. Raises OSError."""
+    count = 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([HEADERS.get(name, name) for name in Entry.__struct_fields__])
+        for entry in entries:
+            writer.writerow(msgspec.structs.astuple(entry))
+            count += 1
+    return count
 
 
 def take_in(log: Path, trace: Path, model: str | None, ends: str | None) -> None:

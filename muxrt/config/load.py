@@ -100,8 +100,11 @@ def resolve(config: ServeConfig, folder: Path) -> ServeConfig:
     if traffic is not None:
         traffic = msgspec.structs.replace(traffic, path=_resolved(traffic.path, folder))
     admin = config.admin and _resolved_admin(config.admin, folder)
+    replan = config.replan
+    if replan is not None:
+        replan = msgspec.structs.replace(replan, plan=_resolved(replan.plan, folder))
     return msgspec.structs.replace(
-        config, models=models, endpoint=endpoint, traffic=traffic, admin=admin
+        config, models=models, endpoint=endpoint, traffic=traffic, admin=admin, replan=replan
     )
 
 

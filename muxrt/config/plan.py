@@ -1,6 +1,6 @@
 """What `muxrt plan` is told: a cluster, models, and what is known of the engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from msgspec import Meta
 from muxrt.config.cluster import Cluster, cluster_problems
 from muxrt.config.document import Document, KeyedError, read_document
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import Count, Index, ModelSpec, Name, NotNegative
+from muxrt.config.placement import Count, Index, ModelSpec, Name, NotNegative, UnitSpec
 from muxrt.config.presets import model_shape
 from muxrt.config.profile import read_profile
 from muxrt.config.schema import convert
@@ -87,6 +87,19 @@ def check_plan(file: PlanFile, document: Document) -> PlanInput:
     except KeyedError as problem:
         raise document.locate(problem) from None
     return PlanInput(file, document, shapes)
+
+
+def mesh_problems(units: Sequence[UnitSpec], file: PlanFile) -> Iterator[KeyedError]:
+    """Units that are served and not in the plan's terms: nothing can be planned over them."""
+    kinds = sorted({group.gpu for group in file.cluster.nodes})
+    for index, unit in enumerate(units):
+        if unit.mesh.kind not in kinds or not unit.mesh.gpus:
+            yield KeyedError(
+                ("units", index, "mesh"),
+                f"found {unit.mesh.kind or 'no kind'} and gpus {list(unit.mesh.gpus or ())},"
+                f" expected a kind of the plan's cluster ({', '.join(kinds)}) and its gpus, as"
+                " `muxrt plan --out` writes them: replan goes by them",
+            )
 
 
 def _problems(file: PlanFile) -> Iterator[KeyedError]:

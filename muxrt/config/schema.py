@@ -25,6 +25,14 @@ SIZE_UNITS = {
     "TB": 10**12,
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*")
+DURATION_UNITS_S = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+# Patterns of text, for `Meta(pattern=...)`, and what they are called.
+DURATION = r"^\d+(\.\d+)?\s*(s|min|h|d)$"
+TIME_OF_DAY = r"^([01]?\d|2[0-3]):[0-5]\d$"
+_PATTERNS = {
+    DURATION: "a duration such as 24h, 90min or 30s",
+    TIME_OF_DAY: 'a time of day in quotes, such as "04:00"',
+}
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -44,6 +52,12 @@ def parse_bytes(text: str) -> int | None:
     if match is None or match[2].lower() not in units:
         return None
     return round(float(match[1]) * units[match[2].lower()])
+
+
+def seconds_of(duration: str) -> float:
+    """Of text that fits `DURATION`: `90min` is 5400."""
+    number = duration.rstrip("sminhd").rstrip()
+    return float(number) * DURATION_UNITS_S[duration[len(number) :].strip()]
 
 
 def _check(kind: inspect.Type, value: Any, key: Key) -> Any:
@@ -99,7 +113,7 @@ def _number(kind: inspect.FloatType, value: Any, key: Key) -> float:
 
 
 def _text(kind: inspect.StrType, value: Any, key: Key) -> str:
-    if not isinstance(value, str) or len(value) < (kind.min_length or 0):
+    if not isinstance(value, str) or not _is_like(kind, value):
         raise _wrong(key, value, _describe(kind, key[-1]))
     return value
 
@@ -126,6 +140,11 @@ _CHECKS: dict[type, Callable[[Any, Any, Key], Any]] = {
     inspect.BoolType: _flag,
     inspect.LiteralType: _choice,
 }
+
+
+def _is_like(kind: inspect.StrType, value: str) -> bool:
+    is_long = len(value) >= (kind.min_length or 0)
+    return is_long and (kind.pattern is None or re.search(kind.pattern, value) is not None)
 
 
 def _in_bounds(kind: inspect.IntType | inspect.FloatType, value: float) -> bool:
@@ -163,6 +182,8 @@ def _describe(kind: inspect.Type, name: str | int) -> str:
             return "a number" + _bounds(kind)
         case inspect.BoolType():
             return "true or false"
+        case inspect.StrType(pattern=str(pattern)):
+            return _PATTERNS[pattern]
     return "text"
 
 

@@ -19,6 +19,7 @@ from muxrt.config.placement import (
     UnitSpec,
     exchanging,
 )
+from muxrt.config.replan import Replan, replan_problems
 from muxrt.config.routing import Routing, routing_problems
 
 # Shares written as decimals may add up to a hair more than one (0.7 + 0.2 + 0.1).
@@ -75,6 +76,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     routing: Routing = Routing()
     traffic: TrafficFolder | None = None  # None = no log
     admin: Admin | None = None  # None = nobody
+    replan: Replan | None = None  # None = the placement stays as it is
 
     @property
     def placement(self) -> Placement:
@@ -122,6 +124,37 @@ def _problems(config: ServeConfig) -> Iterator[KeyedError]:
     yield from _role_problems(config.units)
     yield from _sleep_problems(config)
     yield from routing_problems(config.routing)
+    if config.replan is not None:
+        yield from _replan_problems(config, config.replan)
+
+
+def _replan_problems(config: ServeConfig, replan: Replan) -> Iterator[KeyedError]:
+    """A server that is to plan anew and cannot."""
+    yield from replan_problems(replan)
+    if config.traffic is None:
+        yield KeyedError(
+            ("replan",), "found no log to plan by, expected traffic: {path: FOLDER} beside it"
+        )
+    if config.admin is None:
+        yield KeyedError(
+            ("replan",),
+            "found no admin, expected admin: {keys: {env: NAME}} beside it: its keys show what was"
+            " decided, and its limits hold for the change",
+        )
+    for index, model in enumerate(config.models):
+        if model.slo is None and replan.slo is None:
+            yield KeyedError(
+                ("models", index),
+                f"{model.name} has no slo, expected one to plan by, here or in replan.slo, such as"
+                " {ttft_s: 1.0, tpot_s: 0.1}",
+            )
+    for index, unit in enumerate(config.units):
+        if unit.has_roles:
+            yield KeyedError(
+                ("units", index),
+                "found roles and replan, expected one of them: units that hand sequences over are"
+                " changed by a restart",
+            )
 
 
 def source_problems(at: Key, model: ModelSpec) -> Iterator[KeyedError]:

@@ -18,6 +18,7 @@ from muxrt.errors import BadRequest, ConfigError, Conflict, UnknownModel
 from muxrt.server.auth import KeyRing
 from muxrt.server.deploy import Deployer
 from muxrt.server.dispatch import Dispatcher
+from muxrt.server.replan import Replanner
 from muxrt.server.supervisor import Supervisor
 from muxrt.server.unit_process import UnitProcess
 
@@ -76,9 +77,15 @@ class AdminRoutes:
     """What administrators can see and do."""
 
     def __init__(
-        self, keys: KeyRing, deployer: Deployer, supervisor: Supervisor, dispatcher: Dispatcher
+        self,
+        keys: KeyRing,
+        deployer: Deployer,
+        supervisor: Supervisor,
+        dispatcher: Dispatcher,
+        replanner: Replanner | None = None,
     ) -> None:
         self._keys = keys
+        self._replanner = replanner
         self._deployer = deployer
         self._supervisor = supervisor
         self._dispatcher = dispatcher
@@ -95,6 +102,8 @@ class AdminRoutes:
         router.add_post("/admin/models/{name}/role", self._guarded(self.switch_role))
         router.add_get("/admin/placement", self._guarded(self.show_placement))
         router.add_post("/admin/placement", self._guarded(self.apply))
+        router.add_get("/admin/replan", self._guarded(self.show_replan))
+        router.add_post("/admin/replan", self._guarded(self.replan))
 
     def _guarded(self, handler: Handler) -> Handler:
         """`handler` for who has an admin key; what cannot be served is the asker's error."""
@@ -221,6 +230,22 @@ class AdminRoutes:
 
     async def _change(self, wanted: Deployment) -> web.Response:
         return _json(await self._deployer.apply(wanted))
+
+    # -- planned anew ------------------------------------------------------------------------
+
+    async def show_replan(self, http: web.Request) -> web.Response:
+        """GET /admin/replan: what was decided last, whether one goes on, and when the next is."""
+        return _json(self._replan().as_data())
+
+    async def replan(self, http: web.Request) -> web.Response:
+        """POST /admin/replan: one now; answers at once, and 409 while one goes on."""
+        self._replan().ask()
+        return _json(self._replan().as_data(), 202)
+
+    def _replan(self) -> Replanner:
+        if self._replanner is None:
+            raise BadRequest("the served file has no replan, expected replan: {plan: FILE} in it")
+        return self._replanner
 
 
 def _info(unit: UnitProcess) -> UnitInfo:

@@ -27,6 +27,7 @@ from muxrt.server.dispatch import Dispatcher
 from muxrt.server.journal import Journal
 from muxrt.server.progress import LoadingView
 from muxrt.server.prometheus import Metrics
+from muxrt.server.replan import Replanner
 from muxrt.server.routes import Routes
 from muxrt.server.served_model import ServedModel
 from muxrt.server.supervisor import Supervisor
@@ -66,6 +67,7 @@ class Server:
         self.dispatcher = Dispatcher(config.models, self.supervisor, monotonic, config.routing)
         self.traffic = TrafficLog(config.traffic) if config.traffic is not None else None
         self.deployer: Deployer | None = None  # where changes are allowed
+        self.replanner: Replanner | None = None  # where it makes them itself
         self.url = ""
         self._runner: web.AppRunner | None = None
 
@@ -87,6 +89,8 @@ class Server:
         self.supervisor.start()
         self.models.update(await _load_models(self.config.models))
         await self.supervisor.wait_ready()
+        if self.replanner is not None:
+            await self.replanner.start()
 
     def _add_admin(self, metrics: Metrics, app: web.Application) -> None:
         """Routes for who may change what is served. Raises ConfigError for keys that are none."""
@@ -104,7 +108,14 @@ class Server:
             limit_bytes=admin.max_extra_bytes,
         )
         self.deployer.on_switch = metrics.serve
-        AdminRoutes(keys, self.deployer, self.supervisor, self.dispatcher).add_to(app)
+        replan, traffic = self.config.replan, self.config.traffic
+        if replan is not None:
+            assert traffic is not None, "check_references wants it"
+            self.replanner = Replanner(replan, Path(traffic.path), self.deployer)
+            metrics.watch(self.replanner)
+        AdminRoutes(keys, self.deployer, self.supervisor, self.dispatcher, self.replanner).add_to(
+            app
+        )
 
     async def _listen(self, app: web.Application) -> None:
         endpoint = self.config.endpoint
@@ -125,6 +136,8 @@ class Server:
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse what is new and let what runs finish; False if something had to be ended."""
+        if self.replanner is not None:
+            await self.replanner.stop()
         is_drained = await self.dispatcher.drained(timeout_s)
         if not is_drained:
             log.warning("event=drain_late live=%d", len(self.dispatcher.ledger))
@@ -135,6 +148,8 @@ class Server:
         """End the units, then stop listening; True if every unit ended well."""
         self.dispatcher.is_draining = True
         self.dispatcher.abandon()
+        if self.replanner is not None:
+            await self.replanner.stop()
         if self.deployer is not None:
             await self.deployer.stop()
         is_clean = await self.supervisor.stop(LAST_STOP_S)

@@ -10,6 +10,7 @@ from muxrt.config.placement import ModelSpec, Role
 from muxrt.engine.messages import BatchStats, ModelStats, Stats
 from muxrt.metrics import Timing, is_met
 from muxrt.server.dispatch import Dispatcher
+from muxrt.server.replan import Outcome, Replanner
 from muxrt.server.unit_process import UnitProcess
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -119,6 +120,31 @@ class UnitCollector(Collector):
         yield from (role, switches)
 
 
+class ReplanCollector(Collector):
+    """What a server that replans itself decided, since it was started."""
+
+    def __init__(self, replanner: Replanner) -> None:
+        self._replanner = replanner
+
+    def collect(self) -> Iterator[Metric]:
+        now, last = self._replanner, self._replanner.last
+        done = CounterMetricFamily("muxrt_replans", "Replans, by outcome.", labels=("outcome",))
+        for outcome in Outcome:
+            done.add_metric([outcome.value], now.counts[outcome])
+        yield done
+        yield CounterMetricFamily("muxrt_replans_missed", "Due and not made.", now.num_missed)
+        yield GaugeMetricFamily(
+            "muxrt_replan_running", "1 while one goes on.", now.begun_s is not None
+        )
+        yield GaugeMetricFamily(
+            "muxrt_replan_next_timestamp_seconds", "When the next is due.", now.next_s
+        )
+        if last is not None:
+            yield GaugeMetricFamily(
+                "muxrt_replan_last_timestamp_seconds", "When the last began.", last.begun_s
+            )
+
+
 def _filled(
     family: GaugeMetricFamily | CounterMetricFamily, stats: list[Stats], value: ModelValue
 ) -> Metric:
@@ -186,6 +212,10 @@ class Metrics:
         self._met = Counter(
             "muxrt_slo_met", "Those that met both targets.", ("model",), registry=registry
         )
+
+    def watch(self, replanner: Replanner) -> None:
+        """Tell of its decisions, too."""
+        self._registry.register(ReplanCollector(replanner))
 
     def serve(self, models: Iterable[ModelSpec]) -> None:
         """These are the models from now on; requests for others may still end."""

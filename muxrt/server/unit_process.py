@@ -86,7 +86,7 @@ async def _spawn(boot: UnitBoot, module: str, *arguments: str) -> Process:
         module,
         *arguments,
         stdin=asyncio.subprocess.PIPE,
-        env=_environment(os.environ),
+        env=environment(os.environ),
         # Ctrl-C is for the API, which drains; a unit that died of it could not.
         start_new_session=True,
     )
@@ -95,7 +95,7 @@ async def _spawn(boot: UnitBoot, module: str, *arguments: str) -> Process:
     return _Child(process)
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` with this muxrt importable, wherever the process was started from."""
     home = str(Path(muxrt.__file__).parent.parent)
     paths = [home, environ["PYTHONPATH"]] if environ.get("PYTHONPATH") else [home]
