@@ -31,11 +31,13 @@ from muxrt.errors import MuxrtError
 from muxrt.kernels import Team
 from muxrt.models.llama import Llama
 from muxrt.models.ranks import Ranks
+from muxrt.worker.build import open_mover
 from muxrt.worker.collectives import GlooRanks, RankLost, open_store
 from muxrt.worker.executor import LaneExecutor
+from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.kv_storage import Segment, Storage
 from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, split_cores
-from muxrt.worker.mesh_copies import CopyTogether, join_addresses, open_exchange
+from muxrt.worker.mesh_copies import CopyTogether, add_up, join_addresses, open_exchange
 from muxrt.worker.process_lane import ProcessLane
 from muxrt.worker.runner import Copier, Resident, Runner
 from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
@@ -45,6 +47,10 @@ from muxrt.worker.watch import Watch
 log = logging.getLogger(__name__)
 
 BEATS_BYTES = 4096  # of the shared memory; rooms begin behind them
+
+# Ranks may be so far apart where some of the weights come from memory and others from the disk. One
+# that is gone or stands still is found by its beats.
+WAKE_S = 60.0
 
 Load = Callable[[Shard], dict[str, Llama]]
 Lose = Callable[[Exception], None]
@@ -179,10 +185,12 @@ def open_mesh(
     cores: Sequence[int],
     load: Load,
     unit: str = "",
+    sleepers: Mapping[str, HostWeights] | None = None,
 ) -> LaneExecutor:
     """Start the other ranks, load this one's weights and start its lanes.
 
-    `unit` is its name and generation, for units that fetch from it. Raises ConfigError for a unit
+    `unit` is its name and generation, for units that fetch from it; `sleepers` are there once
+    `load` has returned: the weights of models that may sleep. Raises ConfigError for a unit
     that cannot be cut, MuxrtError where a rank cannot start.
     """
     size, timeout_s = plan.spec.mesh.tp, plan.spec.mesh.timeout_s
@@ -216,12 +224,13 @@ def open_mesh(
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
-        opened = open_lanes(setups[0], loaded, lines, stack, others.lose)
+        opened = open_lanes(setups[0], loaded, lines, stack, others.lose, sleepers)
         lanes: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
         watch = Watch(open_beats(memory, size), 0, others.pids, timeout_s, others.silence)
         stack.callback(watch.close)
-        return LaneExecutor([*lanes, others], stack.pop_all(), opened.reached)
+        every = [*lanes, others]
+        return LaneExecutor(every, stack.pop_all(), opened.reached, opened.weight_bytes)
     raise AssertionError("an exit stack swallows nothing")
 
 
@@ -251,8 +260,10 @@ def open_lines(
 ) -> list[Ranks]:
     """A line to the other ranks for each lane, the copy lane last."""
     lines: list[Ranks] = []
-    timeout_s = setup.plan.spec.mesh.timeout_s
     for lane in range(setup.plan.num_lanes + 1):
+        timeout_s = setup.plan.spec.mesh.timeout_s
+        if lane == setup.plan.num_lanes and setup.plan.habits is not None:
+            timeout_s = max(timeout_s, WAKE_S)
         if store is None:
             size = num_bytes(setup.shard.size)
             rooms = memory.tensor(offset=BEATS_BYTES + lane * size, count=size)
@@ -270,10 +281,16 @@ class OpenedRank:
 
     lanes: list[ThreadLane]
     reached: Reached | None  # on the first rank, where the unit hands sequences over
+    weight_bytes: dict[str, int]  # on the first rank: of models that may sleep, on all ranks
 
 
 def open_lanes(
-    setup: RankSetup, models: dict[str, Llama], lines: Sequence[Ranks], stack: ExitStack, lose: Lose
+    setup: RankSetup,
+    models: dict[str, Llama],
+    lines: Sequence[Ranks],
+    stack: ExitStack,
+    lose: Lose,
+    sleepers: Mapping[str, HostWeights] | None = None,
 ) -> OpenedRank:
     """Start a rank's lanes; `models` is emptied, `lose` hears why the mesh is broken."""
     plan = setup.plan
@@ -286,7 +303,9 @@ def open_lanes(
         else None
     )
     reached = join_addresses(exchange, plan.models, lines[-1]) if exchange else None
-    copier = Copier(storage, plan.arena.block_bytes, exchange, there)
+    mover = open_mover(plan, storage, sleepers, len(setup.cores), stack)
+    weight_bytes = add_up({n: w.num_bytes for n, w in (sleepers or {}).items()}, lines[-1])
+    copier = Copier(storage, plan.arena.block_bytes, exchange, there, mover)
     shares = split_cores(setup.cores, plan.spec.lanes.split)
     lanes = [
         ThreadLane(f"lane-{number}", share, _batches(there, lines[number], lose))
@@ -298,7 +317,7 @@ def open_lanes(
         stack.callback(lane.close)
     for lane in lanes:
         lane.wait_started()
-    return OpenedRank(lanes, reached)
+    return OpenedRank(lanes, reached, weight_bytes)
 
 
 def _batches(models: Mapping[str, Resident], line: Ranks, lose: Lose) -> Callable[[Team], Run]:
