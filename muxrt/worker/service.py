@@ -28,6 +28,7 @@ from muxrt.engine.messages import (
     Drain,
     Extend,
     Failed,
+    Forget,
     FromUnit,
     Loading,
     ModelReady,
@@ -169,6 +170,8 @@ class Service:
                     self._drain(order.deadline_s)
                 case SetAwake():
                     self._unit.set_awake(order.model, order.is_awake)
+                case Forget():
+                    self._unit.forget(order.model)
 
     def _drain(self, seconds: float) -> None:
         log.info("event=drain deadline_s=%.1f", seconds)
