@@ -79,12 +79,11 @@ class HostWeights:
 
     def _read(self, piece: tuple[int, int]) -> None:
         begin, end = piece
-        with self.weights.segment.view() as home:
-            while begin < end:
-                count = os.preadv(self._copy, [home[begin:end]], begin)
-                if not count:
-                    raise OSError(f"it ends at byte {begin} of {self.num_bytes}")
-                begin += count
+        while begin < end:
+            count = self.weights.segment.read(self._copy, begin, end)
+            if not count:
+                raise OSError(f"it ends at byte {begin} of {self.num_bytes}")
+            begin += count
 
     def close(self) -> None:
         """Give memory and copy back."""

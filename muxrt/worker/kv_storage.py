@@ -59,6 +59,11 @@ class Segment:
             os.close(self._fd)
 
     @property
+    def is_private(self) -> bool:
+        """No other process can map it."""
+        return self._fd < 0
+
+    @property
     def fd(self) -> int:
         """To hand to a child process; of the owner only, and not of a private segment."""
         assert self._is_owner and self._map is not None and self._fd >= 0
@@ -78,6 +83,19 @@ class Segment:
         assert self._map is not None, "the segment is closed"
         return memoryview(self._map)[: self.num_bytes]
 
+    def read(self, source: int, begin: int, end: int) -> int:
+        """Read bytes of a file to the same place; how many, 0 behind its end. Raises OSError."""
+        if self.is_private:
+            with self.view() as home:
+                return os.preadv(source, [home[begin:end]], begin)
+        # Pages that are written through a descriptor are not zeroed before, nor found one by one.
+        target = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.lseek(target, begin, os.SEEK_SET)
+            return os.sendfile(target, source, begin, end - begin)
+        finally:
+            os.close(target)
+
     def discard(self, begin: int = 0, end: int | None = None) -> None:
         """Give whole pages between two bytes back (None: to the end); they read zeros, and are
         taken again when written.
@@ -86,7 +104,7 @@ class Segment:
         begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         end = len(self._map) if end is None else end // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end:
-            advice = mmap.MADV_DONTNEED if self._fd < 0 else mmap.MADV_REMOVE
+            advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
             self._map.madvise(advice, begin, end - begin)
 
     def offer(self) -> None:
@@ -95,7 +113,7 @@ class Segment:
         They hold what they held, or zeros. Pages that are shared are given back at once.
         """
         assert self._map is not None, "the segment is closed"
-        if self._fd < 0:
+        if self.is_private:
             self._map.madvise(mmap.MADV_FREE)
         else:
             self.discard()
@@ -112,7 +130,7 @@ class Segment:
         other_end = len(other._map) if other_end is None else other_end
         other_begin = -(-other_begin // HUGE_BYTES) * HUGE_BYTES
         num_bytes = min(len(self._map) - begin, other_end - other_begin) // HUGE_BYTES * HUGE_BYTES
-        if self._fd >= 0 or other._fd >= 0 or num_bytes <= 0:
+        if not (self.is_private and other.is_private) or num_bytes <= 0:
             return 0
         return move_pages(address(other._map) + other_begin, address(self._map) + begin, num_bytes)
 
