@@ -141,3 +141,15 @@ def test_a_deleted_model_leaves_a_unit_that_goes_on(
             assert time.monotonic() < until_s
             time.sleep(0.02)
         assert server.pid("main") == pid and list(server.server.supervisor.units) == ["main"]
+
+
+def test_who_waits_for_anothers_residency_wakes_when_that_is_over(
+    tmp_path: Path, awake_answers: dict[str, str]
+) -> None:
+    """The moment came and went between a look at the clock and the next: nobody was told."""
+    config = sleepy_config(tmp_path, "cores", 150_000)
+    hasty = {"min_residency_s": 0.2, "wake_timeout_s": 5.0}
+    models = tuple(msgspec.structs.replace(model, **hasty) for model in config.models)
+    with real_server(msgspec.structs.replace(config, models=models)) as server:
+        for _ in range(3):
+            assert {name: complete(server.url, name) for name in NAMES} == awake_answers
