@@ -6,11 +6,20 @@ Activations are float32; the arena is float32 or bfloat16; weights are float32, 
 from muxrt.kernels import cpu_meet as meeting
 from muxrt.kernels.cpu import CpuProgram as Program
 from muxrt.kernels.cpu import checksum, copy_blocks, sample, warm_up
-from muxrt.kernels.packing import Packed, Pages, map_pages, pack_into, packed_elems, unpack
+from muxrt.kernels.packing import (
+    HUGE_BYTES,
+    Packed,
+    Pages,
+    map_pages,
+    pack_into,
+    packed_elems,
+    unpack,
+)
 from muxrt.kernels.team import Team
 from muxrt.kernels.types import AttentionMeta, DeviceMeta, KvCache, MetaArrays
 
 __all__ = [
+    "HUGE_BYTES",
     "AttentionMeta",
     "DeviceMeta",
     "KvCache",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PANEL = 64  # output features of a panel
+HUGE_BYTES = 2 << 20  # of a huge page of x86 and of ARM with small pages of 4 KiB
 LARGEST = 127  # of int8 weights: symmetric, so that -w has the same error as w
 
 
@@ -70,7 +71,12 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def map_pages(num_bytes: int) -> mmap.mmap:
-    """Zeroed memory of this process, in huge pages where the system has them."""
+    """Zeroed memory of this process, in huge pages where the system has them.
+
+    Whole ones: Linux (6.7 and later) begins those of no other size where a huge page may begin.
+    """
+    if num_bytes > HUGE_BYTES:
+        num_bytes = -(-num_bytes // HUGE_BYTES) * HUGE_BYTES
     pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)

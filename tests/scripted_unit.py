@@ -20,6 +20,7 @@ from muxrt.engine.messages import (
     Abort,
     Drain,
     Failed,
+    Forget,
     FromUnit,
     ModelReady,
     Ready,
@@ -46,6 +47,7 @@ class ScriptedUnit:
         self.requests: asyncio.Queue[Request] = asyncio.Queue()
         self.aborts: asyncio.Queue[int] = asyncio.Queue()
         self.drains: asyncio.Queue[Drain] = asyncio.Queue()
+        self.forgets: asyncio.Queue[str] = asyncio.Queue()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.identity = boot.identity.encode()
@@ -76,9 +78,9 @@ class ScriptedUnit:
     async def send_raw(self, data: bytes) -> None:
         await self._socket.send(data)
 
-    async def ready(self) -> None:
+    async def ready(self, max_len: int = MAX_LEN) -> None:
         models = tuple(
-            ModelReady(model.name, BLOCK_TOKENS, MAX_LEN, 8, 1) for model in self.boot.models
+            ModelReady(model.name, BLOCK_TOKENS, max_len, 8, 1) for model in self.boot.models
         )
         await self.say(Ready(self.boot.unit.name, self.pid, models, 16, 4096))
 
@@ -105,6 +107,9 @@ class ScriptedUnit:
     async def abort(self) -> int:
         return await asyncio.wait_for(self.aborts.get(), WAIT_S)
 
+    async def forget(self) -> str:
+        return await asyncio.wait_for(self.forgets.get(), WAIT_S)
+
     async def _listen(self) -> None:
         decoder = msgspec.msgpack.Decoder[ToUnit](ToUnit)
         while True:
@@ -113,6 +118,8 @@ class ScriptedUnit:
                     self.requests.put_nowait(request)
                 case Abort(request_id):
                     self.aborts.put_nowait(request_id)
+                case Forget(model):
+                    self.forgets.put_nowait(model)
                 case Drain() as drain:
                     self.drains.put_nowait(drain)
                     await self.say(Stopped(self.boot.unit.name))

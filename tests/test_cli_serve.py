@@ -198,6 +198,8 @@ def test_check_says_who_sleeps_and_over_how_many_ranks_models_run(muxrt: Command
     assert "tail-20 (asleep)" in tail.out and "tail-01 (asleep)" not in tail.out
     mesh = muxrt("serve", DISAGG.with_name("tensor_parallel.yaml"), "--check")
     assert "every core, 2 ranks" in mesh.out
+    both = muxrt("serve", DISAGG.with_name("longtail_ranks.yaml"), "--check").out
+    assert "2 ranks" in both and "pydoc-l (asleep)" in both and "pydoc-s (asleep)" not in both
 
 
 def test_check_says_how_requests_are_routed(muxrt: CommandLine, tmp_path: Path) -> None:

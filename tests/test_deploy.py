@@ -10,11 +10,22 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
-from scripted_unit import ScriptedUnit, Stage, Troupe, make_config, on_loop, serving, write_words
+from scripted_unit import (
+    ScriptedUnit,
+    Stage,
+    Troupe,
+    make_config,
+    on_loop,
+    prompt_of,
+    serving,
+    write_words,
+)
 from test_server_app import LENGTH
 
 from muxrt.config.placement import ModelSpec
 from muxrt.config.serve import Admin, ApiKeys, ServeConfig
+from muxrt.core import Output, Request
+from muxrt.engine.messages import Step
 from muxrt.server.app import Server, resume
 
 KEY = "only-for-administrators"
@@ -51,13 +62,13 @@ class Desk:
         async with self.http.get("/admin/placement", headers=headers) as response:
             return await response.json()
 
-    def apply(self, wanted: ServeConfig) -> asyncio.Task[tuple[int, Any]]:
+    def apply(self, wanted: ServeConfig, query: str = "") -> asyncio.Task[tuple[int, Any]]:
         body = {"models": wanted.models, "units": wanted.units}
-        return asyncio.create_task(self.post("/admin/placement", body))
+        return asyncio.create_task(self.post("/admin/placement" + query, body))
 
-    def ask(self, model: str = "tiny") -> asyncio.Task[tuple[int, Any]]:
+    def ask(self, model: str = "tiny", n: int = 1) -> asyncio.Task[tuple[int, Any]]:
         async def go() -> tuple[int, Any]:
-            body = {"model": model, "prompt": "hi", "max_tokens": 3}
+            body = {"model": model, "prompt": "hi", "max_tokens": 3, "n": n}
             async with self.http.post("/v1/completions", json=body) as response:
                 return response.status, await response.json()
 
@@ -203,6 +214,167 @@ async def test_an_old_unit_that_dies_while_it_finishes_is_not_started_again(
         assert (await begun)[0] == 503
         await at.settled()
         assert at.units() == ["main.2"]
+
+
+@on_loop
+async def test_streams_move_where_that_is_asked(folder: Path, tmp_path: Path) -> None:
+    before, after = make_config(folder), make_config(folder, {"main": ["tiny", "x"]})
+    async with desk(before, tmp_path) as at:
+        old = at.stage.unit
+        untouched, begun = at.ask(), at.ask()
+        first, second = await old.request(), await old.request()
+        await old.step(second, [5])
+        change = at.apply(after, "?streams=move")
+        new = await at.next_unit("main.2")
+        await new.ready()
+        assert (await change)[0] == 200
+        assert {await old.abort(), await old.abort()} == {first.id, second.id}
+        # What the old unit said before it heard of that comes too late.
+        at.stage.server.dispatcher.on_step(Step((Output(second.id, (9,)),)))
+        rest = {request.num_outputs: request for request in await both(new)}
+        assert prompt_of(rest[1]).tokens == prompt_of(second).tokens + bytes([5, 0, 0, 0])
+        assert rest[1].max_tokens == 3
+        assert prompt_of(rest[0]) == prompt_of(first)
+        await new.step(rest[1], [6, 7], LENGTH)
+        await new.step(rest[0], [5, 6, 7], LENGTH)
+        answers = [await untouched, await begun]
+        assert [status for status, _ in answers] == [200, 200]
+        texts = {answer["choices"][0]["text"] for _, answer in answers}
+        assert len(texts) == 1 and answers[1][1]["usage"]["completion_tokens"] == 3
+        await at.settled()
+        assert at.units() == ["main.2"]
+        assert at.stage.server.dispatcher.check()
+
+
+async def both(unit: ScriptedUnit) -> list[Request]:
+    return [await unit.request(), await unit.request()]
+
+
+@on_loop
+async def test_who_leaves_after_a_move_leaves_the_new_unit(folder: Path, tmp_path: Path) -> None:
+    """Also where that unit died meanwhile, and the request started over in the next one."""
+    before = make_config(folder)
+    after = make_config(folder, {"main": ["tiny", "x"], "spare": ["tiny", "y"]})
+    async with desk(before, tmp_path) as at:
+        asking = [at.ask(), at.ask()]
+        first, _ = await both(at.stage.unit)
+        await at.stage.unit.step(first, [5])
+        change = at.apply(after, "?streams=move")
+        one = await at.next_unit("main.2")
+        await one.ready()
+        other = await at.next_unit("spare")
+        await other.ready()
+        assert (await change)[0] == 200
+        await at.settled()
+        moved = [await one.request(), await other.request()]
+        assert moved[0].num_outputs + moved[1].num_outputs == 1
+        untouched = one if not moved[0].num_outputs else other
+        survivor, rest = (other, moved[1]) if untouched is one else (one, moved[0])
+        untouched.die(-9)
+        retried = await survivor.request()
+        for each in asking:
+            each.cancel()
+        assert {await survivor.abort(), await survivor.abort()} == {retried.id, rest.id}
+        assert len(at.stage.server.dispatcher.ledger) == 0
+
+
+@on_loop
+async def test_a_stream_that_does_not_fit_ends_where_it_is(folder: Path, tmp_path: Path) -> None:
+    before, after = make_config(folder), make_config(folder, {"main": ["tiny", "x"]})
+    async with desk(before, tmp_path) as at:
+        old = at.stage.unit
+        begun = at.ask()
+        request = await old.request()
+        await old.step(request, [5])
+        change = at.apply(after, "?streams=move")
+        new = await at.next_unit("main.2")
+        await new.ready(max_len=request.prompt_tokens + 2)
+        assert (await change)[0] == 200
+        await old.step(request, [6, 7], LENGTH)
+        assert (await begun)[0] == 200
+        await at.settled()
+        assert new.requests.empty() and at.units() == ["main.2"]
+
+
+@on_loop
+async def test_streams_either_finish_or_move(folder: Path, tmp_path: Path) -> None:
+    async with desk(make_config(folder), tmp_path) as at:
+        more = make_config(folder, {"main": ["tiny", "x"]})
+        status, body = await at.apply(more, "?streams=vanish")
+        assert status == 400 and "found 'vanish'" in body["error"]["message"]
+
+
+def sleepy(folder: Path, models: list[str]) -> ServeConfig:
+    """One unit whose models may sleep."""
+    config = make_config(folder, {"main": models})
+    replace = msgspec.structs.replace
+    (unit,) = config.units
+    unit = replace(unit, memory=replace(unit.memory, weight_bytes=1 << 30))
+    return replace(config, units=(unit,))
+
+
+def names(unit: ScriptedUnit) -> list[str]:
+    return [spec.name for spec in unit.boot.models]
+
+
+@on_loop
+async def test_a_unit_that_only_loses_a_model_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Requests for that model end there; the unit forgets it then, and when it starts again."""
+    async with desk(sleepy(folder, ["tiny", "x"]), tmp_path) as at:
+        unit = at.stage.unit
+        running = at.ask("x")
+        request = await unit.request()
+        assert (await at.post("/admin/models/x", {}, "DELETE"))[0] == 200
+        assert (await at.ask("x"))[0] == 404
+        served = at.ask()
+        await answer(unit)
+        assert (await served)[0] == 200
+        assert unit.forgets.empty()
+        await unit.step(request, [5, 6, 7], LENGTH)
+        assert (await running)[0] == 200
+        assert await unit.forget() == "x"
+        await at.settled()
+        assert (await at.placement())["change"]["phase"] == "done"
+        unit.die(-9)
+        again = await at.next_unit("main")
+        assert names(again) == ["tiny"]
+    _, resumed = resume(with_admin(sleepy(folder, ["tiny", "x"]), tmp_path))
+    assert [part.name for part in resumed.units[0].models] == ["tiny"]
+
+
+@on_loop
+async def test_followers_find_a_model_that_leaves_its_unit(folder: Path, tmp_path: Path) -> None:
+    """Choices of a request that is answered start where their prompt is, switch or no switch."""
+    async with desk(sleepy(folder, ["tiny", "x"]), tmp_path) as at:
+        unit = at.stage.unit
+        running = at.ask("x", n=2)
+        leader = await unit.request()
+        assert (await at.post("/admin/models/x", {}, "DELETE"))[0] == 200
+        await unit.step(leader, [5, 6, 7], LENGTH)
+        await answer(unit)
+        status, body = await running
+        assert status == 200 and len(body["choices"]) == 2
+        assert await unit.forget() == "x"
+
+
+@on_loop
+async def test_a_unit_that_dies_before_it_forgets(folder: Path, tmp_path: Path) -> None:
+    async with desk(sleepy(folder, ["tiny", "x"]), tmp_path) as at:
+        running = at.ask("x")
+        await at.stage.unit.request()
+        assert (await at.post("/admin/models/x", {}, "DELETE"))[0] == 200
+        at.stage.unit.die(-9)
+        assert (await running)[0] == 503
+        again = await at.next_unit("main")
+        await again.ready()
+        if "x" in names(again):  # it was started before the last request was known to be lost
+            assert await again.forget() == "x"
+        await at.settled()
+        await at.answers("tiny")
+        served = at.ask()
+        await answer(again)
+        assert (await served)[0] == 200 and (await at.ask("x"))[0] == 404
+        assert at.units() == ["main"]
 
 
 @on_loop

@@ -8,7 +8,7 @@ from clock_world import Asked
 from real_world import demo_plan
 from test_one_clock import workload
 
-from muxrt.core import Batch, Output, Work
+from muxrt.core import Output, Work
 from muxrt.engine.build import UnitPlan, build_unit
 from muxrt.sim.executor import SimExecutor
 from muxrt.sim.loop import EventLoop

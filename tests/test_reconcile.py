@@ -26,7 +26,7 @@ def deployment(units: dict[str, str], kv_bytes: int = 1 << 20, **model: object) 
 
 
 def steps(change: Change) -> list[str]:
-    return [f"{step.kind.value} {step.unit}".strip() for step in change.steps]
+    return [f"{step.kind.value} {step.unit} {step.model}".strip() for step in change.steps]
 
 
 def test_what_is_there_already_takes_no_step() -> None:
@@ -37,6 +37,38 @@ def test_what_is_there_already_takes_no_step() -> None:
 def test_a_name_alone_is_no_difference() -> None:
     change = diff(deployment({"x": "ab"}), deployment({"y": "ab"}))
     assert steps(change) == [] and change.after.units[0].name == "x"
+
+
+def sleepy(units: dict[str, str], weight_bytes: int = 1 << 30) -> Deployment:
+    """Likewise, where models may sleep."""
+    found = deployment(units)
+    memory = Memory(kv_bytes=1 << 20, weight_bytes=weight_bytes)
+    placed = tuple(msgspec.structs.replace(unit, memory=memory) for unit in found.units)
+    return msgspec.structs.replace(found, units=placed)
+
+
+ANEW = ["load x.2", "switch", "drain x", "free x"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (sleepy({"x": "abc"}), sleepy({"x": "ca"}), ["switch", "forget x b"]),
+        (sleepy({"x": "abc"}), sleepy({"y": "c"}), ["switch", "forget x a", "forget x b"]),
+        # Who is the same is kept before who was larger: y becomes x's model, x is z now.
+        (sleepy({"x": "ab", "y": "a"}), sleepy({"x": "a", "z": "b"}), ["switch", "forget x a"]),
+        (sleepy({"x": "ab"}), sleepy({"x": "abc"}), ANEW),
+        (sleepy({"x": "ab"}), sleepy({"x": "a"}, 1 << 29), ANEW),
+        (deployment({"x": "ab"}), deployment({"x": "a"}), ANEW),
+    ],
+)
+def test_a_unit_that_only_loses_models_goes_on(
+    before: Deployment, after: Deployment, expected: list[str]
+) -> None:
+    change = diff(before, after)
+    assert steps(change) == expected
+    placed = [[part.name for part in unit.models] for unit in change.after.units]
+    assert placed == [[part.name for part in unit.models] for unit in after.units]
 
 
 def tuned(period_s: float, quota: float | None) -> Deployment:

@@ -119,3 +119,37 @@ def test_what_is_not_there_is_said(endpoint: RealServer) -> None:
     assert status == 404 and "nobody" in answer["error"]["message"]
     status, answer = ask(endpoint.url, "/admin/models/a/sleep?unit=other", {}, ADMIN_KEY)
     assert status == 409 and "other" in answer["error"]["message"]
+
+
+def test_a_deleted_model_leaves_a_unit_that_goes_on(
+    tmp_path: Path, awake_answers: dict[str, str]
+) -> None:
+    """Pinned or not: its memory is the others'."""
+    config = sleepy_config(tmp_path, "cores", 150_000)
+    pinned = tuple(msgspec.structs.replace(model, pin=model.name == "a") for model in config.models)
+    with real_server(msgspec.structs.replace(config, models=pinned)) as server:
+        unit, pid = server.server.supervisor.units["main"], server.pid("main")
+        assert complete(server.url, "a") == awake_answers["a"]
+        path = "/admin/models/a"
+        assert ask(server.url, path, {}, ADMIN_KEY, "DELETE")[0] == 200
+        for _ in range(2):
+            for name in ("b", "c"):
+                assert complete(server.url, name) == awake_answers[name]
+        assert ask(server.url, "/v1/completions", {"model": "a", "prompt": "x"})[0] == 404
+        until_s = time.monotonic() + WAIT_S
+        while {m.model: m.state for m in (unit.stats or _none()).models}["a"] != "asleep":
+            assert time.monotonic() < until_s
+            time.sleep(0.02)
+        assert server.pid("main") == pid and list(server.server.supervisor.units) == ["main"]
+
+
+def test_who_waits_for_anothers_residency_wakes_when_that_is_over(
+    tmp_path: Path, awake_answers: dict[str, str]
+) -> None:
+    """The moment came and went between a look at the clock and the next: nobody was told."""
+    config = sleepy_config(tmp_path, "cores", 150_000)
+    hasty = {"min_residency_s": 0.2, "wake_timeout_s": 5.0}
+    models = tuple(msgspec.structs.replace(model, **hasty) for model in config.models)
+    with real_server(msgspec.structs.replace(config, models=models)) as server:
+        for _ in range(3):
+            assert {name: complete(server.url, name) for name in NAMES} == awake_answers

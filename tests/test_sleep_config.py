@@ -31,8 +31,8 @@ BROKEN = {
         "models[0].idle_timeout_s: found 5, expected none: a is pinned",
     ),
     "tensor parallel": (
-        MODELS % "" + UNIT % ("", ", weight_bytes: 1MiB", ", mesh: {gpus: [0, 1]}"),
-        "units[0].mesh.gpus: found 2 and memory.weight_bytes, expected one of them",
+        MODELS % ", idle_timeout_s: 5" + UNIT % ("", "", ", mesh: {gpus: [0, 1]}"),
+        "units[0].memory: found idle_timeout_s of a and no weight_bytes, expected it: 2 ranks",
     ),
     "a GPU": (
         MODELS % ", idle_timeout_s: 5" + UNIT % ("", "", ", mesh: {device: gpu}"),

@@ -237,11 +237,11 @@ def _sleep_problems(config: ServeConfig) -> Iterator[KeyedError]:
             yield KeyedError(
                 ("units", index), f"found {why}, expected none on a GPU: models sleep on CPUs only"
             )
-        if why and unit.mesh.tp > 1:
+        if named and unit.mesh.tp > 1 and unit.memory.weight_bytes is None:
             yield KeyedError(
-                ("units", index, "mesh", "gpus"),
-                f"found {unit.mesh.tp} and {why}, expected one of them: models that are tensor"
-                " parallel are always awake",
+                ("units", index, "memory"),
+                f"found {why} and no weight_bytes, expected it: {unit.mesh.tp} ranks reserve their"
+                " memory before they know what weights take",
             )
 
 

@@ -56,7 +56,13 @@ class SetAwake(msgspec.Struct, frozen=True, tag="set_awake"):
     is_awake: bool
 
 
-ToUnit = Submit | Extend | Abort | Drain | SetAwake
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """API -> unit: nobody will ask for this model again; it sleeps for good, pinned or not."""
+
+    model: str
+
+
+ToUnit = Submit | Extend | Abort | Drain | SetAwake | Forget
 
 
 class ModelReady(msgspec.Struct, frozen=True):

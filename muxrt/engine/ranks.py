@@ -30,6 +30,7 @@ def plan_rank(plan: UnitPlan, shapes: Mapping[str, ModelShape], shard: Shard) ->
     return replace(
         plan,
         arena=ArenaLayout(plan.arena.plane_bytes, inside, layouts),
+        weight_bytes=plan.weight_bytes // shard.size,  # as many blocks as the whole budget is worth
         models={name: replace(plan.models[name], layout=layouts[name]) for name in plan.models},
     )
 

@@ -1,9 +1,10 @@
 """From the placement that is served to another one, as steps: what is to be done in which order.
 
 Units are changed whole: one that differs in anything is started anew beside the old one, which
-finishes what runs in it. Nothing is routed to the new ones until all of them are ready, and then
-everything at once, so a placement is never half there: before the switch it is the old one, after
-it the new one. Each step names a unit and can be done twice.
+finishes what runs in it. Only a unit whose models may sleep goes on, where it just loses some.
+Nothing is routed to new units until all of them are ready, and then everything at once, so a
+placement is never half there: before the switch it is the old one, after it the new one. Each step
+names a unit and can be done twice.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ class Kind(Enum):
     SWITCH = "switch"  # new requests go to the units of the new placement
     DRAIN = "drain"  # wait for the last request in the unit
     FREE = "free"  # end its process
+    FORGET = "forget"  # wait for the last request for a model in it, which sleeps for good then
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -29,6 +31,7 @@ class Step(msgspec.Struct, frozen=True):
 
     kind: Kind
     unit: str = ""  # of a SWITCH: none
+    model: str = ""  # of a FORGET
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -73,6 +76,15 @@ def diff(before: Deployment, wanted: Deployment) -> Change:
         if twins:  # the one of that name, if there are several
             kept[index] = next((old for old in twins if old.name == unit.name), twins[0])
             left.remove(kept[index])
+    lost: list[Step] = []  # models, by units that go on without them
+    for index, unit in enumerate(exchanging(wanted.units)):
+        larger = [old for old in left if _only_loses(old, before, unit, wanted)]
+        if index not in kept and larger:
+            kept[index] = next((old for old in larger if old.name == unit.name), larger[0])
+            left.remove(kept[index])
+            names = {part.name for part in unit.models}
+            gone = [part.name for part in kept[index].models if part.name not in names]
+            lost += [Step(Kind.FORGET, kept[index].name, name) for name in gone]
     taken = {unit.name for unit in before.units}
     units = []
     for index, unit in enumerate(exchanging(wanted.units)):
@@ -91,6 +103,7 @@ def diff(before: Deployment, wanted: Deployment) -> Change:
     is_same = _by_name(after.units) == _by_name(exchanging(before.units))
     if not is_same or before.models != wanted.models:
         steps.append(Step(Kind.SWITCH))
+    steps += lost
     for unit in left:
         steps += [Step(Kind.DRAIN, unit.name), Step(Kind.FREE, unit.name)]
     return Change(before, after, tuple(steps))
@@ -109,6 +122,18 @@ def _content(unit: UnitSpec, deployment: Deployment) -> bytes:
     spec = msgspec.structs.replace(unit.lasting, name="-")
     models = [msgspec.structs.replace(m, **_EDGE) for m in deployment.specs_of(spec)]
     return msgspec.json.encode((spec, models))
+
+
+def _only_loses(old: UnitSpec, before: Deployment, new: UnitSpec, wanted: Deployment) -> bool:
+    """`new` is `old` without some of its models, and those can be put to sleep for good."""
+    if old.memory.weight_bytes is None or old.has_roles:
+        return False
+    names = {part.name for part in new.models}
+    rest = tuple(part for part in old.models if part.name in names)
+    if not rest or len(rest) == len(old.models):
+        return False
+    smaller = msgspec.structs.replace(old, models=rest)
+    return _content(smaller, before) == _content(new, wanted)
 
 
 def _free_name(name: str, taken: Iterable[str]) -> str:

@@ -83,6 +83,14 @@ class Unit:
         self._move_models(self.mover)
         self.pump()
 
+    def forget(self, model: str) -> None:
+        """Nobody will ask for a model again: it sleeps as soon as it is idle, and for good."""
+        if self.mover is None or model not in self.scheduler.queues:
+            return
+        self.mover.residency.models[model].leave()
+        self._move_models(self.mover)
+        self.pump()
+
     def state_of(self, model: str) -> str:
         """Whether the model is awake (`sched.residency.State`)."""
         return "awake" if self.mover is None else self.mover.residency.models[model].state.value

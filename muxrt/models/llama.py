@@ -41,6 +41,7 @@ class Llama:
 
     def __init__(self, shape: ModelShape, state: State, shard: Shard = WHOLE) -> None:
         """`shape` is the whole model's, `state` what this rank holds of it."""
+        self.part = shard, shape  # of the whole model
         self.vocab = shard.vocab(shape)  # the rows of embedding and head that are here
         self.shape = shape = shard.of(shape)
         self.bytes_read = 0  # of the files that it was loaded from
@@ -75,9 +76,11 @@ class Llama:
         return llama
 
     @classmethod
-    def from_state(cls, shape: ModelShape, state: Mapping[str, Tensor]) -> Self:
+    def from_state(
+        cls, shape: ModelShape, state: Mapping[str, Tensor], shard: Shard = WHOLE
+    ) -> Self:
         """A model over weights that are already there: no copy is made."""
-        return cls(shape, dict(state))
+        return cls(shape, dict(state), shard)
 
     def state(self) -> State:
         """Our fused weights by name, for `from_state` in a process that maps the same memory."""

@@ -8,7 +8,7 @@ in which they came, so a large model is not passed by small ones for ever.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import inf
 
@@ -70,6 +70,10 @@ class Resident:
         self.since_s = now
         if event in (Event.RESERVED, Event.FAILED):
             self.wanted_s = None
+
+    def leave(self) -> None:
+        """It falls asleep whenever it is idle, pinned or not."""
+        self.habits = replace(self.habits, pin=False, idle_timeout_s=0.0, min_residency_s=0.0)
 
     @property
     def may_leave_s(self) -> float:

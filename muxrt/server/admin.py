@@ -22,6 +22,8 @@ from muxrt.server.replan import Replanner
 from muxrt.server.supervisor import Supervisor
 from muxrt.server.unit_process import UnitProcess
 
+STREAMS = ("finish", "move")  # what becomes of those that run in units that end
+
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -207,7 +209,7 @@ class AdminRoutes:
         if any(spec.name == body.model.name for spec in now.models):
             raise Conflict(f"{body.model.name} is served already")
         models, units = (*now.models, body.model), (*now.units, body.unit)
-        return await self._change(Deployment(models, units))
+        return await self._change(http, Deployment(models, units))
 
     async def remove_model(self, http: web.Request) -> web.Response:
         """DELETE /admin/models/{name}: units that have others, too, start anew without it."""
@@ -218,7 +220,7 @@ class AdminRoutes:
             if rest:
                 units.append(msgspec.structs.replace(unit, models=rest))
         models = tuple(spec for spec in now.models if spec.name != name)
-        return await self._change(Deployment(models, tuple(units)))
+        return await self._change(http, Deployment(models, tuple(units)))
 
     # -- the placement -----------------------------------------------------------------------
 
@@ -226,10 +228,14 @@ class AdminRoutes:
         """POST /admin/placement: serve these units instead; answers when new requests go there."""
         body = await _read(http, PlacementBody)
         models = self._deployer.deployment.models if body.models is None else body.models
-        return await self._change(Deployment(models, body.units))
+        return await self._change(http, Deployment(models, body.units))
 
-    async def _change(self, wanted: Deployment) -> web.Response:
-        return _json(await self._deployer.apply(wanted))
+    async def _change(self, http: web.Request, wanted: Deployment) -> web.Response:
+        """With `?streams=move` what runs in units that end goes on in others."""
+        streams = http.query.get("streams", "finish")
+        if streams not in STREAMS:
+            raise BadRequest(f"streams: found {streams!r}, expected one of {', '.join(STREAMS)}")
+        return _json(await self._deployer.apply(wanted, streams == "move"))
 
     # -- planned anew ------------------------------------------------------------------------
 

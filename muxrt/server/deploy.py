@@ -75,9 +75,10 @@ class Deployer:
         self._task: asyncio.Task[None] | None = None
         self._switched: asyncio.Future[None] | None = None
 
-    async def apply(self, wanted: Deployment) -> Progress:
+    async def apply(self, wanted: Deployment, moves_streams: bool = False) -> Progress:
         """Serve `wanted`; returns when it does, with old units perhaps still finishing.
 
+        `moves_streams`: what runs in them goes on in the new ones, instead of ending where it is.
         Who asks may leave: the change goes on. Raises ConfigError or BadRequest for what cannot be
         served, Conflict while another change goes on, MuxrtError with why it was undone.
         """
@@ -88,7 +89,7 @@ class Deployer:
             self.progress = Progress(Phase.DONE)
             return self.progress
         self._switched = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(change))
+        self._task = asyncio.create_task(self._run(change, moves_streams))
         await asyncio.shield(self._switched)
         return self.progress
 
@@ -106,7 +107,7 @@ class Deployer:
 
     # -- one change --------------------------------------------------------------------------
 
-    async def _run(self, change: Change) -> None:
+    async def _run(self, change: Change, moves_streams: bool) -> None:
         assert self._switched is not None
         try:
             served = await self._prepare(change)
@@ -123,6 +124,8 @@ class Deployer:
                 raise
             return
         self._switched.set_result(None)
+        if moves_streams:
+            self._move_streams(change)
         await self._finish(change)
 
     async def _finish(self, change: Change) -> None:
@@ -130,6 +133,8 @@ class Deployer:
         for step in change.steps:
             if step.kind is Kind.DRAIN:
                 await self._take(step, self._drain(step.unit))
+            elif step.kind is Kind.FORGET:
+                await self._take(step, self._forget(step.unit, step.model))
             elif step.kind is Kind.FREE:
                 await self._take(step, self._supervisor.remove(step.unit))
         if self._journal is not None:
@@ -187,11 +192,24 @@ class Deployer:
         self.progress = msgspec.structs.replace(self.progress, phase=Phase.DRAINING, done=done)
         log.info("event=switched models=%s", ",".join(self._models))
 
-    async def _drain(self, name: str) -> None:
-        """Wait for the last request in an old unit, or for so long as it may take."""
+    def _move_streams(self, change: Change) -> None:
+        """What runs in old units goes on in new ones, where it can."""
+        for name in change.freed:
+            moved, left = self._dispatcher.move(name), len(self._dispatcher.ledger.of_unit(name))
+            log.info("event=streams_moved unit=%s moved=%d left=%d", name, moved, left)
+
+    async def _forget(self, name: str, model: str) -> None:
+        await self._drain(name, model)
+        self._supervisor.forget(name, model)
+
+    async def _drain(self, name: str, model: str | None = None) -> None:
+        """Wait for the last request in an old unit, or for so long as it may take.
+
+        Of one model, where the unit goes on without that.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
-                await self._dispatcher.quiet(name)
+                await self._dispatcher.quiet(name, model)
                 return
         log.warning("event=drain_late unit=%s", name)
 

@@ -104,7 +104,8 @@ class _Waiter:
     sink: Sink
     is_untouched: bool = True  # it was sent once and nothing came back: it may be sent again
     handoff: Handoff | None = None  # another unit is to take it over
-    outputs: list[int] = field(default_factory=list)  # if so: what its client has
+    outputs: list[int] = field(default_factory=list)  # what its client has
+    known_as: int | None = None  # by whom waits, if it has another id since it moved
 
 
 class Dispatcher:
@@ -129,6 +130,7 @@ class Dispatcher:
         self._now = now
         self._relay = Relay(self.ledger, self)
         self._waiters: dict[int, _Waiter] = {}
+        self._moved: dict[int, int] = {}  # ids that requests were submitted with -> those they have
         self._idle = asyncio.Event()
         self._ended = asyncio.Event()  # some request has
 
@@ -162,7 +164,7 @@ class Dispatcher:
         return [
             self._replica(unit, model)
             for unit in self._units.units.values()
-            if unit.is_ready and unit.is_routed and model in unit.models
+            if unit.is_ready and unit.takes(model)
         ]
 
     def _homes(self, model: str) -> list[UnitProcess]:
@@ -222,26 +224,28 @@ class Dispatcher:
     def _leaving(self, name: str | None, model: str) -> Route | None:
         """To a unit that only finishes, for who belongs to something that runs there."""
         unit = self._units.units.get(name) if name is not None else None
-        if unit is None or unit.is_routed or not unit.is_ready:
+        if unit is None or not unit.is_ready or (unit.is_routed and model not in unit.leaving):
             return None
         return Route(self._replica(unit, model))
 
     def _send(self, request: Request, waiter: _Waiter, unit: str) -> None:
         self._waiters[request.id] = waiter
+        if waiter.known_as is not None:
+            self._moved[waiter.known_as] = request.id
         self._idle.clear()
         # A process that does not listen has just died; its funeral will tell this request, too.
         self._units.send(unit, Submit(request))
 
     def abort(self, request_id: int) -> None:
         """Nobody waits for this request any more: its units free everything of it at once."""
-        live = self._close(request_id)
+        live = self._close(self._moved.get(request_id, request_id))
         if live is not None:
-            self._units.send(live.unit, Abort(request_id))
+            self._units.send(live.unit, Abort(live.request.id))
             self.router.settle()
 
     def unit_of(self, request_id: int) -> str | None:
         """Where a live request runs."""
-        live = self.ledger.get(request_id)
+        live = self.ledger.get(self._moved.get(request_id, request_id))
         return live.unit if live else None
 
     def _close(self, request_id: int) -> LiveRequest | None:
@@ -249,6 +253,8 @@ class Dispatcher:
         waiter = self._waiters.pop(request_id, None)
         if waiter is not None and waiter.handoff is not None:
             self._relay.let_go(request_id, waiter.handoff)
+        if waiter is not None and waiter.known_as is not None:
+            del self._moved[waiter.known_as]
         live = self.ledger.close(request_id)
         self._ended.set()
         if not self._waiters:
@@ -263,6 +269,7 @@ class Dispatcher:
             waiter = self._waiters.get(output.request_id)
             if waiter is None:
                 continue
+            waiter.outputs += output.tokens
             if waiter.handoff is not None and self._hand_over(waiter, waiter.handoff, output):
                 continue
             waiter.is_untouched = False
@@ -306,6 +313,55 @@ class Dispatcher:
         is_sent = self._start(live.request.id, waiter)
         waiter.is_untouched = False
         return is_sent
+
+    # -- from a unit that ends ---------------------------------------------------------------
+
+    def move(self, unit: str) -> int:
+        """What runs in a unit that is routed no more goes on in others; how many requests did.
+
+        Their tokens are computed anew there, those of the answer that the client has included. Who
+        is not understood there, or does not fit, ends where it is.
+        """
+        moved = 0
+        for live in self.ledger.of_unit(unit):
+            waiter = self._waiters[live.request.id]
+            route = self._way_out(waiter)
+            if route is None:
+                continue
+            there = route.replica.unit
+            self._close(live.request.id)
+            waiter.known_as = waiter.known_as or live.request.id
+            self._units.send(unit, Abort(live.request.id))
+            # Another id: what the old unit said of it before it hears of this is nobody's.
+            request = self._rest(waiter, there)
+            self.ledger.open(request, there)
+            self.ledger.add_tokens(request.id, live.output_tokens)
+            self._send(request, waiter, there)
+            moved += 1
+        return moved
+
+    def _way_out(self, waiter: _Waiter) -> Route | None:
+        """Where a request can go on to its end, alone; None: nowhere."""
+        draft = waiter.draft
+        # What was said of its prompt cannot be said again.
+        is_stuck = not (waiter.outputs or waiter.is_untouched) or waiter.handoff is not None
+        if is_stuck or not self._is_known(draft):
+            return None
+        route = self.router.route(Ask(draft.model, draft.num_tokens))
+        if route is None or route.is_handed_over or route.decoder is not None:
+            return None
+        longest = self._units.units[route.replica.unit].models[draft.model].max_model_len
+        return route if draft.num_tokens + draft.max_tokens <= longest else None
+
+    def _rest(self, waiter: _Waiter, unit: str) -> Request:
+        """What is left of a request, for another unit."""
+        draft, request_id = waiter.draft, self.ledger.next_id()
+        if not waiter.outputs:
+            block_tokens = self._units.units[unit].models[draft.model].block_tokens
+            return draft.request(request_id, block_tokens)
+        # Whose first token came waits for none: there it arrives now.
+        rest = draft.resumed(request_id, waiter.outputs, None)
+        return msgspec.structs.replace(rest, arrived_s=self._now())
 
     # -- roles -------------------------------------------------------------------------------
 
@@ -361,7 +417,6 @@ class Dispatcher:
 
     def _hand_over(self, waiter: _Waiter, handoff: Handoff, output: Output) -> bool:
         """Take note of an output of a request on its way; True if its client need not know."""
-        waiter.outputs += output.tokens
         if output.refusal is not None and output.attempt:
             log.warning("event=transfer_failed error=%r", output.refusal.message)
         return self._relay.hear(handoff, output)
@@ -406,9 +461,12 @@ class Dispatcher:
         self.models.clear()
         self.models.update((model.name, model) for model in models)
 
-    async def quiet(self, unit: str) -> None:
-        """Until nothing is live in `unit`, or on its way there."""
-        while self.ledger.of_unit(unit) or self.ledger.promised_to(unit):
+    async def quiet(self, unit: str, model: str | None = None) -> None:
+        """Until nothing is live in `unit`, or on its way there; of `model`, if that is given."""
+        while any(
+            model in (None, live.request.model)
+            for live in (*self.ledger.of_unit(unit), *self.ledger.promised_to(unit))
+        ):
             self._ended.clear()
             await self._ended.wait()
 

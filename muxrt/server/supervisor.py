@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 
+import msgspec
+
 from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
 from muxrt.config.serve import ServeConfig
 from muxrt.engine.messages import (
     Drain,
     Failed,
+    Forget,
     FromUnit,
     Loading,
     Ready,
@@ -150,7 +153,14 @@ class Supervisor:
         for unit in self.units.values():
             unit.is_routed = unit.name in specs
             unit.is_leaving = not unit.is_routed
-            unit.spec = specs.get(unit.name, unit.spec)
+            if unit.is_routed:
+                _describe(unit, specs[unit.name])
+
+    def forget(self, name: str, model: str) -> None:
+        """A unit goes on without a model that nobody asks it for any more. None: done already."""
+        if name in self.units:
+            self.send(name, Forget(model))
+            self.units[name].forget(model)
 
     async def remove(self, name: str, deadline_s: float = LAST_STOP_S) -> None:
         """End a unit, and forget it; nothing that is live should be in it. None: done already."""
@@ -258,6 +268,9 @@ class Supervisor:
     def _on_ready(self, unit: UnitProcess, ready: Ready) -> None:
         unit.on_ready(ready, monotonic())
         log.info("event=unit_ready unit=%s load_s=%.2f", unit.name, unit.load_s)
+        for model in ready.models:
+            if model.name not in unit.models:  # forgotten while the unit loaded
+                self.send(unit.name, Forget(model.name))
         if all(each.is_ready for each in self.units.values()):
             self._all_ready.set()
         self._on_change(unit)
@@ -282,6 +295,14 @@ async def _wait(process: Process) -> int:
     except asyncio.CancelledError:
         process.kill()
         raise
+
+
+def _describe(unit: UnitProcess, spec: UnitSpec) -> None:
+    """The unit is as in `spec`, and keeps other models that it has for those that ask already."""
+    names = {part.name for part in spec.models}
+    leaving = tuple(part for part in unit.spec.models if part.name not in names)
+    unit.leaving = frozenset(part.name for part in leaving)
+    unit.spec = msgspec.structs.replace(spec, models=spec.models + leaving)
 
 
 def _models_of(unit: UnitSpec, models: Mapping[str, ModelSpec]) -> tuple[ModelSpec, ...]:

@@ -124,6 +124,7 @@ class UnitProcess:
     model_specs: tuple[ModelSpec, ...] = ()  # what it is to serve, in the order of `spec`
     is_routed: bool = True  # new requests go to it
     is_leaving: bool = False  # it is not started again
+    leaving: frozenset[str] = frozenset()  # models of it that get no new requests
     was_ready: asyncio.Event = field(default_factory=asyncio.Event)  # in whatever generation
     state: UnitState = UnitState.DOWN
     generation: int = 0  # counts starts; messages of earlier ones are not for us
@@ -148,6 +149,18 @@ class UnitProcess:
         """The routing id of the present generation."""
         return f"{self.name}#{self.generation}".encode()
 
+    def takes(self, model: str) -> bool:
+        """New requests for the model go to it, while it is ready."""
+        return self.is_routed and model in self.models and model not in self.leaving
+
+    def forget(self, name: str) -> None:
+        """It goes on, and is started again, without a model."""
+        parts = tuple(part for part in self.spec.models if part.name != name)
+        self.spec = msgspec.structs.replace(self.spec, models=parts)
+        self.model_specs = tuple(spec for spec in self.model_specs if spec.name != name)
+        self.models.pop(name, None)
+        self.leaving -= {name}
+
     @property
     def is_ready(self) -> bool:
         return self.state is UnitState.READY
@@ -167,7 +180,8 @@ class UnitProcess:
     def on_ready(self, ready: Ready, now: float) -> None:
         """Every model of the unit answers from now on."""
         self.state, self.error = UnitState.READY, None
-        self.models = {model.name: model for model in ready.models}
+        parts = {part.name for part in self.spec.models}
+        self.models = {model.name: model for model in ready.models if model.name in parts}
         self.ready_s, self.load_s = now, now - self.started_s
         self.was_ready.set()
 

@@ -39,7 +39,7 @@ def open_executor(
         storage = Storage(plan)
         stack.callback(storage.close)
         exchange = _open_exchange(plan, storage, unit, stack) if plan.spec.has_roles else None
-        mover = _open_mover(plan, storage, sleepers, len(cores), stack) if sleepers else None
+        mover = open_mover(plan, storage, sleepers, len(cores), stack)
         copier = partial(Copier, storage, plan.arena.block_bytes, exchange, mover=mover)
         lanes: list[Lane] = []
         for lane in open_lanes(plan, models, shares, storage, stack, copier, sleepers or {}):
@@ -66,13 +66,16 @@ def _open_exchange(plan: UnitPlan, storage: Storage, unit: str, stack: ExitStack
     return Exchange(unit, geometries, arena, transport)
 
 
-def _open_mover(
+def open_mover(
     plan: UnitPlan,
     storage: Storage,
-    sleepers: Mapping[str, HostWeights],
+    sleepers: Mapping[str, HostWeights] | None,
     num_cores: int,
     stack: ExitStack,
-) -> WeightMover:
+) -> WeightMover | None:
+    """What puts models to sleep and wakes them; None where all are always awake."""
+    if not sleepers:
+        return None
     num_threads = min(num_cores, MOST_COPY_THREADS)
     mover = WeightMover(sleepers, storage.arena, plan.arena.block_bytes, num_threads)
     stack.callback(mover.close)

@@ -2,7 +2,7 @@
 
 import select
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Self
 
@@ -16,13 +16,19 @@ class LaneExecutor:
     """The `Executor` of real hardware: lanes by number, the copy lane last."""
 
     def __init__(
-        self, lanes: Sequence[Lane], resources: ExitStack, exchange: Reached | None = None
+        self,
+        lanes: Sequence[Lane],
+        resources: ExitStack,
+        exchange: Reached | None = None,
+        weight_bytes: Mapping[str, int] | None = None,
     ) -> None:
         """`resources` closes the lanes, and then what they computed with.
 
-        `exchange` is what the copy lane fetches from other units with.
+        `exchange` is what the copy lane fetches from other units with, `weight_bytes` what the
+        weights of models that may sleep take, on all ranks together.
         """
         self.exchange = exchange
+        self.weight_bytes = weight_bytes or {}
         self._lanes = lanes
         self._resources = resources
         self._flights: list[deque[tuple[Work, Done]]] = [deque() for _ in lanes]

@@ -10,7 +10,7 @@ takes what nobody else needs, and is read from the disk where the system had bet
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from time import perf_counter
 from typing import Self
@@ -48,10 +48,10 @@ class HostWeights:
 
         `is_private`: no other process maps them.
         """
-        shape, state = llama.shape, llama.state()
+        (shard, shape), state = llama.part, llama.state()
         del llama  # what it holds can go once it has moved, if the caller lets go, too
         moved = cls(share_weights(state, is_private))
-        model = Llama.from_state(shape, moved.weights.state())
+        model = Llama.from_state(shape, moved.weights.state(), shard)
         moved.drop()
         return moved, model
 
@@ -65,15 +65,8 @@ class HostWeights:
         """The model sleeps: its memory is the system's."""
         self.weights.segment.discard()
 
-    def load(self, threads: Executor, left: Sequence[Segment] = ()) -> None:
-        """It wakes: its weights are there. Raises MuxrtError where the copy cannot be read.
-
-        `left` are segments that nobody computes with any more, whose pages it may have: to get new
-        ones takes as long as to fill them.
-        """
-        taken = 0
-        for segment in left:
-            taken += self.weights.segment.take_pages(taken, segment)
+    def load(self, threads: Executor) -> None:
+        """It wakes: its weights are there. Raises MuxrtError where the copy cannot be read."""
         try:
             list(threads.map(self._read, self._pieces()))
         except OSError as error:
@@ -86,12 +79,11 @@ class HostWeights:
 
     def _read(self, piece: tuple[int, int]) -> None:
         begin, end = piece
-        with self.weights.segment.view() as home:
-            while begin < end:
-                count = os.preadv(self._copy, [home[begin:end]], begin)
-                if not count:
-                    raise OSError(f"it ends at byte {begin} of {self.num_bytes}")
-                begin += count
+        while begin < end:
+            count = self.weights.segment.read(self._copy, begin, end)
+            if not count:
+                raise OSError(f"it ends at byte {begin} of {self.num_bytes}")
+            begin += count
 
     def close(self) -> None:
         """Give memory and copy back."""
@@ -110,32 +102,51 @@ class WeightMover:
         self._arena = arena
         self._block_bytes = block_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="weights")
-        self._left: list[Segment] = []  # of who fell asleep, for who wakes next
+        self._left: list[Segment] = []  # of who made room, for who wakes next
+        self._offered: list[Segment] = []  # of others that sleep: the system's, if it needs them
 
     def run(self, work: Load | Sleep) -> Result:
         """Wake a model or let it sleep. Raises MuxrtError where its weights cannot be read."""
-        begun_s = perf_counter()
+        begun_s, taken = perf_counter(), 0
         model = self._weights[work.model]
-        if isinstance(work, Sleep) and work.makes_room:
-            self._left.append(model.weights.segment)
-        elif isinstance(work, Sleep):
-            model.drop()
+        home = model.weights.segment
+        if isinstance(work, Load):
+            taken = self._hand_over(work, home)
+            model.load(self._threads)
+        elif work.makes_room:
+            self._left.append(home)
         else:
-            # First the memory that the weights are to have, or there would be more than there is.
-            ends = (work.first_block * self._block_bytes, work.end_block * self._block_bytes)
-            self._arena.discard(*ends)
-            try:
-                model.load(self._threads, self._left)
-            finally:
-                while self._left:
-                    self._left.pop().discard()
+            home.offer()
+            self._offered.append(home)
         elapsed_s = perf_counter() - begun_s
         log.info(
-            "event=%s model=%s mb=%.1f ms=%.2f",
+            "event=%s model=%s mb=%.1f taken_mb=%.1f ms=%.2f",
             *("woke" if isinstance(work, Load) else "slept", work.model),
-            *(model.num_bytes / 1e6, elapsed_s * 1e3),
+            *(model.num_bytes / 1e6, taken / 1e6, elapsed_s * 1e3),
         )
         return Result(elapsed_s=elapsed_s)
+
+    def _hand_over(self, work: Load, home: Segment) -> int:
+        """Give the weights pages of who slept, and then of blocks that made room; how many bytes.
+
+        What is left of those goes back, before there is more than there may be. New pages would
+        have to be zeroed first, which takes as long as filling them.
+        """
+        ends = (work.first_block * self._block_bytes, work.end_block * self._block_bytes)
+        taken = 0
+        if home in self._offered:  # its own may be there still
+            self._offered.remove(home)
+        else:
+            for segment in self._left:
+                taken += home.take_pages(taken, segment)
+            while self._offered and (more := home.take_pages(taken, self._offered[0])):
+                taken += more
+                self._offered.pop(0)
+            taken += home.take_pages(taken, self._arena, *ends)
+        self._arena.discard(*ends)
+        while self._left:
+            self._left.pop().discard()
+        return taken
 
     def close(self) -> None:
         """Nothing is moved any more; all memory and copies are given back."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from weakref import finalize
 
 import msgspec
 import numpy as np
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 from muxrt.engine.build import UnitPlan
-from muxrt.kernels import KvCache, map_pages
+from muxrt.kernels import HUGE_BYTES, KvCache, map_pages
 from muxrt.kvcache.layout import ModelLayout
 from muxrt.models.weights import TensorPlace
 from muxrt.sched.queues import ServedModel
-from muxrt.worker.pages import HUGE_BYTES, address, move_pages
+from muxrt.worker.pages import address, move_pages
 
 KV_DTYPES = {
     "float32": torch.float32,
@@ -51,10 +52,16 @@ class Segment:
             return
         self._fd = os.memfd_create("muxrt") if fd is None else fd
         if self._is_owner:
+            self._close_fd = finalize(self, os.close, self._fd)  # though nobody calls `close`
             os.ftruncate(self._fd, max(num_bytes, 1))
         self._map = mmap.mmap(self._fd, max(num_bytes, 1))
         if not self._is_owner:
             os.close(self._fd)
+
+    @property
+    def is_private(self) -> bool:
+        """No other process can map it."""
+        return self._fd < 0
 
     @property
     def fd(self) -> int:
@@ -76,28 +83,56 @@ class Segment:
         assert self._map is not None, "the segment is closed"
         return memoryview(self._map)[: self.num_bytes]
 
+    def read(self, source: int, begin: int, end: int) -> int:
+        """Read bytes of a file to the same place; how many, 0 behind its end. Raises OSError."""
+        if self.is_private:
+            with self.view() as home:
+                return os.preadv(source, [home[begin:end]], begin)
+        # Pages that are written through a descriptor are not zeroed before, nor found one by one.
+        target = os.open(f"/proc/self/fd/{self._fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.lseek(target, begin, os.SEEK_SET)
+            return os.sendfile(target, source, begin, end - begin)
+        finally:
+            os.close(target)
+
     def discard(self, begin: int = 0, end: int | None = None) -> None:
         """Give whole pages between two bytes back (None: to the end); they read zeros, and are
         taken again when written.
         """
         assert self._map is not None, "the segment is closed"
         begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = self.num_bytes if end is None else end // mmap.PAGESIZE * mmap.PAGESIZE
+        end = len(self._map) if end is None else end // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end:
-            advice = mmap.MADV_DONTNEED if self._fd < 0 else mmap.MADV_REMOVE
+            advice = mmap.MADV_DONTNEED if self.is_private else mmap.MADV_REMOVE
             self._map.madvise(advice, begin, end - begin)
 
-    def take_pages(self, begin: int, other: "Segment") -> int:
+    def offer(self) -> None:
+        """The system may have the pages as soon as it needs some; until then they stay.
+
+        They hold what they held, or zeros. Pages that are shared are given back at once.
+        """
+        assert self._map is not None, "the segment is closed"
+        if self.is_private:
+            self._map.madvise(mmap.MADV_FREE)
+        else:
+            self.discard()
+
+    def take_pages(
+        self, begin: int, other: "Segment", other_begin: int = 0, other_end: int | None = None
+    ) -> int:
         """Make pages of another private segment ours, from byte `begin` on; how many bytes.
 
-        What they hold comes with them; there they are gone. 0 where pages cannot change hands.
+        Those that lie between two bytes of it (None: to its end). What they hold comes with them;
+        there they are gone. 0 where pages cannot change hands.
         """
         assert self._map is not None and other._map is not None, "a segment is closed"
-        num_bytes = min(self.num_bytes - begin, other.num_bytes) // HUGE_BYTES * HUGE_BYTES
-        if self._fd >= 0 or other._fd >= 0 or not num_bytes:
+        other_end = len(other._map) if other_end is None else other_end
+        other_begin = -(-other_begin // HUGE_BYTES) * HUGE_BYTES
+        num_bytes = min(len(self._map) - begin, other_end - other_begin) // HUGE_BYTES * HUGE_BYTES
+        if not (self.is_private and other.is_private) or num_bytes <= 0:
             return 0
-        target = address(self._map) + begin
-        return num_bytes if move_pages(address(other._map), target, num_bytes) else 0
+        return move_pages(address(other._map) + other_begin, address(self._map) + begin, num_bytes)
 
     def close(self) -> None:
         """Give all pages back now; tensors that still look at them read zeros."""
@@ -108,7 +143,7 @@ class Segment:
             self._map.madvise(mmap.MADV_DONTNEED)
         elif self._is_owner:
             self._map.madvise(mmap.MADV_REMOVE)
-            os.close(self._fd)
+            self._close_fd()
         self._map = None
 
 

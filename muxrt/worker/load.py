@@ -63,9 +63,9 @@ def load_unit(boot: UnitBoot, tell: Tell, ranks: RankProcesses | None = None) ->
     if is_gpu:
         executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell)
     elif plan.habits is not None:
-        plan, executor = _open_sleepers(boot, shapes, cores, tell)
+        plan, executor = _open_sleepers(boot, shapes, cores, _telling(tell, ranks), ranks)
     else:
-        executor = _open_on_cores(boot, plan, shapes, cores, tell, ranks)
+        executor = _open_on_cores(boot, plan, shapes, cores, _telling(tell, ranks), ranks)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
@@ -76,6 +76,17 @@ def load_unit(boot: UnitBoot, tell: Tell, ranks: RankProcesses | None = None) ->
     return Opened(plan, executor, addresses=addresses(executor.exchange, plan.models))
 
 
+def _telling(tell: Tell, ranks: RankProcesses | None) -> Tell:
+    """`tell`, which ends the loading of a mesh that is broken rather than to read gigabytes."""
+
+    def told(loading: Loading) -> None:
+        if ranks is not None:
+            ranks.check()
+        tell(loading)
+
+    return told
+
+
 def _open_on_cores(
     boot: UnitBoot,
     plan: UnitPlan,
@@ -84,16 +95,8 @@ def _open_on_cores(
     tell: Tell,
     ranks: RankProcesses | None,
 ) -> LaneExecutor:
-    def told(loading: Loading) -> None:
-        if ranks is not None:
-            ranks.check()  # rather than to read gigabytes for a mesh that is broken
-        tell(loading)
-
     def load(shard: Shard) -> dict[str, Llama]:
-        return {
-            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], told, shard)
-            for spec in boot.models
-        }
+        return load_models(boot.unit.name, boot.models, shapes, tell, shard)
 
     if plan.spec.mesh.tp > 1:
         return open_mesh(plan, boot.models, shapes, cores, load, boot.identity, ranks)
@@ -101,21 +104,36 @@ def _open_on_cores(
 
 
 def _open_sleepers(
-    boot: UnitBoot, shapes: Mapping[str, ModelShape], cores: Sequence[int], tell: Tell
+    boot: UnitBoot,
+    shapes: Mapping[str, ModelShape],
+    cores: Sequence[int],
+    tell: Tell,
+    ranks: RankProcesses | None,
 ) -> tuple[UnitPlan, LaneExecutor]:
-    """Likewise where models may sleep: with the sizes that their weights turn out to have.
-
-    Each is read, packed, copied and put to sleep before the next one is read, so no more memory is
-    taken than the budget and what one model takes while it loads.
-    """
-    models, sleepers = {}, {}
+    """Likewise where models may sleep: with the sizes that their weights turn out to have."""
+    sleepers: dict[str, HostWeights] = {}
     is_private = boot.unit.lanes.kind == "cores"
-    for spec in boot.models:
-        pair = HostWeights.of(load_model(boot.unit.name, spec, shapes[spec.name], tell), is_private)
-        sleepers[spec.name], models[spec.name] = pair
-    sizes = {name: weights.num_bytes for name, weights in sleepers.items()}
-    plan = plan_boot(boot, len(cores), shapes, sizes)
-    return plan, open_executor(plan, models, cores, boot.identity, sleepers)
+
+    def load(shard: Shard) -> dict[str, Llama]:
+        unit, specs = boot.unit.name, boot.models
+        models, found = load_sleepers(unit, specs, shapes, tell, shard, is_private)
+        sleepers.update(found)
+        return models
+
+    if boot.unit.mesh.tp == 1:
+        models = load(WHOLE)
+        sizes = {name: weights.num_bytes for name, weights in sleepers.items()}
+        plan = plan_boot(boot, len(cores), shapes, sizes)
+        return plan, open_executor(plan, models, cores, boot.identity, sleepers)
+    plan = plan_boot(boot, len(cores), shapes)
+    executor = open_mesh(
+        plan, boot.models, shapes, cores, load, boot.identity, ranks, sleepers=sleepers
+    )
+    try:
+        return plan_boot(boot, len(cores), shapes, executor.weight_bytes), executor
+    except ConfigError:
+        executor.close()
+        raise
 
 
 def take_gpu(boot: UnitBoot) -> torch.device:
@@ -177,7 +195,7 @@ def warm_up(plan: UnitPlan, executor: LaneExecutor, tell: Tell) -> None:
             _run(executor, [Load(0, plan.num_lanes, model, size)])
         _run(executor, list(_warm_works(plan, model, lane)))
         if plan.habits is not None and model not in plan.awake and lane == plan.num_lanes - 1:
-            _run(executor, [Sleep(0, plan.num_lanes, model, size)])
+            _run(executor, [Sleep(0, plan.num_lanes, model, size, makes_room=True)])
     if plan.num_host_blocks:
         _run(executor, [_warm_copy(plan, plan.num_lanes)])
     tell(Loading(plan.spec.name, "warm-up", None, total, total))
@@ -194,6 +212,37 @@ def load_model(
         "event=weights_read model=%s rank=%d bytes=%d", spec.name, shard.rank, llama.bytes_read
     )
     return llama
+
+
+def load_models(
+    unit: str,
+    specs: Sequence[ModelSpec],
+    shapes: Mapping[str, ModelShape],
+    tell: Tell,
+    shard: Shard = WHOLE,
+) -> dict[str, Llama]:
+    """A rank's part of each model of a unit, by name. Raises ConfigError."""
+    return {spec.name: load_model(unit, spec, shapes[spec.name], tell, shard) for spec in specs}
+
+
+def load_sleepers(
+    unit: str,
+    specs: Sequence[ModelSpec],
+    shapes: Mapping[str, ModelShape],
+    tell: Tell,
+    shard: Shard = WHOLE,
+    is_private: bool = True,
+) -> tuple[dict[str, Llama], dict[str, HostWeights]]:
+    """Likewise, asleep, and their weights. `is_private`: no other process computes with them.
+
+    Each is read, packed, copied and put to sleep before the next one is read, so no more memory is
+    taken than the budget and what one model takes while it loads.
+    """
+    models, sleepers = {}, {}
+    for spec in specs:
+        pair = HostWeights.of(load_model(unit, spec, shapes[spec.name], tell, shard), is_private)
+        sleepers[spec.name], models[spec.name] = pair
+    return models, sleepers
 
 
 def load_device_model(

@@ -27,17 +27,23 @@ from muxrt.errors import MuxrtError
 from muxrt.kernels import Team
 from muxrt.models.llama import Llama
 from muxrt.models.ranks import Ranks
+from muxrt.worker.build import open_mover
 from muxrt.worker.collectives import GlooRanks, RankLost, open_store
 from muxrt.worker.executor import LaneExecutor
+from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.kv_storage import Segment, Storage
 from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, split_cores
-from muxrt.worker.mesh_copies import CopyTogether, join_addresses, open_exchange
+from muxrt.worker.mesh_copies import CopyTogether, add_up, join_addresses, open_exchange
 from muxrt.worker.process_lane import ProcessLane
 from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.runner import Copier, Resident, Runner
 from muxrt.worker.shared_ranks import SharedRanks, num_bytes
 from muxrt.worker.transfer import Reached
 from muxrt.worker.watch import BEATS_BYTES
+
+# Ranks may be so far apart where some of the weights come from memory and others from the disk. One
+# that is gone or stands still is found by its beats.
+WAKE_S = 60.0
 
 Load = Callable[[Shard], dict[str, Llama]]
 Lose = Callable[[Exception], None]
@@ -164,12 +170,14 @@ def open_mesh(
     unit: str = "",
     ranks: RankProcesses | None = None,
     share: Share = split_cores,
+    sleepers: Mapping[str, HostWeights] | None = None,
 ) -> LaneExecutor:
     """Have the other ranks load, load this one's weights and start its lanes.
 
     `unit` is its name and generation, for units that fetch from it; `ranks` were started before;
-    `share` says which cores of a rank each lane has. Raises ConfigError for a unit that cannot be
-    cut, MuxrtError where a rank cannot start.
+    `share` says which cores of a rank each lane has; `sleepers` are there once `load` has returned:
+    the weights of models that may sleep. Raises ConfigError for a unit that cannot be cut,
+    MuxrtError where a rank cannot start.
     """
     size = plan.spec.mesh.tp
     parts = rank_cores(cores, size)
@@ -204,11 +212,12 @@ def open_mesh(
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
-        opened = open_lanes(setups[0], loaded, lines, stack, others.lose)
+        opened = open_lanes(setups[0], loaded, lines, stack, others.lose, sleepers)
         first: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
         ranks.loaded()
-        return LaneExecutor([*first, others], stack.pop_all(), opened.reached)
+        every = [*first, others]
+        return LaneExecutor(every, stack.pop_all(), opened.reached, opened.weight_bytes)
     raise AssertionError("an exit stack swallows nothing")
 
 
@@ -222,8 +231,10 @@ def open_lines(
 ) -> list[Ranks]:
     """A line to the other ranks for each lane, the copy lane last."""
     lines: list[Ranks] = []
-    timeout_s = setup.plan.spec.mesh.timeout_s
     for lane in range(setup.plan.num_lanes + 1):
+        timeout_s = setup.plan.spec.mesh.timeout_s
+        if lane == setup.plan.num_lanes and setup.plan.habits is not None:
+            timeout_s = max(timeout_s, WAKE_S)
         if store is None:
             size = num_bytes(setup.shard.size)
             rooms = memory.tensor(offset=BEATS_BYTES + lane * size, count=size)
@@ -241,10 +252,16 @@ class OpenedRank:
 
     lanes: list[ThreadLane]
     reached: Reached | None  # on the first rank, where the unit hands sequences over
+    weight_bytes: dict[str, int]  # on the first rank: of models that may sleep, on all ranks
 
 
 def open_lanes(
-    setup: RankSetup, models: dict[str, Llama], lines: Sequence[Ranks], stack: ExitStack, lose: Lose
+    setup: RankSetup,
+    models: dict[str, Llama],
+    lines: Sequence[Ranks],
+    stack: ExitStack,
+    lose: Lose,
+    sleepers: Mapping[str, HostWeights] | None = None,
 ) -> OpenedRank:
     """Start a rank's lanes; `models` is emptied, `lose` hears why the mesh is broken."""
     plan = setup.plan
@@ -257,7 +274,9 @@ def open_lanes(
         else None
     )
     reached = join_addresses(exchange, plan.models, lines[-1]) if exchange else None
-    copier = Copier(storage, plan.arena.block_bytes, exchange, there)
+    mover = open_mover(plan, storage, sleepers, len(setup.cores), stack)
+    weight_bytes = add_up({n: w.num_bytes for n, w in (sleepers or {}).items()}, lines[-1])
+    copier = Copier(storage, plan.arena.block_bytes, exchange, there, mover)
     lanes = [
         ThreadLane(f"lane-{number}", cores, _batches(there, lines[number], lose))
         for number, cores in enumerate(setup.lanes)
@@ -268,7 +287,7 @@ def open_lanes(
         stack.callback(lane.close)
     for lane in lanes:
         lane.wait_started()
-    return OpenedRank(lanes, reached)
+    return OpenedRank(lanes, reached, weight_bytes)
 
 
 def _batches(models: Mapping[str, Resident], line: Ranks, lose: Lose) -> Callable[[Team], Run]:

@@ -1,4 +1,4 @@
-"""What moves blocks in a mesh: every rank moves its planes, and it is over when all have.
+"""What moves blocks and weights in a mesh: every rank moves its part; it is over when all have.
 
 A sequence that is handed over lies on all ranks, each of which has a share of the unit's address:
 some of the kv heads. Sealing gives the checksums of all heads, rank after rank; fetching, each rank
@@ -14,7 +14,7 @@ import torch
 
 from muxrt.config.model import ModelShape
 from muxrt.config.shard import Shard
-from muxrt.core import Result, Transfer, TransferKind, Work
+from muxrt.core import Load, Result, Sleep, Transfer, TransferKind, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.errors import MuxrtError
 from muxrt.models.ranks import Ranks
@@ -73,6 +73,14 @@ def join_addresses(
     return JoinedAddresses(found) if line.rank == 0 else None
 
 
+def add_up(numbers: Mapping[str, int], line: Ranks) -> dict[str, int]:
+    """Each of these, the sum over all ranks, on the first one; all ranks call it together."""
+    if not numbers:
+        return {}
+    spoken = [msgspec.msgpack.decode(m) for m in speak(msgspec.msgpack.encode(numbers), line)]
+    return {name: sum(each[name] for each in spoken) for name in numbers if spoken}
+
+
 def speak(message: bytes, line: Ranks) -> list[bytes]:
     """What every rank says, on the first rank; nothing on the others.
 
@@ -107,7 +115,8 @@ class CopyTogether:
         self._line.add(failed)
         if failed.item():
             if result.error is None:
-                raise MuxrtError(f"{int(failed.item())} other ranks could not move their planes")
+                self._undo(work)
+                raise MuxrtError(f"{int(failed.item())} other ranks could not do their part")
             return result
         if isinstance(work, Transfer) and work.kind is TransferKind.SEAL:
             spoken = speak(msgspec.msgpack.encode(result.checksums), self._line)
@@ -115,3 +124,8 @@ class CopyTogether:
             together = tuple(checksum for rank in checksums for checksum in rank)
             return msgspec.structs.replace(result, checksums=together)
         return result
+
+    def _undo(self, work: Work) -> None:
+        """A model that woke here only sleeps again."""
+        if isinstance(work, Load):
+            self._copier.run(Sleep(work.id, work.lane, work.model, work.num_bytes))

@@ -8,7 +8,8 @@ both stay mapped, and the first one is empty. Where page tables can move whole (
 import ctypes
 import mmap
 
-HUGE_BYTES = 2 << 20
+from muxrt.kernels import HUGE_BYTES
+
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4  # flags of mremap, linux/mman.h
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -28,8 +29,15 @@ def address(pages: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
-def move_pages(source: int, target: int, num_bytes: int) -> bool:
-    """Give the pages at one address to another; what was there goes. False: not on this system."""
+def move_pages(source: int, target: int, num_bytes: int) -> int:
+    """Give the pages at one address to another; what was there goes. How many bytes have moved.
+
+    A huge page at a time, as a range that took pages from several others is several mappings to the
+    system, and one call moves from one of them only. Fewer bytes: not on this system.
+    """
     flags = _MAYMOVE | _FIXED | _DONTUNMAP
-    moved = _libc.mremap(source, num_bytes, num_bytes, flags, target)
-    return bool(moved != _FAILED)
+    for begin in range(0, num_bytes, HUGE_BYTES):
+        size = min(HUGE_BYTES, num_bytes - begin)
+        if _libc.mremap(source + begin, size, size, flags, target + begin) == _FAILED:
+            return begin
+    return num_bytes

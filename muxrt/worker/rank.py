@@ -7,9 +7,11 @@ from functools import partial
 from typing import NoReturn
 
 from muxrt.core import Result, SlotOpen, Work
+from muxrt.models.llama import Llama
 from muxrt.worker.collectives import open_store
+from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.kv_storage import Segment
-from muxrt.worker.load import load_model
+from muxrt.worker.load import load_models, load_sleepers
 from muxrt.worker.logs import log_to_stderr
 from muxrt.worker.mesh import RankSetup, memory_bytes, open_lanes, open_lines
 from muxrt.worker.process_lane import Give, main
@@ -25,17 +27,13 @@ class RankChild:
         os.sched_setaffinity(0, setup.cores)
         log_to_stderr(setup.name)
         self._stack = ExitStack()  # what lives as long as the process
-        models = {
-            spec.name: load_model(
-                setup.name, spec, setup.shapes[spec.name], lambda _: None, setup.shard
-            )
-            for spec in setup.models
-        }
+        models, sleepers = load_rank(setup)
         memory = Segment(memory_bytes(setup.plan), setup.memory)
         store = None if setup.port is None else open_store(setup.port)
         give(Result())  # loaded: rank 0 meets us as soon as all are
         lines = open_lines(setup, memory, store, self._stack)
-        self._lanes = open_lanes(setup, models, lines, self._stack, self._end).lanes
+        opened = open_lanes(setup, models, lines, self._stack, self._end, sleepers)
+        self._lanes = opened.lanes
         watch.loaded()
 
     def launch(self, work: Work) -> None:
@@ -54,3 +52,11 @@ class RankChild:
 def run(watch: Watch) -> None:
     """Load what rank 0 says, and run its works."""
     main(RankSetup, partial(RankChild, watch=watch))
+
+
+def load_rank(setup: RankSetup) -> tuple[dict[str, Llama], dict[str, HostWeights]]:
+    """The rank's part of each model; of those that may sleep, asleep, their weights, too."""
+    name, specs, shapes, shard = setup.name, setup.models, setup.shapes, setup.shard
+    if setup.plan.habits is not None:
+        return load_sleepers(name, specs, shapes, lambda _: None, shard)
+    return load_models(name, specs, shapes, lambda _: None, shard), {}

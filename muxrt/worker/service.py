@@ -28,6 +28,7 @@ from muxrt.engine.messages import (
     Drain,
     Extend,
     Failed,
+    Forget,
     FromUnit,
     Loading,
     ModelReady,
@@ -124,6 +125,7 @@ class Service:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._num_terms = 0
         self._drain_until_s: float | None = None
+        self._timer_s: float | None = None  # of the unit, when the poller was asked last
         self._next_stats_s = 0.0
         self._last_stats: Stats | None = None
         self._was_idle = False
@@ -169,6 +171,8 @@ class Service:
                     self._drain(order.deadline_s)
                 case SetAwake():
                     self._unit.set_awake(order.model, order.is_awake)
+                case Forget():
+                    self._unit.forget(order.model)
 
     def _drain(self, seconds: float) -> None:
         log.info("event=drain deadline_s=%.1f", seconds)
@@ -177,7 +181,8 @@ class Service:
 
     def _timeout_ms(self) -> int | None:
         """Until the next thing that time alone brings about; None = nothing does."""
-        times = [self._unit.next_timer(), self._drain_until_s]
+        self._timer_s = self._unit.next_timer()
+        times = [self._timer_s, self._drain_until_s]
         if not self._unit.is_idle:
             times.append(self._next_stats_s)
         soonest = min((time for time in times if time is not None), default=None)
@@ -187,8 +192,9 @@ class Service:
 
     def _tell_time(self) -> None:
         now = monotonic()
-        timer_s = self._unit.next_timer()
-        if timer_s is not None and timer_s <= now:
+        # The one that was waited for, too: once it is past, the unit no longer names it.
+        timers = (self._timer_s, self._unit.next_timer())
+        if any(timer_s is not None and timer_s <= now for timer_s in timers):
             self._unit.tick()
         is_idle = self._unit.is_idle
         if not self._was_idle if is_idle else now >= self._next_stats_s:
