@@ -17,9 +17,12 @@ from real_server import real_config
 from test_worker_process import children
 
 from muxrt.config.placement import Mesh
+from muxrt.core import Result
 from muxrt.engine.messages import Loading, UnitBoot
 from muxrt.errors import MuxrtError
 from muxrt.worker import process
+from muxrt.worker.collectives import RankLost
+from muxrt.worker.rank import RankChild
 from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.watch import BEATS_BYTES, Beats, Watch
 
@@ -84,6 +87,14 @@ def test_a_rank_that_ended_is_noticed_while_the_first_one_reads(tmp_path: Path) 
             ranks.check()
     finally:
         ranks.close()
+
+
+def test_a_rank_whose_exchange_failed_says_so_and_stays() -> None:
+    """Its watch may have to end rank 0, which stands still; were it gone, nobody would."""
+    child, given = RankChild.__new__(RankChild), list[Result]()
+    child._give = given.append
+    child._complain(RankLost("[0] did not come within 2 s"))
+    assert [result.error for result in given] == ["[0] did not come within 2 s"]
 
 
 def test_who_loads_may_stand_still_for_longer() -> None:

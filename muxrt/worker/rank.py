@@ -4,7 +4,6 @@ import logging
 import os
 from contextlib import ExitStack
 from functools import partial
-from typing import NoReturn
 
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.models.llama import Llama
@@ -24,6 +23,7 @@ class RankChild:
     """The rank in its own process: its part of each model, and as many lanes as rank 0."""
 
     def __init__(self, setup: RankSetup, give: Give, watch: Watch) -> None:
+        self._give = give
         os.sched_setaffinity(0, setup.cores)
         log_to_stderr(setup.name)
         self._stack = ExitStack()  # what lives as long as the process
@@ -32,7 +32,7 @@ class RankChild:
         store = None if setup.port is None else open_store(setup.port)
         give(Result())  # loaded: rank 0 meets us as soon as all are
         lines = open_lines(setup, memory, store, self._stack)
-        opened = open_lanes(setup, models, lines, self._stack, self._end, sleepers)
+        opened = open_lanes(setup, models, lines, self._stack, self._complain, sleepers)
         self._lanes = opened.lanes
         watch.loaded()
 
@@ -44,9 +44,10 @@ class RankChild:
     def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
         """Nothing to do: the lanes of a process share what they know of slots."""
 
-    def _end(self, error: Exception) -> NoReturn:
+    def _complain(self, error: Exception) -> None:
+        """The mesh is broken: rank 0 ends it. We stay: if it stands still, our watch has to."""
         log.error("event=rank_lost error=%s", error)
-        os._exit(1)
+        self._give(Result(error=str(error)))
 
 
 def run(watch: Watch) -> None:
