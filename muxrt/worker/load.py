@@ -109,7 +109,8 @@ def _open_sleepers(
         plan = plan_boot(boot, len(cores), shapes, sizes)
         return plan, open_executor(plan, models, cores, boot.identity, sleepers)
     plan = plan_boot(boot, len(cores), shapes)
-    executor = open_mesh(plan, boot.models, shapes, cores, load, boot.identity, sleepers)
+    unit = boot.identity
+    executor = open_mesh(plan, boot.models, shapes, cores, load, unit, sleepers=sleepers)
     try:
         return plan_boot(boot, len(cores), shapes, executor.weight_bytes), executor
     except ConfigError:
