@@ -1,10 +1,10 @@
 """A unit over several ranks: the unit's process is rank 0, the others are processes of their own.
 
-Every rank has its own cores, its own slices of the weights and its own arena, with its part of
-every block: ids are equal on all. A work is encoded once and written to each rank, which runs it on
-its lane of the same number; rank 0 alone draws tokens, and its result is the mesh's. What moves
-blocks is over when it is over everywhere, and so is a batch: behind its last exchange between the
-ranks nobody touches K and V any more.
+Every rank has its own cores, or a GPU (worker/device_mesh.py), its own slices of the weights and
+its own arena, with its part of every block: ids are equal on all. A work is encoded once and
+written to each rank, which runs it on its lane of the same number; rank 0 alone draws tokens, and
+its result is the mesh's. What moves blocks is over when it is over everywhere, and so is a batch:
+behind its last exchange between the ranks nobody touches K and V any more.
 """
 
 import logging
@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -22,16 +23,18 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import ModelSpec
+from muxrt.config.placement import Mesh, ModelSpec
 from muxrt.config.shard import Shard
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.engine.ranks import plan_rank, rank_cores
 from muxrt.errors import MuxrtError
 from muxrt.kernels import Team
+from muxrt.models.device_llama import DeviceLlama
 from muxrt.models.llama import Llama
 from muxrt.models.ranks import Ranks
-from muxrt.worker.collectives import GlooRanks, RankLost, open_store
+from muxrt.worker.collectives import CPU, GroupRanks, RankLost, open_store
+from muxrt.worker.device_mesh import open_device_lanes
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.kv_storage import Segment, Storage
 from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, split_cores
@@ -46,7 +49,8 @@ log = logging.getLogger(__name__)
 
 BEATS_BYTES = 4096  # of the shared memory; rooms begin behind them
 
-Load = Callable[[Shard], dict[str, Llama]]
+Models = dict[str, Llama] | dict[str, DeviceLlama]
+Load = Callable[[Shard], Models]
 Lose = Callable[[Exception], None]
 
 
@@ -62,7 +66,8 @@ class RankSetup(msgspec.Struct, frozen=True):
     memory: int  # descriptor of what all ranks map: beats, and rooms for exchanges
     wakes: tuple[tuple[int, ...], ...]  # eventfds, by lane and rank
     unit: str  # name and generation
-    port: int | None  # of gloo's store; None: sums go through that memory
+    port: int | None  # of torch.distributed's store; None: sums go through that memory
+    device: str | None = None  # as torch names it; None: its cores
     module: str = "muxrt.worker.rank"
     environ: dict[str, str] = {}
 
@@ -95,6 +100,12 @@ class Others:
     def lose(self, error: Exception) -> None:
         """An exchange with them failed; from any thread. The next `check` raises."""
         self._reason = self._reason or str(error)
+
+    def abandon(self, error: Exception) -> None:
+        """Likewise, where no result of a lane will say so: their ends do."""
+        self.lose(error)
+        for rank in self._ranks.values():
+            rank.kill()
 
     def silence(self, number: int, seconds: float) -> None:
         """Rank `number` stands still: end it, so that nobody waits for it."""
@@ -147,7 +158,7 @@ class Others:
 class MeshLane:
     """A lane of rank 0, whose works all ranks run."""
 
-    def __init__(self, lane: ThreadLane, others: Others) -> None:
+    def __init__(self, lane: Lane, others: Others) -> None:
         self._lane, self._others = lane, others
 
     def wait_started(self) -> None:
@@ -179,14 +190,16 @@ def open_mesh(
     cores: Sequence[int],
     load: Load,
     unit: str = "",
+    device: torch.device | None = None,
 ) -> LaneExecutor:
     """Start the other ranks, load this one's weights and start its lanes.
 
-    `unit` is its name and generation, for units that fetch from it. Raises ConfigError for a unit
-    that cannot be cut, MuxrtError where a rank cannot start.
+    `unit` is its name and generation, for units that fetch from it; `device` is this rank's, where
+    ranks have one each and share the cores. Raises ConfigError for a unit that cannot be cut,
+    MuxrtError where a rank cannot start.
     """
     size, timeout_s = plan.spec.mesh.tp, plan.spec.mesh.timeout_s
-    parts = rank_cores(cores, size)
+    parts = rank_cores(cores, size) if device is None else (tuple(cores),) * size
     shards = [Shard(rank, size) for rank in range(size)]
     plans = [plan_rank(plan, shapes, shard) for shard in shards]
     for part in parts:
@@ -194,8 +207,9 @@ def open_mesh(
     with ExitStack() as stack:
         memory = Segment(memory_bytes(plan))
         stack.callback(memory.close)
-        wakes = _open_wakes(plan, stack)
-        store = open_store() if plan.spec.mesh.exchange == "gloo" else None
+        is_shared = device is None and plan.spec.mesh.exchange == "shared"
+        wakes = _open_wakes(plan, stack) if is_shared else ()
+        store = None if is_shared else open_store()
         setups = [
             RankSetup(
                 name=f"{plan.spec.name}/rank-{shard.rank}",
@@ -208,6 +222,7 @@ def open_mesh(
                 wakes=wakes,
                 unit=unit,
                 port=None if store is None else store.port,
+                device=rank_device(plan.spec.mesh, device, shard.rank),
             )
             for shard in shards
         ]
@@ -216,7 +231,8 @@ def open_mesh(
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
-        opened = open_lanes(setups[0], loaded, lines, stack, others.lose)
+        lose = others.lose if device is None else others.abandon
+        opened = open_lanes(setups[0], loaded, lines, stack, lose)
         lanes: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
         watch = Watch(open_beats(memory, size), 0, others.pids, timeout_s, others.silence)
@@ -225,14 +241,22 @@ def open_mesh(
     raise AssertionError("an exit stack swallows nothing")
 
 
+def rank_device(mesh: Mesh, first: torch.device | None, rank: int) -> str | None:
+    """The device of a rank, as torch names it, where the first rank has `first`."""
+    if first is None or first.type != "cuda":
+        return None if first is None else str(first)
+    assert mesh.gpus is not None, "a GPU for each rank"
+    return f"cuda:{mesh.gpus[rank]}"
+
+
 def memory_bytes(plan: UnitPlan) -> int:
     """What the ranks of a unit share."""
     return BEATS_BYTES + (plan.num_lanes + 1) * num_bytes(plan.spec.mesh.tp)
 
 
 def _open_wakes(plan: UnitPlan, stack: ExitStack) -> tuple[tuple[int, ...], ...]:
-    """By lane and rank; none where gloo wakes."""
-    lanes = range(plan.num_lanes + 1 if plan.spec.mesh.exchange == "shared" else 0)
+    """By lane and rank."""
+    lanes = range(plan.num_lanes + 1)
     wakes = tuple(tuple(open_wake() for _ in range(plan.spec.mesh.tp)) for _ in lanes)
     for lane in wakes:
         for wake in lane:
@@ -258,9 +282,10 @@ def open_lines(
             rooms = memory.tensor(offset=BEATS_BYTES + lane * size, count=size)
             lines.append(SharedRanks(rooms, setup.wakes[lane], setup.shard, timeout_s))
         else:
-            gloo = GlooRanks(store, f"lane-{lane}", setup.shard, timeout_s)
-            stack.callback(gloo.close)
-            lines.append(gloo)
+            device = torch.device(setup.device) if setup.device else CPU
+            group = GroupRanks(store, f"lane-{lane}", setup.shard, timeout_s, device)
+            stack.callback(group.close)
+            lines.append(group)
     return lines
 
 
@@ -268,14 +293,24 @@ def open_lines(
 class OpenedRank:
     """The lanes of one rank, the copy lane last."""
 
-    lanes: list[ThreadLane]
+    lanes: Sequence[Lane]
     reached: Reached | None  # on the first rank, where the unit hands sequences over
 
 
 def open_lanes(
-    setup: RankSetup, models: dict[str, Llama], lines: Sequence[Ranks], stack: ExitStack, lose: Lose
+    setup: RankSetup, models: Models, lines: Sequence[Ranks], stack: ExitStack, lose: Lose
 ) -> OpenedRank:
     """Start a rank's lanes; `models` is emptied, `lose` hears why the mesh is broken."""
+    if setup.device is None:
+        return _open_on_cores(setup, cast(dict[str, Llama], models), lines, stack, lose)
+    theirs, groups = cast(dict[str, DeviceLlama], models), cast(Sequence[GroupRanks], lines)
+    device = torch.device(setup.device)
+    return OpenedRank(open_device_lanes(setup.plan, theirs, groups, device, lose, stack), None)
+
+
+def _open_on_cores(
+    setup: RankSetup, models: dict[str, Llama], lines: Sequence[Ranks], stack: ExitStack, lose: Lose
+) -> OpenedRank:
     plan = setup.plan
     storage = Storage(plan)
     stack.callback(storage.close)

@@ -7,12 +7,21 @@ import signal
 from contextlib import ExitStack
 from typing import NoReturn
 
+import torch
+
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.worker.collectives import open_store
 from muxrt.worker.kv_storage import Segment
-from muxrt.worker.load import load_model
+from muxrt.worker.load import load_device_model, load_model, take_device
 from muxrt.worker.logs import log_to_stderr
-from muxrt.worker.mesh import RankSetup, memory_bytes, open_beats, open_lanes, open_lines
+from muxrt.worker.mesh import (
+    Models,
+    RankSetup,
+    memory_bytes,
+    open_beats,
+    open_lanes,
+    open_lines,
+)
 from muxrt.worker.process_lane import Give, main
 from muxrt.worker.watch import Watch
 
@@ -30,12 +39,7 @@ class RankChild:
         os.sched_setaffinity(0, setup.cores)
         log_to_stderr(setup.name)
         self._stack = ExitStack()  # what lives as long as the process
-        models = {
-            spec.name: load_model(
-                setup.name, spec, setup.shapes[spec.name], lambda _: None, setup.shard
-            )
-            for spec in setup.models
-        }
+        models = _load(setup)
         memory = Segment(memory_bytes(setup.plan), setup.memory)
         store = None if setup.port is None else open_store(setup.port)
         give(Result())  # loaded: rank 0 meets us as soon as all are
@@ -62,6 +66,20 @@ class RankChild:
         if os.getppid() == self._parent:  # it is still itself, and not a stranger by its number
             os.kill(self._parent, signal.SIGKILL)
         os._exit(1)
+
+
+def _load(setup: RankSetup) -> Models:
+    """The rank's part of each model."""
+    pairs = [(spec, setup.shapes[spec.name]) for spec in setup.models]
+    name, tell, shard = setup.name, (lambda _: None), setup.shard
+    if setup.device is None:
+        return {spec.name: load_model(name, spec, shape, tell, shard) for spec, shape in pairs}
+    device = torch.device(setup.device)
+    take_device(device)
+    return {
+        spec.name: load_device_model(name, spec, shape, device, tell, shard)
+        for spec, shape in pairs
+    }
 
 
 def _die_with_parent() -> None:
