@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,17 @@ pytest.importorskip("transformers")
 from torch.distributed import HashStore  # noqa: E402
 
 from muxrt.config.model import load_shape  # noqa: E402
+from muxrt.config.placement import Lanes  # noqa: E402
 from muxrt.config.shard import Shard  # noqa: E402
 from muxrt.models.device_llama import DeviceLlama, DeviceSession, rope_table  # noqa: E402
 from muxrt.models.llama import Llama  # noqa: E402
-from muxrt.worker.collectives import GroupRanks  # noqa: E402
+from muxrt.worker.collectives import GroupRanks, RankLost  # noqa: E402
+from muxrt.worker.device_runner import DeviceCopier  # noqa: E402
+from muxrt.worker.device_storage import DeviceStorage  # noqa: E402
+from muxrt.worker.device_streams import plain_share  # noqa: E402
 from tests.test_device_weights import padded  # noqa: E402
 from tests.test_shards import FAMILIES, TIMEOUT_S, file_bytes, poisoned_copy, together  # noqa: E402
+from tests.worker_world import Desk, make_plan, write_models  # noqa: E402
 from tests.world_models import PagedRunner, make_kv, publish  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -111,6 +117,40 @@ def test_ranks_agree_on_the_largest_number(lines: list[GroupRanks]) -> None:
 
     together(say)
     assert found == [7, 7]
+
+
+def test_who_compiles_kernels_is_waited_for(lines: list[GroupRanks]) -> None:
+    """For longer than an exchange may take otherwise."""
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            sleep(1.5 * TIMEOUT_S)
+        values = torch.ones(4)
+        with lines[rank].patiently():
+            lines[rank].add(values)
+        assert (values == 2).all()
+
+    together(work)
+    with pytest.raises(RankLost):
+        lines[0].add(torch.ones(4))
+
+
+def test_a_copy_is_over_when_it_is_over_on_all_ranks(
+    lines: list[GroupRanks], tmp_path: Path
+) -> None:
+    write_models(tmp_path)
+    desk = Desk(make_plan(tmp_path, planes_per_block=2, lanes=Lanes(kind="stream")))
+    storage = DeviceStorage(desk.plan, CPU)
+    share = plain_share("copy", CPU, 0)
+    seat = desk.seat("wide", 9)
+    desk.batch(0, [(seat, 9)])
+    out = desk.swap_out(seat)
+    copiers = [
+        DeviceCopier(storage, desk.plan.arena.block_bytes, share, lines[rank]) for rank in (0, 1)
+    ]
+    together(lambda rank: copiers[rank].launch(out).wait())
+    with pytest.raises(RankLost):
+        copiers[0].launch(out).wait()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
