@@ -7,7 +7,7 @@ NCCL, and CUDA graphs are played by a class that repeats calls.
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import msgspec  # noqa: E402
+from torch.distributed import HashStore  # noqa: E402
 
 from muxrt.config.placement import (  # noqa: E402
     Lanes,
@@ -30,20 +31,30 @@ from muxrt.config.placement import (  # noqa: E402
     UnitModel,
     UnitSpec,
 )
+from muxrt.config.shard import Shard  # noqa: E402
 from muxrt.core import Batch, Copy, Phase, Result, Work  # noqa: E402
 from muxrt.engine.messages import UnitBoot  # noqa: E402
 from muxrt.models.device_llama import DeviceLlama  # noqa: E402
+from muxrt.worker import device_mesh  # noqa: E402
 from muxrt.worker.boot import load_shapes, plan_boot  # noqa: E402
 from muxrt.worker.collectives import CPU as HERE  # noqa: E402
-from muxrt.worker.device_mesh import Guard, Overdue, Turns  # noqa: E402
+from muxrt.worker.collectives import GroupRanks  # noqa: E402
+from muxrt.worker.device_lanes import Shares  # noqa: E402
+from muxrt.worker.device_mesh import (  # noqa: E402
+    Guard,
+    Overdue,
+    Turns,
+    open_device_lanes,
+)
 from muxrt.worker.executor import LaneExecutor  # noqa: E402
-from muxrt.worker.flight import Flight, Span  # noqa: E402
+from muxrt.worker.flight import Flight, Share, Span  # noqa: E402
 from muxrt.worker.lanes import LaneDied  # noqa: E402
 from muxrt.worker.load import open_on_device, warm_up  # noqa: E402
 from muxrt.worker.mesh import rank_device  # noqa: E402
 from tests.device_mesh_world import on_devices  # noqa: E402
+from tests.device_world import device_llamas  # noqa: E402
 from tests.mesh_world import Compute, alone  # noqa: E402
-from tests.played_graphs import BUDGET_BYTES, Repeated  # noqa: E402
+from tests.played_graphs import BUDGET_BYTES, Repeated, playing  # noqa: E402
 from tests.real_world import DEMO, MODELS, RealWorld, demo_plan, prompts  # noqa: E402
 from tests.test_equality import keys_of  # noqa: E402
 from tests.test_mesh import SETTING, assert_same, step_of, submit  # noqa: E402
@@ -173,6 +184,32 @@ def test_busy_lanes_do_not_wait_for_each_other_nor_for_the_other_rank_s_graphs(h
 def run(executor: LaneExecutor, desk: Desk, *works: Work) -> None:
     for work, result in zip(works, executor.run(works), strict=True):
         desk.note(work, result)
+
+
+def test_lanes_keep_their_part_of_the_device_while_others_rest(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the others do is not the same on all ranks at every moment, and the graph must be."""
+    caplog.set_level("INFO")
+    whole, own = ([Share(name, torch.cpu.Stream(), 4)] * 2 for name in ("whole", "own"))
+    monkeypatch.setattr(device_mesh, "open_shares", lambda *_: Shares(whole, own))
+    monkeypatch.setattr(device_mesh, "open_steps", playing(0))
+    plan = make_plan(home, 2, LANES)
+    with ExitStack() as stack:
+        lines = [GroupRanks(HashStore(), "alone", Shard(), 30.0) for _ in range(3)]
+        for line in lines:
+            stack.callback(line.close)
+        lost: list[Exception] = []
+        llamas = device_llamas(home)
+        lanes = open_device_lanes(plan, llamas, lines, HERE, lost.append, stack)
+        desk = Desk(plan)
+        seat = desk.seat("wide", 5)
+        executor = stack.enter_context(LaneExecutor(lanes, ExitStack()))
+        run(executor, desk, desk.batch(0, [(seat, 5)]))
+        for _ in range(3):
+            run(executor, desk, desk.decode(0, seat))
+    assert not lost
+    assert "share='own'" in caplog.text and "share='whole'" not in caplog.text
 
 
 def test_logits_that_are_not_finite_fail_their_batch_alone(home: Path) -> None:

@@ -114,9 +114,6 @@ def _open_sleepers(
 
 def take_gpu(boot: UnitBoot) -> torch.device:
     """The GPU of the unit's mesh, current from now on. Raises MuxrtError without one."""
-    # Where the driver cannot keep the lanes' work queues apart, more of them make it likely. Read
-    # when CUDA starts, which is below.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     device = torch.device("cuda", (boot.unit.mesh.gpus or (0,))[0])
     take_device(device)
     if boot.unit.mesh.tp > 1:
@@ -126,6 +123,9 @@ def take_gpu(boot: UnitBoot) -> torch.device:
 
 def take_device(device: torch.device) -> None:
     """It is the current one from now on. Raises MuxrtError where torch cannot compute there."""
+    # Where the driver cannot keep the lanes' work queues apart, more of them make it likely. Read
+    # when CUDA starts, which is below.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     check_device(device)
     torch.get_device_module(device).set_device(device)
 
