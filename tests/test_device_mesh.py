@@ -33,6 +33,7 @@ from muxrt.config.placement import (  # noqa: E402
 )
 from muxrt.config.shard import Shard  # noqa: E402
 from muxrt.core import Batch, Copy, Phase, Result, Work  # noqa: E402
+from muxrt.engine.build import UnitPlan  # noqa: E402
 from muxrt.engine.messages import UnitBoot  # noqa: E402
 from muxrt.models.device_llama import DeviceLlama  # noqa: E402
 from muxrt.worker import device_mesh  # noqa: E402
@@ -234,9 +235,7 @@ def test_logits_that_are_not_finite_fail_their_batch_alone(home: Path) -> None:
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_stops_ends_the_mesh(home: Path, sign: signal.Signals) -> None:
-    plan = make_plan(home, 4, LANES, tp=2)
-    mesh = msgspec.structs.replace(plan.spec.mesh, timeout_s=1.0)
-    plan = replace(plan, spec=msgspec.structs.replace(plan.spec, mesh=mesh))
+    plan = hasty(make_plan(home, 4, LANES, tp=2))
     before = set(children(os.getpid()))
     with on_devices(plan, folders(home)) as executor:
         desk = Desk(plan)
@@ -247,6 +246,33 @@ def test_a_rank_that_dies_or_stops_ends_the_mesh(home: Path, sign: signal.Signal
         with pytest.raises(LaneDied, match="mesh is broken"):
             go_on(executor, desk, seat)
     assert set(children(os.getpid())) == before
+
+
+def test_a_lane_that_hangs_alone_ends_the_mesh(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process moves, and no exchange is timed: as when a graph waits for another rank's."""
+    plan, over = hasty(make_plan(home, 4, LANES, tp=2)), Event()
+
+    def hang(flight: Flight) -> Result:
+        assert over.wait(60)
+        return Result()
+
+    with on_devices(plan, folders(home)) as executor:
+        desk = Desk(plan)
+        seat = desk.seat("wide", 5)
+        for tokens in (5, 1):
+            run(executor, desk, desk.batch(0, [(seat, tokens)]))
+        monkeypatch.setattr(Flight, "wait", hang)
+        try:
+            with pytest.raises(LaneDied, match="a work of lane 0 does not end"):
+                executor.run([desk.decode(0, seat)], timeout_s=30)
+        finally:
+            over.set()
+
+
+def hasty(plan: UnitPlan) -> UnitPlan:
+    """Its ranks wait for each other for a second."""
+    mesh = msgspec.structs.replace(plan.spec.mesh, timeout_s=1.0)
+    return replace(plan, spec=msgspec.structs.replace(plan.spec, mesh=mesh))
 
 
 def go_on(executor: LaneExecutor, desk: Desk, seat: Seat) -> None:
