@@ -1,6 +1,7 @@
 """What a tensor-parallel mesh of cores costs: telling the ranks, exchanging sums, whole steps.
 
     python scripts/bench_mesh.py --model 88m --out docs/benchmarks
+    python scripts/bench_mesh.py --model configs/demo_models/pydoc-s --rounds 10 --sequences 8
 
 Telling: rank 0 encodes a decode step of `--sequences` sequences and sends it to one other rank,
 which decodes it and answers with a byte, over each of three channels. Exchanges: an all-reduce of
@@ -51,7 +52,8 @@ from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment
 from muxrt.worker.mesh import open_mesh
-from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
+from muxrt.worker.rank_processes import open_wake
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes
 
 BLOCKS = 64  # ids that a sequence gets with a new block group: 32 layers x 32 heads / 16 planes
 GROUP_TOKENS = 16  # so one sequence in so many needs a group
@@ -244,8 +246,16 @@ def executor_of(model: Path, tp: int, kind: str) -> Iterator[tuple[UnitPlan, Lan
             yield plan, stack.enter_context(open_mesh(plan, [spec], shapes, cores, load))
 
 
-def passes(plan: UnitPlan) -> Iterator[tuple[str, Batch, Batch]]:
-    """Name, the batch that comes before, and the one that is timed."""
+class Timed(NamedTuple):
+    """A batch that is timed, and the one that comes before."""
+
+    name: str
+    first: Batch
+    timed: Batch
+
+
+def passes(plan: UnitPlan) -> Iterator[Timed]:
+    """Prefills and decodes of all sizes."""
     layout = plan.models["m"].layout
     for phase, size, length in (("prefill", 1, 256), ("decode", 1, 100), ("decode", 16, 100)):
         groups = layout.num_blocks(length + 1)
@@ -259,7 +269,7 @@ def passes(plan: UnitPlan) -> Iterator[tuple[str, Batch, Batch]]:
         one = tuple(BatchEntry(slot, length, 1, True) for slot in range(size))
         decode = Batch(0, 0, "m", Phase.DECODE, one)
         name = f"{phase}, {size} x {length if phase == 'prefill' else 1}"
-        yield name, first, first if phase == "prefill" else decode
+        yield Timed(name, first, first if phase == "prefill" else decode)
 
 
 def steps(model: Path, rounds: int) -> Iterator[dict[str, Any]]:
@@ -267,27 +277,32 @@ def steps(model: Path, rounds: int) -> Iterator[dict[str, Any]]:
     ways = {"1 rank": (1, "shared"), "2, shared": (2, "shared"), "2, gloo": (2, "gloo")}
     with ExitStack() as stack:
         opened = {name: stack.enter_context(executor_of(model, *way)) for name, way in ways.items()}
-        for name, first, timed in passes(opened["1 rank"][0]):
-            found: dict[str, list[float]] = {way: [] for way in ways}
-            for _, executor in opened.values():
-                executor.run([first])
-                executor.run([timed])
+        # Blocks of two ranks have other planes where heads do not come out even.
+        for several in zip(*(passes(plan) for plan, _ in opened.values()), strict=True):
+            name, found = several[0].name, {way: list[float]() for way in ways}
+            batches = dict(zip(ways, several, strict=True))
+            for way, (_, executor) in opened.items():
+                executor.run([batches[way].first])
+                executor.run([batches[way].timed])
             for _ in range(rounds):
                 for way, (_, executor) in opened.items():
-                    found[way].append(executor.run([timed])[0].elapsed_s * 1e3)
+                    (result,) = executor.run([batches[way].timed])
+                    found[way].append(result.elapsed_s * 1e3)
             for way, times in found.items():
                 best, middle = round(min(times), 3), round(statistics.median(times), 3)
                 yield {"step": name, "ranks": way, "best_ms": best, "median_ms": middle}
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Whose steps: a shape of llama_folder.py.")] = "88m",
+    model: Annotated[
+        str, typer.Option(help="Whose steps: a shape of llama_folder.py, or a model folder.")
+    ] = "88m",
     sequences: Annotated[int, typer.Option(help="Of the step that ranks are told of.")] = 256,
     rounds: Annotated[int, typer.Option(help="Repetitions of everything.")] = 2000,
     out: Annotated[Path | None, typer.Option(help="Folder for mesh.json.")] = None,
 ) -> None:
     """Measure a mesh of two ranks on this machine."""
-    (folder,) = preset_folders([model])
+    folder = Path(model) if Path(model).is_dir() else preset_folders([model])[0]
     settings = {"model": model, "sequences": sequences, "rounds": rounds}
     record = Record((out or Path.cwd()) / "mesh.json", settings)
     os.sched_setaffinity(0, {CORES[0]})

@@ -6,7 +6,6 @@ With the CPU as either's device gloo stands in for NCCL, and graphs are played.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,9 +16,9 @@ from muxrt.config.placement import ModelSpec
 from muxrt.config.shard import Shard
 from muxrt.engine.build import UnitPlan
 from muxrt.models.device_llama import DeviceLlama
-from muxrt.worker import device_mesh, mesh
+from muxrt.worker import device_mesh, rank_processes
 from muxrt.worker.executor import LaneExecutor
-from muxrt.worker.mesh import RankSetup, open_mesh
+from muxrt.worker.mesh import open_mesh
 from tests.played_graphs import playing
 from tests.played_rank import GRAPH_BYTES
 from tests.worker_world import CORES
@@ -54,10 +53,9 @@ def on_devices(
 
     with ExitStack() as stack:
         if device.type == "cpu":
-            played = partial(RankSetup, module="tests.played_rank")
-            stack.enter_context(patch.object(mesh, "RankSetup", played))
+            stack.enter_context(patch.object(rank_processes, "MODULE", "tests.played_rank"))
             stack.enter_context(patch.object(device_mesh, "open_steps", playing(graph_bytes[0])))
             stack.enter_context(patch.dict(os.environ, {GRAPH_BYTES: str(graph_bytes[1])}))
-        executor = open_mesh(plan, specs, shapes, CORES * plan.num_lanes, load, "", device)
+        executor = open_mesh(plan, specs, shapes, CORES * plan.num_lanes, load, device=device)
     with executor:
         yield executor

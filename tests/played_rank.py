@@ -4,10 +4,7 @@ import os
 
 import torch
 
-from muxrt.worker import device_mesh
-from muxrt.worker.mesh import RankSetup
-from muxrt.worker.process_lane import main
-from muxrt.worker.rank import RankChild
+from muxrt.worker import device_mesh, rank_process
 from tests.played_graphs import playing
 
 GRAPH_BYTES = "PLAYED_GRAPH_BYTES"  # a variable of its environment
@@ -15,4 +12,4 @@ GRAPH_BYTES = "PLAYED_GRAPH_BYTES"  # a variable of its environment
 if __name__ == "__main__":
     torch.set_num_threads(1)
     device_mesh.open_steps = playing(int(os.environ[GRAPH_BYTES]))
-    main(RankSetup, RankChild)
+    rank_process.main()

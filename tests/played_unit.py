@@ -2,10 +2,10 @@
 
 import torch
 
-from muxrt.worker import load, service
+from muxrt.worker import load, process, service
 from muxrt.worker.collectives import CPU
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     load.take_gpu = lambda boot: CPU
-    service.run(load.load_unit)
+    service.run(process.open_unit)

@@ -277,7 +277,7 @@ def test_lanes_under_mps_start_from_pieces_of_the_unit_s_memory(home: Path) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_a_lane_process_that_has_no_gpu_says_so(home: Path) -> None:
     before = Held.now()
-    lane = ProcessLane(mps_setups(home)[0])
+    lane = ProcessLane.start(mps_setups(home)[0])
     try:
         with pytest.raises(MuxrtError, match="lane lane-0 could not start: .*found gpu, but torch"):
             lane.wait_started()

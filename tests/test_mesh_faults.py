@@ -16,10 +16,12 @@ from test_server_faults import generate, is_running, wait_until
 from test_worker_process import children
 
 from muxrt.config.placement import Mesh
+from muxrt.server.unit_process import UnitState
 
 BACK_S = 15.0  # a unit that lost a rank serves again within this time
 BUSY = 2.0  # ... or, on a busy machine, within so many times what its last start took, and ...
 TIMEOUT_S = 2.0  # ... what it takes to find that a rank stands still
+LOAD_TIMEOUT_S = 10.0  # likewise, while it loads: imports hold Python's lock for a while
 SHM = Path("/dev/shm")
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
@@ -30,16 +32,28 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     folder = tmp_path_factory.mktemp("models")
     config = real_config(folder, {"cut": ["a"], "whole": ["b"]}, max_queue=1000)
     cut, whole = config.units
-    mesh = Mesh(gpus=(0, 1), timeout_s=TIMEOUT_S)
+    mesh = Mesh(gpus=(0, 1), timeout_s=TIMEOUT_S, load_timeout_s=LOAD_TIMEOUT_S)
     units = (msgspec.structs.replace(cut, mesh=mesh), whole)
     with real_server(msgspec.structs.replace(config, units=units)) as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def healthy(endpoint: RealServer) -> None:
+    """Each fault is a story of its own: no delay, as if it were the fourth one in a minute."""
+    wait_until(lambda: endpoint.server.supervisor.units["cut"].is_ready)
+    endpoint.server.supervisor.units["cut"].backoff.deaths = 0
 
 
 def ranks(endpoint: RealServer) -> list[int]:
     """The processes of the unit that is cut, rank 0 first."""
     first = endpoint.pid("cut")
     return [first, *children(first)]
+
+
+def is_rank(pid: int) -> bool:
+    """It runs its own program: between fork and exec it would stop its parent, too."""
+    return b"rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 async def load(endpoint: RealServer, model: str, over: asyncio.Event, stream: bool) -> Counter[str]:
@@ -131,3 +145,24 @@ def test_an_idle_mesh_notices_too(endpoint: RealServer) -> None:
     assert error is not None and "rank 1" in error and "did not move for" in error
     wait_until(lambda: not any(map(is_running, before)))
     wait_until(lambda: supervisor.units["cut"].is_ready)
+
+
+@pytest.mark.parametrize(("rank", "why"), [(0, "signal 9"), (1, "did not move for")])
+def test_a_rank_that_stops_while_it_loads_is_found(
+    endpoint: RealServer, rank: int, why: str
+) -> None:
+    """The other one ends it, and the unit starts once more."""
+    unit = endpoint.server.supervisor.units["cut"]
+    restarts, before = unit.num_restarts, ranks(endpoint)
+    os.kill(before[0], signal.SIGKILL)
+    wait_until(lambda: unit.num_restarts == restarts + 1 and unit.process is not None)
+    wait_until(lambda: len(ranks(endpoint)) == 2 and is_rank(ranks(endpoint)[1]))
+    loading = ranks(endpoint)
+    os.kill(loading[rank], signal.SIGSTOP)
+    assert unit.state is UnitState.LOADING and not set(loading) & set(before)
+    wait_until(lambda: unit.num_restarts == restarts + 2)
+    assert unit.error is not None and why in unit.error
+    wait_until(lambda: not any(map(is_running, loading)))
+    wait_until(lambda: unit.is_ready)
+    assert unit.num_restarts == restarts + 2
+    assert endpoint.server.supervisor.units["whole"].num_restarts == 0

@@ -3,6 +3,7 @@
 import json
 import os
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,13 @@ def kind(cores: int, memory_bytes: int = 1 << 31) -> GpuKind:
     )
 
 
-def write(folder: Path, cores: int, plan: str = PLAN) -> Path:
-    """Models, a made-up profile of lanes of half and all of the cores, and a plan of both."""
+def write(
+    folder: Path, cores: int, plan: str = PLAN, tps: Mapping[int, float] | None = None
+) -> Path:
+    """Models, a made-up profile of lanes of half and all of the cores, and a plan of both.
+
+    `tps`: what steps over so many ranks take of those on one.
+    """
     for seed, name in enumerate(("hot", "cold")):
         if not (folder / name).exists():
             write_model(folder / name, seed)
@@ -63,18 +69,19 @@ def write(folder: Path, cores: int, plan: str = PLAN) -> Path:
     # A lane of half the cores takes 1.5 times as long.
     slow = {50: 1.5, 100: 1.0} if cores > 1 else {100: 1.0}
     times = [
-        (one, pct, factor * (1e-3 + 1e-5 * one.tokens + 1e-4 * one.batch))
+        (one, tp, pct, part * factor * (1e-3 + 1e-5 * one.tokens + 1e-4 * one.batch))
         for one in passes
+        for tp, part in (tps or {1: 1.0}).items()
         for pct, factor in slow.items()
     ]
     cells = [
-        Cell("tiny", 1, pct, one.batch, one.seq_len, *_times(one.phase, time_s))
-        for one, pct, time_s in times
+        Cell("tiny", tp, pct, one.batch, one.seq_len, *_times(one.phase, time_s))
+        for one, tp, pct, time_s in times
     ]
     # A prefill and a decode of the same sizes are one row.
-    rows: dict[tuple[int, int, int], Cell] = {}
+    rows: dict[tuple[int, int, int, int], Cell] = {}
     for cell in cells:
-        key = (cell.sm_pct, cell.batch, cell.seq_len)
+        key = (cell.tp, cell.sm_pct, cell.batch, cell.seq_len)
         other = rows.get(key)
         rows[key] = cell if other is None else _joined(cell, other)
     file = ProfileFile(
@@ -209,6 +216,41 @@ def test_no_mesh_is_wider_than_a_set_of_cores(tmp_path: Path) -> None:
     problem = load_problem(plan, None, None, None).problem
     assert problem.tps("hot", 0) == (1,)
     assert mesh_groups(problem, 100) == [{(0, 1): 2}]
+
+
+QUICK = TRAFFIC.replace("tpot_s: 0.1", "tpot_s: 0.0013")  # a step takes 1.6 ms on one rank
+TWO_SETS = PLAN.replace("gpus: 1", "gpus: 2")
+
+
+@pytest.mark.parametrize(("part", "traffic", "ranks"), [(0.5, QUICK, (0, 1)), (3.0, TRAFFIC, (0,))])
+def test_a_model_goes_over_two_sets_of_cores_where_that_was_measured_to_be_quicker(
+    part: float, traffic: str, ranks: tuple[int, ...], muxrt: CommandLine, tmp_path: Path
+) -> None:
+    plan = write(tmp_path, 1, TWO_SETS, {1: 1.0, 2: part})
+    (tmp_path / "traffic.yaml").write_text(traffic)
+    out = tmp_path / "placement.yaml"
+    answer = muxrt("plan", plan, "--out", out)
+    assert answer.code == 0, answer.err
+    meshes = [unit.mesh for unit in load(out).units]
+    assert {len(mesh.gpus or ()) for mesh in meshes} == {len(ranks)}
+    if len(ranks) > 1:
+        assert [(mesh.gpus, mesh.cores) for mesh in meshes] == [(ranks, (0, 1))]
+        assert [unit.lanes.split for unit in load(out).units] == [(1,)]
+        if {0, 1} <= set(MACHINE):
+            checked = muxrt("serve", out, "--check", "--json")
+            assert checked.code == 0, checked.err
+            assert [unit["ranks"] for unit in json.loads(checked.out)["units"]] == [2]
+
+
+def test_a_rank_holds_its_part_of_the_weights(tmp_path: Path) -> None:
+    from muxrt.cli.plan_input import load_problem
+
+    problem = load_problem(write(tmp_path, 1, TWO_SETS, {1: 1.0, 2: 0.5}), None, None, None).problem
+    assert problem.tps("hot", 0) == (1, 2)
+    one, two = problem.bytes("hot", 1), problem.bytes("hot", 2)
+    shape = load_shape(tmp_path / "hot")
+    assert two.weights == one.weights / 2
+    assert two.kv_per_token * shape.num_kv_heads == one.kv_per_token * -(-shape.num_kv_heads // 2)
 
 
 def test_memory_is_counted_in_the_models_own_dtypes(muxrt: CommandLine, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from command_line import CommandLine
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "profile.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```yaml\n# (\S+)\n(.*?)```", TEXT, re.DOTALL))
-COMMANDS = re.findall(r"```sh\nmuxrt (.*?)\n```", TEXT, re.DOTALL)
+# What it says of ranks is run by test_profile_ranks.py.
+ONE_RANK, _, RANKS = TEXT.partition("## Models over several ranks")
+COMMANDS = re.findall(r"```sh\nmuxrt (.*?)\n```", ONE_RANK, re.DOTALL)
 
 
 def test_profile_plan_and_check(
@@ -28,6 +30,12 @@ def test_profile_plan_and_check(
     assert planned.code == 0 and "requests/s within SLO" in planned.out, planned.err
     assert simulated.code == 0 and "tokens/s" in simulated.out, simulated.err
     assert checked.code == 0 and "can be served" in checked.out, checked.err
+
+
+def test_what_it_says_of_ranks_are_commands() -> None:
+    commands = re.findall(r"```sh\nmuxrt (.*?)\n```", RANKS, re.DOTALL)
+    assert [command.split()[0] for command in commands] == ["profile", "simulate"]
+    assert "--tp 2" in commands[0] and all("configs/tensor_parallel.yaml" in c for c in commands)
 
 
 def test_options_exist(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,8 @@ from muxrt.models.ranks import Ranks  # noqa: E402
 from muxrt.models.weights import Kind, list_weights  # noqa: E402
 from muxrt.worker.collectives import GroupRanks, RankLost  # noqa: E402
 from muxrt.worker.kv_storage import Segment  # noqa: E402
-from muxrt.worker.shared_ranks import ROOM, SharedRanks, num_bytes, open_wake  # noqa: E402
+from muxrt.worker.rank_processes import open_wake  # noqa: E402
+from muxrt.worker.shared_ranks import ROOM, SharedRanks, num_bytes  # noqa: E402
 
 TIMEOUT_S, LATE_S = 3.0, 0.5
 

@@ -15,6 +15,9 @@ Lanes = Annotated[
 Gpu = Annotated[
     int | None, typer.Option(min=0, metavar="NUMBER", help="Measure this GPU, not the cores.")
 ]
+Tp = Annotated[
+    int, typer.Option(min=1, help="Ranks that models are cut over: equal parts of the cores.")
+]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Fewer cells, fewer repeats: a rough picture.")
 ]
@@ -38,6 +41,7 @@ def profile(
     out: Out = Path("profile.yaml"),
     lanes: Lanes = None,
     gpu: Gpu = None,
+    tp: Tp = 1,
     quick: Quick = False,
     budget: Budget = 180.0,
     kv: Kv = "1GiB",
@@ -65,7 +69,9 @@ def profile(
 
     if out.suffix not in (".yaml", ".yml") or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out: found {out}, expected *.yaml in a folder that exists")
-    target = cpu_target(sorted(os.sched_getaffinity(0))) if gpu is None else gpu_target(gpu)
+    if gpu is not None and tp > 1:
+        raise ConfigError(f"--tp: found {tp} and --gpu, expected one of them: ranks are of cores")
+    target = cpu_target(sorted(os.sched_getaffinity(0)), tp) if gpu is None else gpu_target(gpu)
     effort = Effort(
         lanes=parse_lanes(lanes, target),
         budget_s=budget,
@@ -77,7 +83,7 @@ def profile(
     found = measure(subject, target, effort, console(stderr=True))
     written = write(out, subject, found, memory_bytes)
     if found.control is not None and found.is_whole and target.device == "cpu":
-        found.service = in_service(subject, written, effort, console(stderr=True))
+        found.service = in_service(subject, written, tp, effort, console(stderr=True))
         written = write(out, subject, found, memory_bytes)
     if as_json:
         import msgspec

@@ -18,7 +18,7 @@ from muxrt.bench.job import Job, Outcome, Progress, Status, Target
 from muxrt.cli.batch_counts import Batches, batches_since, read_batches
 from muxrt.cli.endpoint import OwnEndpoint, ready_endpoint
 from muxrt.cli.profile_source import Subject
-from muxrt.config.placement import Lanes, Memory, Scheduling, UnitModel, UnitSpec
+from muxrt.config.placement import Lanes, Memory, Mesh, Scheduling, UnitModel, UnitSpec
 from muxrt.config.serve import Endpoint, ServeConfig
 from muxrt.core import Phase
 from muxrt.cost.memory import kv_token_bytes
@@ -56,10 +56,10 @@ class _Count:
     control_s: float
 
 
-def measure_control(subject: Subject) -> Control:
+def measure_control(subject: Subject, tp: int = 1) -> Control:
     """Serve the first model for some seconds. Raises MuxrtError where it cannot be served."""
     name = subject.specs[0].name
-    config = _config(subject)
+    config = _config(subject, tp)
     with ready_endpoint(config) as endpoint:
         length = min(OUTPUT_TOKENS, config.models[0].max_model_len or OUTPUT_TOKENS)
         for streams in (FEW, MANY):  # code and buffers that only a first request meets
@@ -96,17 +96,18 @@ def _sum(counts: list[_Count]) -> _Count:
     )
 
 
-def _config(subject: Subject) -> ServeConfig:
-    """One lane on one core: the rest is for what is measured."""
+def _config(subject: Subject, tp: int) -> ServeConfig:
+    """One lane on one core of each rank: the rest is for what is measured."""
     spec = subject.specs[0]
     shape = subject.shapes[spec.name]
     longest = min(spec.max_model_len or shape.max_positions, PROMPT_TOKENS + OUTPUT_TOKENS)
-    token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+    token_bytes = tp * kv_token_bytes(shape, tp, DTYPE_BYTES[kv_dtype(spec, shape)])
     unit = UnitSpec(
         name="control",
         models=(UnitModel(name=spec.name),),
         # Twice what the streams hold: nobody is to be preempted.
         memory=Memory(kv_bytes=2 * MANY * (longest + PROMPT_TOKENS) * token_bytes),
+        mesh=Mesh(gpus=tuple(range(tp))),
         lanes=Lanes(split=(1,)),
         scheduling=Scheduling(prefix_reuse=False, max_sequences=MANY),
     )

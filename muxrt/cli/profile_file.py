@@ -48,7 +48,9 @@ def write(out: Path, subject: Subject, found: Found, memory_bytes: int | None) -
 
 def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> ProfileFile:
     target, cells = found.target, found.cells()
-    parts, kind = f"{target.parts} {target.word}", target.kind
+    kind, parts = target.kind, f"{target.parts} {target.word}"
+    if target.tp > 1:
+        parts = f"{target.tp} ranks of {parts}"
     return ProfileFile(
         title=f"{', '.join(spec.name for spec in subject.specs)} on {parts} of {target.name}",
         source=f"muxrt profile, {subject.source.name}",
@@ -62,21 +64,25 @@ def _file(table: str, subject: Subject, found: Found, memory_bytes: int) -> Prof
             name=kind,
             device="gpu" if target.device == "gpu" else "cpu",
             memory_bytes=memory_bytes,
-            bandwidth_bytes_per_s=round(_most_bytes_per_s(subject, found)),
-            flops=round(_most_flops(subject, found)),
+            bandwidth_bytes_per_s=round(_most_bytes_per_s(subject, found) / target.tp),
+            flops=round(_most_flops(subject, found) / target.tp),
             sms=target.parts,
-            link_bytes_per_s=round(_most_bytes_per_s(subject, found)),
+            link_bytes_per_s=round(_most_bytes_per_s(subject, found) / target.tp),
         ),
         sm_percent=(
-            f"{target.word} of the lane over the {target.parts} of the mesh, which are kind.sms;"
+            f"{target.word} of the lane over the {target.parts} of a device, which are kind.sms;"
             " its bandwidth and flops are the most that a measured decode step read and a measured"
-            " prefill computed; its link is not measured: one device has none"
+            f" prefill computed; its link is not measured: {_about_link(target.tp)}"
         ),
         engine=_engine(found),
         side_by_side=found.side_by_side,
         in_service=found.service.models if found.service else (),
         measured=_measured(found),
     )
+
+
+def _about_link(tp: int) -> str:
+    return "one device has none" if tp == 1 else "what ranks exchange is part of every time"
 
 
 def _model(spec: ModelSpec, shape: ModelShape, cells: Sequence[Cell], device: str) -> ProfiledModel:

@@ -63,7 +63,7 @@ Key = tuple[str, int, Pass]  # model, cores or SMs of the lane, pass
 
 @dataclass(slots=True)
 class Found:
-    """What was measured; times in seconds."""
+    """What was measured; times in seconds, lanes in parts of a device."""
 
     target: Target
     lanes: tuple[int, ...]
@@ -90,7 +90,15 @@ class Found:
             key = (model, self.share_pct(cores), one.batch, one.seq_len)
             times.setdefault(key, {})[one.phase] = _estimate(bursts)
         return tuple(
-            Cell(model, 1, pct, batch, length, found.get(Phase.PREFILL), found.get(Phase.DECODE))
+            Cell(
+                model,
+                self.target.tp,
+                pct,
+                batch,
+                length,
+                found.get(Phase.PREFILL),
+                found.get(Phase.DECODE),
+            )
             for (model, pct, batch, length), found in times.items()
         )
 
@@ -133,7 +141,7 @@ def measure(subject: Subject, target: Target, effort: Effort, console: Console) 
             found.elapsed_s = monotonic() - begun_s
         if not is_interrupted():
             show("the endpoint beside the steps", effort.budget_s)
-            found.control = _control(subject, console)
+            found.control = _control(subject, target.tp, console)
     if is_interrupted():
         console.print("interrupted: what was measured so far is kept")
     if not found.bursts:
@@ -141,22 +149,22 @@ def measure(subject: Subject, target: Target, effort: Effort, console: Console) 
     return found
 
 
-def _control(subject: Subject, console: Console) -> Control | None:
+def _control(subject: Subject, tp: int, console: Console) -> Control | None:
     try:
-        return measure_control(subject)
+        return measure_control(subject, tp)
     except MuxrtError as error:  # weights without a tokenizer can be measured, not served
         console.print(f"what the endpoint takes was not measured: {error.message}", markup=False)
         return None
 
 
 def in_service(
-    subject: Subject, profile: Profile, effort: Effort, console: Console
+    subject: Subject, profile: Profile, tp: int, effort: Effort, console: Console
 ) -> Service | None:
     """What steps take among those of other models, on lanes of the smallest size."""
     with _showing(console, effort.budget_s) as show:
         show("the models, served together", effort.budget_s)
         try:
-            return measure_service(subject, profile, effort.lanes[0], effort.service_s)
+            return measure_service(subject, profile, tp, effort.lanes[0], effort.service_s)
         except MuxrtError as error:
             console.print(f"steps in service were not measured: {error.message}", markup=False)
             return None
@@ -182,8 +190,9 @@ def _grids(subject: Subject, effort: Effort, target: Target) -> dict[str, list[l
     """Levels of passes by model. Raises ConfigError where KV memory holds no useful ones."""
     found = {}
     for spec in subject.specs:
-        shape = subject.shapes[spec.name]
-        token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape, target.device)])
+        shape, tp = subject.shapes[spec.name], target.tp
+        dtype_bytes = DTYPE_BYTES[kv_dtype(spec, shape, target.device)]
+        token_bytes = tp * kv_token_bytes(shape, tp, dtype_bytes)
         room = effort.kv_bytes // len(subject.specs) // token_bytes
         longest = spec.max_model_len or shape.max_positions
         grid = _grid(longest, room)[: effort.num_levels]

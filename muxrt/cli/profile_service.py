@@ -69,20 +69,24 @@ class Served:
     client_token_s: float
 
 
-def measure_service(subject: Subject, profile: Profile, cores: int, seconds: float) -> Service:
+def measure_service(
+    subject: Subject, profile: Profile, tp: int, cores: int, seconds: float
+) -> Service:
     """Serve the profile's models on one lane of `cores`, then on lanes that take all of them.
+
+    Of each of `tp` ranks.
 
     Each time about `seconds` of requests: machines are uneasy, so steps of the same requests differ
     by some per cent from minute to minute. Raises MuxrtError where they cannot be served.
     """
     assert profile.file is not None and profile.file.kind is not None, "it was just written"
     lanes = profile.file.kind.sms // cores
-    one = _serve(subject, profile, (cores,), seconds)
+    one = _serve(config_of(subject, profile, (cores,), tp), subject, profile, seconds)
     ratios = find_ratios(profile, one)
     if lanes == 1:
         return Service(ratios)
     known = with_ratios(profile, ratios)
-    everywhere = _serve(subject, known, (cores,) * lanes, seconds)
+    everywhere = _serve(config_of(subject, known, (cores,) * lanes, tp), subject, known, seconds)
     return Service(ratios, *find_interference(known, everywhere))
 
 
@@ -204,15 +208,17 @@ def workload(config: ServeConfig, rate_rps: float, duration_s: float, seed: int 
     )
 
 
-def config_of(subject: Subject, profile: Profile, split: tuple[int, ...]) -> ServeConfig:
-    """All models in one unit, with memory for all that comes."""
+def config_of(
+    subject: Subject, profile: Profile, split: tuple[int, ...], tp: int = 1
+) -> ServeConfig:
+    """All models in one unit of `tp` ranks, with memory for all that comes."""
     assert profile.file is not None and profile.file.kind is not None, "it was just written"
     wanted = 2 * LONGEST * (MEAN_PROMPT + MEAN_OUTPUT)
     models, kv_bytes = [], 0
     for spec in subject.specs:
         shape = subject.shapes[spec.name]
         longest = min(spec.max_model_len or shape.max_positions, wanted)
-        token_bytes = kv_token_bytes(shape, 1, DTYPE_BYTES[kv_dtype(spec, shape)])
+        token_bytes = tp * kv_token_bytes(shape, tp, DTYPE_BYTES[kv_dtype(spec, shape)])
         kv_bytes += SEQUENCES * longest * token_bytes
         models.append(
             msgspec.structs.replace(spec, max_model_len=longest, slo=None, queue_timeout_s=None)
@@ -221,16 +227,15 @@ def config_of(subject: Subject, profile: Profile, split: tuple[int, ...]) -> Ser
         name="service",
         models=tuple(UnitModel(name=spec.name) for spec in models),
         memory=Memory(kv_bytes=kv_bytes),
-        mesh=Mesh(kind=profile.file.kind.name, gpus=(0,)),
+        mesh=Mesh(kind=profile.file.kind.name, gpus=tuple(range(tp))),
         lanes=Lanes(split=split),
         scheduling=Scheduling(prefix_reuse=False),  # simulated prompts have none in common
     )
     return ServeConfig(models=tuple(models), units=(unit,), endpoint=Endpoint(port=0, drain_s=1.0))
 
 
-def _serve(subject: Subject, profile: Profile, split: tuple[int, ...], seconds: float) -> Served:
+def _serve(config: ServeConfig, subject: Subject, profile: Profile, seconds: float) -> Served:
     """A real endpoint under each load."""
-    config = config_of(subject, profile, split)
     most_rps = min(MOST_RPS, _capacity_rps(config, profile))
     loads = LOADS if seconds >= LOAD_S else LOADS[1:2]  # a rough picture from one of them
     rounds = max(1, round(seconds / (LOAD_S * len(loads))))

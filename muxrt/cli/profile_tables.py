@@ -32,13 +32,13 @@ class FitCheck:
     problem: str | None  # why there is no fit
 
 
-def check_fits(profile: Profile) -> list[FitCheck]:
+def check_fits(profile: Profile, tp: int) -> list[FitCheck]:
     """One cell in five held out, each in turn; a model with too few cells says so."""
-    return [_check_fit(profile, model) for model in profile.shapes]
+    return [_check_fit(profile, model, tp) for model in profile.shapes]
 
 
-def _check_fit(profile: Profile, model: str) -> FitCheck:
-    cells = profile.of(model, 1)
+def _check_fit(profile: Profile, model: str, tp: int) -> FitCheck:
+    cells = profile.of(model, tp)
     try:
         fit(cells, profile.shapes[model], profile.title)
     except ConfigError as error:
@@ -60,7 +60,7 @@ def as_data(out: Path, subject: Subject, found: Found, profile: Profile) -> dict
         "cells": len(profile.cells),
         "alike": subject.alike,
         "figures": [asdict(row) for row in figures(subject, found)],
-        "fits": [asdict(check) for check in check_fits(profile)],
+        "fits": [asdict(check) for check in check_fits(profile, found.target.tp)],
         "engine": msgspec.to_builtins(profile.file.engine),
         "side_by_side": msgspec.to_builtins(profile.file.side_by_side),
         "in_service": msgspec.to_builtins(profile.file.in_service),
@@ -75,7 +75,7 @@ def print_found(
     assert profile.file is not None and profile.file.measured is not None, "just written"
     measured, engine = profile.file.measured, profile.file.engine
     console.print(_figures_table(subject, found))
-    console.print(_fits_table(check_fits(profile)))
+    console.print(_fits_table(check_fits(profile, found.target.tp)))
     for one in profile.file.side_by_side:
         console.print(
             f"side by side: a prefill of {one.prefill} takes {_slower(one.prefill_slowdown)},"
@@ -112,7 +112,7 @@ def print_found(
         console.print(f"{name} costs what {kept} does: the same shape and dtypes", highlight=False)
     console.print(
         f"written: {out} and {profile.file.table}; in a plan file: profiles: [{out.name}] and"
-        f" cluster: {{nodes: [{{gpu: {profile.gpu}, gpus: 1}}]}}",
+        f" cluster: {{nodes: [{{gpu: {profile.gpu}, gpus: {found.target.tp}}}]}}",
         highlight=False,
         markup=False,
     )

@@ -10,19 +10,21 @@ from typing import Any
 
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import ModelSpec
+from muxrt.config.serve import RANKS
 from muxrt.engine.messages import Loading
 from muxrt.errors import ConfigError
 from muxrt.worker.device_probe import OnGpu, take_gpu
 from muxrt.worker.green import Granule, share_out
 from muxrt.worker.load import load_device_model, load_model
 from muxrt.worker.probe import OnCores, Place
+from muxrt.worker.rank_probe import OnRanks
 
 GPU_MEMORY_SHARE = 0.9  # of a GPU: the rest is for activations, graphs and CUDA itself
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A mesh whose parts, cores or SMs, lanes share."""
+    """A device whose parts, cores or SMs, lanes share; or `tp` that are alike, lanes over all."""
 
     device: str  # "cpu" or "gpu"
     name: str  # of the hardware, for people
@@ -36,17 +38,29 @@ class Target:
     check_lane: Callable[[int], bool]  # whether a lane may have so many parts
     load: Callable[[ModelSpec, ModelShape], Any]
     place: Callable[[dict[str, Any], Sequence[int]], Place]  # lanes, then halves
+    tp: int = 1
 
 
-def cpu_target(cores: Sequence[int]) -> Target:
-    """These cores."""
-    total = len(cores)
+def cpu_target(cores: Sequence[int], tp: int = 1) -> Target:
+    """These cores, in `tp` equal parts of which each is a rank's. Raises ConfigError."""
+    if tp not in RANKS or tp > len(cores):
+        raise ConfigError(
+            f"--tp: found {tp}, expected 1, 2, 4 or 8 ranks with a core each: there are"
+            f" {len(cores)}"
+        )
+    total = len(cores) // tp
     first = total - total // 2
     halves = tuple(half for half in (first, total - first) if half)
 
     def place(models: dict[str, Any], lanes: Sequence[int]) -> Place:
-        beside = [cores[:first], cores[first:]][: len(halves)]
-        return OnCores(models, [*(cores[:size] for size in lanes), *beside])
+        def share(own: Sequence[int]) -> list[Sequence[int]]:
+            beside = [own[:first], own[first:]][: len(halves)]
+            return [*(own[:size] for size in lanes), *beside]
+
+        return OnCores(models, share(cores)) if tp == 1 else OnRanks(models, cores, tp, share)
+
+    def load(spec: ModelSpec, shape: ModelShape) -> Any:
+        return load_model("profile", spec, shape, _quiet) if tp == 1 else (spec, shape)
 
     return Target(
         device="cpu",
@@ -56,11 +70,12 @@ def cpu_target(cores: Sequence[int]) -> Target:
         word="cores",
         lanes=tuple(sorted({max(1, total // 4), max(1, total // 2), total})),
         halves=halves,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // tp,
         versions=_versions("numba", "numpy", "torch"),
         check_lane=lambda size: 1 <= size <= total,
-        load=lambda spec, shape: load_model("profile", spec, shape, _quiet),
+        load=load,
         place=place,
+        tp=tp,
     )
 
 

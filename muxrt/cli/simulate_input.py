@@ -11,15 +11,17 @@ from muxrt.config.cluster import KINDS, GpuKind
 from muxrt.config.document import KeyedError
 from muxrt.config.load import load_file
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import Slo
+from muxrt.config.placement import Slo, UnitSpec
 from muxrt.config.plan import EngineFacts, load_plan
 from muxrt.config.presets import model_shape
 from muxrt.config.serve import ServeConfig, stage_problems
+from muxrt.config.shard import check_split
 from muxrt.cost.memory import allowed_tps
 from muxrt.cost.model import CostModel
 from muxrt.cost.profile import Profile, load_profile
 from muxrt.errors import ConfigError
 from muxrt.sim.setting import NETWORK_BYTES_PER_S, Failure, Setting
+from muxrt.worker.boot import with_split
 from muxrt.workload.arrivals import Arrival, arrivals
 from muxrt.workload.spec import Workload, adjusted, load_workload, with_models
 from muxrt.workload.trace import read_trace
@@ -132,7 +134,9 @@ def make_case(
     found = arrivals(workload, rows)
     if not found:
         raise ConfigError(f"{load.workload}: no request comes in {workload.duration_s:g} s")
-    config, slos = variant.config, _slos(variant.config, workload)
+    units = tuple(_on_cores(unit, known.gpus) for unit in variant.config.units)
+    config = msgspec.structs.replace(variant.config, units=units)
+    slos = _slos(config, workload)
     setting = Setting(
         variant.shapes,
         known.cost,
@@ -147,12 +151,27 @@ def make_case(
     return Case(config, setting, found, slos, workload.duration_s)
 
 
+def _on_cores(unit: UnitSpec, gpus: Mapping[str, GpuKind]) -> UnitSpec:
+    """A unit on cores of no stated kind: on those that were profiled, with the lanes it is served
+    with. As it is where several kinds of cores are known, or none.
+    """
+    kinds = [kind for kind in gpus.values() if kind.device == "cpu"]
+    if unit.mesh.device != "cpu" or unit.mesh.kind is not None or len(kinds) != 1:
+        return unit
+    (kind,) = kinds
+    mesh = msgspec.structs.replace(unit.mesh, kind=kind.name, gpus=unit.mesh.gpus or (0,))
+    return with_split(msgspec.structs.replace(unit, mesh=mesh), kind.sms * mesh.tp)
+
+
 def _check_meshes(config: ServeConfig, shapes: Mapping[str, ModelShape]) -> None:
     """Raise ConfigError for a mesh that does not divide a model of its unit."""
     for unit in config.units:
         size = len(unit.mesh.gpus or (0,))
         for model in unit.models:
             shape = shapes[model.name]
+            if unit.mesh.device == "cpu":  # parts of a model need not be equal there
+                check_split(model.name, shape, size)
+                continue
             allowed = allowed_tps(shape)
             if size not in allowed:
                 raise ConfigError(

@@ -16,8 +16,8 @@ MAX_GPUS_PER_NODE, MAX_NODES = 128, 10_000  # beyond what is built; a plan would
 class GpuKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One kind of GPU; bandwidths in bytes/s, dense fp16 FLOP/s.
 
-    Or, on a CPU, a set of cores that one unit takes: `sms` are its cores, a share is a lane's part
-    of them, and there is no tensor parallelism, as the threads of a lane share their memory.
+    Or, on a CPU, a set of cores that one unit takes, or one rank of it: `sms` are its cores, a
+    share is a lane's part of them.
     """
 
     name: Name

@@ -102,6 +102,7 @@ class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     # How ranks on cores add up: memory that all have mapped, or torch.distributed's gloo.
     exchange: Literal["shared", "gloo"] = "shared"
     timeout_s: Positive = 5.0  # a rank that does not move for so long takes the unit down
+    load_timeout_s: Positive = 30.0  # likewise, while it imports, reads weights and opens its lanes
 
     @property
     def tp(self) -> int:
@@ -116,6 +117,11 @@ class Lanes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     sm_pct: tuple[Percent, ...] | None = None  # of a GPU's SMs: prefill lane, decode lanes
     split: tuple[Count, ...] | None = None  # cores per lane; None = two equal lanes
     depth: Count = 2  # works a lane may have in flight (2 hides the control path behind the device)
+
+    @property
+    def count(self) -> int:
+        """Lanes for batches; the copy lane comes on top."""
+        return len(self.split or self.sm_pct or (1,))
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

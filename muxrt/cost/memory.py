@@ -1,6 +1,6 @@
 """How many bytes a model takes: weights, KV, activations, runtime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from muxrt.config.model import ModelShape
 
@@ -80,6 +80,13 @@ def model_bytes(shape: ModelShape, tp: int, rules: MemoryRules) -> ModelBytes:
         activations = activation_bytes(shape, tp, rules)
     runtime = rules.processes_per_model * rules.runtime_bytes
     return ModelBytes(weights, activations, runtime, kv_token_bytes(shape, tp, rules.dtype_bytes))
+
+
+def cut(whole: ModelBytes, shape: ModelShape, tp: int) -> ModelBytes:
+    """On each of `tp` devices, of a model that takes `whole` on one; activations stay as large."""
+    heads = max(1, -(-shape.num_kv_heads // tp))
+    kv_per_token = whole.kv_per_token // shape.num_kv_heads * heads
+    return replace(whole, weights=-(-whole.weights // tp), kv_per_token=kv_per_token)
 
 
 def kv_token_bytes(shape: ModelShape, tp: int, dtype_bytes: int) -> int:

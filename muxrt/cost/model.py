@@ -27,6 +27,7 @@ class CostModel:
         self._gpus = dict(gpus or {})
         self._efficiency = efficiency
         self._kept: dict[tuple[_Arithmetic, int, str], SharedSteps] = {}
+        self._tps: dict[tuple[_Arithmetic, str], frozenset[int]] = {}
 
     @property
     def efficiency(self) -> Efficiency:
@@ -44,6 +45,19 @@ class CostModel:
         if key not in self._kept:
             self._kept[key] = self._find(shape, tp, gpu)
         return self._kept[key]
+
+    def profiled_tps(self, shape: ModelShape, gpu: GpuKind) -> frozenset[int]:
+        """On how many GPUs of that kind a model of that shape was measured."""
+        key = (arithmetic(shape), gpu.name)
+        if key not in self._tps:
+            self._tps[key] = frozenset(
+                tp
+                for profile in self._profiles
+                if profile.gpu == gpu.name
+                for name, tp in profile.keys
+                if arithmetic(profile.shapes[name]) == key[0]
+            )
+        return self._tps[key]
 
     def _find(self, shape: ModelShape, tp: int, gpu: GpuKind) -> SharedSteps:
         for profile in self._profiles:

@@ -63,7 +63,7 @@ class UnitPlan:
     @property
     def num_lanes(self) -> int:
         """Lanes for batches; the copy lane comes on top."""
-        return len(self.spec.lanes.split or self.spec.lanes.sm_pct or (1,))
+        return self.spec.lanes.count
 
 
 def weight_dtype(spec: ModelSpec, shape: ModelShape, device: str = "cpu") -> str:

@@ -79,18 +79,18 @@ def mesh_of(pool: Pool, node: int, first: int, size: int) -> Mesh:
     """So many GPUs of a node of the pool, from `first` on."""
     return Mesh(
         device=pool.gpu.device,
-        cores=_cores(pool, first),
+        cores=_cores(pool, first, size),
         kind=pool.gpu.name,
         node=node,
         gpus=tuple(range(first, first + size)),
     )
 
 
-def _cores(pool: Pool, number: int) -> tuple[int, ...] | None:
-    """The cores of a CPU's set of that number; None where one set has all of them, or on a GPU."""
+def _cores(pool: Pool, first: int, size: int) -> tuple[int, ...] | None:
+    """The cores of so many sets of a CPU; None where one set has all of them, or on a GPU."""
     if not pool.is_cpu or pool.gpus_per_node == 1:
         return None
-    return tuple(range(number * pool.gpu.sms, (number + 1) * pool.gpu.sms))
+    return tuple(range(first * pool.gpu.sms, (first + size) * pool.gpu.sms))
 
 
 def _lanes(pool: Pool, prefill_pct: int | None) -> Lanes:

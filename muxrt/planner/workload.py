@@ -4,10 +4,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from math import floor
 
-from muxrt.config.cluster import Cluster, GpuKind
+from muxrt.config.cluster import Cluster, GpuKind, NodeGroup
 from muxrt.config.model import ModelShape
 from muxrt.config.placement import Slo
-from muxrt.cost.memory import MemoryRules, ModelBytes, allowed_tps, model_bytes
+from muxrt.cost.memory import MemoryRules, ModelBytes, allowed_tps, cut, model_bytes
 from muxrt.cost.model import CostModel
 from muxrt.cost.steps import Steps
 
@@ -35,7 +35,8 @@ class Demand:
     output: Lengths
     slo: Slo
     max_tokens: int  # of one sequence: what its memory must at least hold
-    held: ModelBytes | None = None  # on a CPU, by its own dtypes; None: by the engine's rules
+    # On one device of a CPU, by its own dtypes; None: by the engine's rules.
+    held: ModelBytes | None = None
 
     @property
     def context(self) -> float:
@@ -65,6 +66,7 @@ class Pool:
     gpu: GpuKind
     gpus_per_node: int
     num_nodes: int
+    most_ranks: int = 1  # of a mesh of cores: as many as some model was measured on
 
     @property
     def num_gpus(self) -> int:
@@ -72,11 +74,12 @@ class Pool:
 
     def widest(self, largest_tp: int) -> int:
         """GPUs of the largest mesh."""
-        return 1 if self.is_cpu else min(self.gpus_per_node, largest_tp)
+        largest = min(self.gpus_per_node, largest_tp)
+        return min(largest, self.most_ranks) if self.is_cpu else largest
 
     @property
     def is_cpu(self) -> bool:
-        """Its "GPUs" are sets of cores: lanes are whole cores, and no mesh is wider than one."""
+        """Its "GPUs" are sets of cores: lanes are whole cores, and a rank has one set."""
         return self.gpu.device == "cpu"
 
     @property
@@ -105,15 +108,19 @@ class Problem:
         self.cost = cost
         self.engine = engine or Engine()
         self.largest_tp = largest_tp
-        self.pools = tuple(
-            Pool(index, cluster.kind(group.gpu), group.gpus, group.count)
-            for index, group in enumerate(cluster.nodes)
-        )
+        self.pools = tuple(self._pool(index, group) for index, group in enumerate(cluster.nodes))
         self._steps: dict[tuple[ModelShape, int, int, float], Steps] = {}
         self._bytes: dict[tuple[str, int], ModelBytes] = {}
         self._tps: dict[tuple[str, int], tuple[int, ...]] = {}
         self._kv_bytes: dict[tuple[int, int, tuple[str, ...]], int] = {}
         self.likes = _likes(self.demands)
+
+    def _pool(self, index: int, group: NodeGroup) -> Pool:
+        kind, most_ranks = self.cluster.kind(group.gpu), 1
+        if kind.device == "cpu":
+            shapes = [demand.shape for demand in self.demands.values()]
+            most_ranks = max(max(self.cost.profiled_tps(s, kind), default=1) for s in shapes)
+        return Pool(index, kind, group.gpus, group.count, most_ranks)
 
     @property
     def num_gpus(self) -> int:
@@ -149,16 +156,27 @@ class Problem:
         key = (model, tp)
         if key not in self._bytes:
             demand = self.demands[model]
-            self._bytes[key] = demand.held or model_bytes(demand.shape, tp, self.engine.memory)
+            self._bytes[key] = (
+                cut(demand.held, demand.shape, tp)
+                if demand.held is not None
+                else model_bytes(demand.shape, tp, self.engine.memory)
+            )
         return self._bytes[key]
 
     def tps(self, model: str, pool: int) -> tuple[int, ...]:
         """Degrees that divide the model and fit a node; whether memory suffices is not asked."""
         key = (model, pool)
         if key not in self._tps:
-            largest = self.pools[pool].widest(self.largest_tp)
-            self._tps[key] = allowed_tps(self.demands[model].shape, largest)
+            self._tps[key] = self._find_tps(self.demands[model].shape, self.pools[pool])
         return self._tps[key]
+
+    def _find_tps(self, shape: ModelShape, pool: Pool) -> tuple[int, ...]:
+        largest = pool.widest(self.largest_tp)
+        if not pool.is_cpu:
+            return allowed_tps(shape, largest)
+        # What ranks of cores exchange is in no data sheet.
+        measured = self.cost.profiled_tps(shape, pool.gpu) or {1}
+        return tuple(tp for tp in sorted(measured) if tp <= largest)
 
     def usable_bytes(self, pool: int) -> int:
         """Bytes of one GPU but for the headroom."""

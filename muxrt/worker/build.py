@@ -127,7 +127,9 @@ def _open_processes(
         stack.callback(weights.segment.close)
         shared[name] = SharedModel.of(shape, weights)
     for number, cores in enumerate(shares):
-        yield ProcessLane(LaneSetup(f"lane-{number}", plan, tuple(cores), storage.fds, shared))
+        yield ProcessLane.start(
+            LaneSetup(f"lane-{number}", plan, tuple(cores), storage.fds, shared)
+        )
     yield _open_copy_lane(shares, copier())
 
 

@@ -72,7 +72,7 @@ def _open_processes(
     owned = {name: models.pop(name) for name in plan.models}
     stack.callback(owned.clear)  # its memory is used until the last lane has ended
     for setup in lane_setups(plan, owned, storage, open_driver()):
-        yield ProcessLane(setup)
+        yield ProcessLane.start(setup)
     yield _copy_lane(plan, storage)
 
 

@@ -22,7 +22,7 @@ from muxrt.worker.device_streams import (
 from muxrt.worker.driver import open_driver
 from muxrt.worker.flight import Launch, Share
 from muxrt.worker.green import Granule
-from muxrt.worker.probe import Opened
+from muxrt.worker.probe import Opened, executor_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +69,23 @@ class OnGpu:
         self._sm_counts = sm_counts
         self._halves = halves
 
-    def open(self, plan: UnitPlan, stack: ExitStack) -> Opened:
+    def open(self, plan: UnitPlan) -> Opened:
         device = self._device
-        storage = DeviceStorage(plan, device)
-        stack.callback(storage.close)
-        residents = {
-            name: DeviceResident.of(self._models.pop(name), name, storage) for name in plan.models
-        }
-        shares = [self._share(count, stack) for count in self._sm_counts]
-        shares += self._split(self._halves, stack)
-        lanes = [
-            DeviceLane(f"lane-{number}", _launcher(plan, residents, share, device), device)
-            for number, share in enumerate(shares)
-        ]
-        return Opened(lanes, storage.arena)
+        with ExitStack() as stack:
+            storage = DeviceStorage(plan, device)
+            stack.callback(storage.close)
+            residents = {
+                name: DeviceResident.of(self._models.pop(name), name, storage)
+                for name in plan.models
+            }
+            shares = [self._share(count, stack) for count in self._sm_counts]
+            shares += self._split(self._halves, stack)
+            lanes = [
+                DeviceLane(f"lane-{number}", _launcher(plan, residents, share, device), device)
+                for number, share in enumerate(shares)
+            ]
+            return Opened(executor_of(lanes, stack), storage.arena)
+        raise AssertionError("an exit stack swallows nothing")
 
     def _share(self, sm_count: int, stack: ExitStack) -> Share:
         total, _ = device_sms(self._device)

@@ -42,6 +42,7 @@ from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.lanes import split_cores
 from muxrt.worker.mesh import open_mesh
+from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.service import Opened, Tell
 from muxrt.worker.transfer import addresses
 
@@ -51,21 +52,21 @@ PROGRESS_PERIOD_S = 0.1
 WARM_TOKENS = 8
 
 
-def load_unit(boot: UnitBoot, tell: Tell) -> Opened:
+def load_unit(boot: UnitBoot, tell: Tell, ranks: RankProcesses | None = None) -> Opened:
     """Load weights, reserve memory, start the lanes and warm them up.
 
-    Raises MuxrtError with what is wrong.
+    `ranks` are the other ones of the unit's mesh. Raises MuxrtError with what is wrong.
     """
     cores = take_cores(boot.unit)
     shapes = load_shapes(boot)
     plan = plan_boot(boot, len(cores), shapes)
     is_gpu = boot.unit.mesh.device == "gpu"
     if is_gpu:
-        executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell)
+        executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell, ranks)
     elif plan.habits is not None:
         plan, executor = _open_sleepers(boot, shapes, cores, tell)
     else:
-        executor = _open_on_cores(boot, plan, shapes, cores, tell)
+        executor = _open_on_cores(boot, plan, shapes, cores, tell, ranks)
     try:
         warm_up(plan, executor, tell)
     except BaseException:
@@ -82,16 +83,30 @@ def _open_on_cores(
     shapes: Mapping[str, ModelShape],
     cores: Sequence[int],
     tell: Tell,
+    ranks: RankProcesses | None,
 ) -> LaneExecutor:
+    told = _telling(tell, ranks)
+
     def load(shard: Shard) -> dict[str, Llama]:
         return {
-            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], tell, shard)
+            spec.name: load_model(boot.unit.name, spec, shapes[spec.name], told, shard)
             for spec in boot.models
         }
 
     if plan.spec.mesh.tp > 1:
-        return open_mesh(plan, boot.models, shapes, cores, load, boot.identity)
+        return open_mesh(plan, boot.models, shapes, cores, load, boot.identity, ranks)
     return open_executor(plan, load(WHOLE), cores, boot.identity)
+
+
+def _telling(tell: Tell, ranks: RankProcesses | None) -> Tell:
+    """`tell`, which raises MuxrtError where other ranks cannot go on."""
+
+    def told(loading: Loading) -> None:
+        if ranks is not None:
+            ranks.check()  # rather than to read gigabytes for a mesh that is broken
+        tell(loading)
+
+    return told
 
 
 def _open_sleepers(
@@ -136,28 +151,32 @@ def open_on_device(
     shapes: Mapping[str, ModelShape],
     device: torch.device,
     tell: Tell,
+    ranks: RankProcesses | None = None,
 ) -> LaneExecutor:
     """Load the unit's models there and start its lanes; of several ranks `device` is the first's.
 
-    Raises MuxrtError with what is wrong.
+    `ranks` are the others. Raises MuxrtError with what is wrong.
     """
     if plan.spec.has_roles:
         raise ConfigError(
             f"{plan.spec.name}: found roles on a GPU, expected mixed: K and V are fetched from and"
             " into main memory only, so far"
         )
+    told = _telling(tell, ranks)
 
     def load(shard: Shard) -> dict[str, DeviceLlama]:
         return {
             spec.name: load_device_model(
-                boot.unit.name, spec, shapes[spec.name], device, tell, shard
+                boot.unit.name, spec, shapes[spec.name], device, told, shard
             )
             for spec in boot.models
         }
 
     if plan.spec.mesh.tp > 1:
         cores = sorted(os.sched_getaffinity(0))
-        return open_mesh(plan, boot.models, shapes, cores, load, boot.identity, device)
+        return open_mesh(
+            plan, boot.models, shapes, cores, load, boot.identity, ranks, device=device
+        )
     return open_device_executor(plan, load(WHOLE), device)
 
 

@@ -7,18 +7,14 @@ its result is the mesh's. What moves blocks is over when it is over everywhere, 
 behind its last exchange between the ranks nobody touches K and V any more.
 """
 
-import logging
 import os
 import select
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import cast
+from typing import NoReturn, cast
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -40,22 +36,20 @@ from muxrt.worker.kv_storage import Segment, Storage
 from muxrt.worker.lanes import Lane, LaneDied, Run, ThreadLane, split_cores
 from muxrt.worker.mesh_copies import CopyTogether, join_addresses, open_exchange
 from muxrt.worker.process_lane import ProcessLane
+from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.runner import Copier, Resident, Runner
-from muxrt.worker.shared_ranks import SharedRanks, num_bytes, open_wake
+from muxrt.worker.shared_ranks import SharedRanks, num_bytes
 from muxrt.worker.transfer import Reached
-from muxrt.worker.watch import Watch
-
-log = logging.getLogger(__name__)
-
-BEATS_BYTES = 4096  # of the shared memory; rooms begin behind them
+from muxrt.worker.watch import BEATS_BYTES
 
 Models = dict[str, Llama] | dict[str, DeviceLlama]
 Load = Callable[[Shard], Models]
 Lose = Callable[[Exception], None]
+Share = Callable[[Sequence[int], Sequence[int] | None], Sequence[Sequence[int]]]
 
 
 class RankSetup(msgspec.Struct, frozen=True):
-    """What the process of a rank starts from."""
+    """What a rank loads and runs with."""
 
     name: str
     shard: Shard
@@ -63,65 +57,54 @@ class RankSetup(msgspec.Struct, frozen=True):
     shapes: dict[str, ModelShape]  # of whole models
     models: tuple[ModelSpec, ...]
     cores: tuple[int, ...]
-    memory: int  # descriptor of what all ranks map: beats, and rooms for exchanges
+    lanes: tuple[tuple[int, ...], ...]  # the cores of each, without the copy lane
+    memory: int  # descriptor of what all ranks map: beats, and rooms for exchanges behind them
     wakes: tuple[tuple[int, ...], ...]  # eventfds, by lane and rank
     unit: str  # name and generation
     port: int | None  # of torch.distributed's store; None: sums go through that memory
     device: str | None = None  # as torch names it; None: its cores
-    module: str = "muxrt.worker.rank"
-    environ: dict[str, str] = {}
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        return (self.memory, *(wake for lane in self.wakes for wake in lane))
 
 
 class Others:
     """The other ranks, as rank 0 sees them; among its lanes the one that gives no results."""
 
-    def __init__(self, setups: Sequence[RankSetup]) -> None:
-        """Start their processes; `wait_started` tells whether they could."""
-        self._ranks = {setup.shard.rank: ProcessLane(setup) for setup in setups}
+    def __init__(self, setups: Sequence[RankSetup], processes: RankProcesses) -> None:
+        """Have them load; `wait_started` tells whether they could. Raises LaneDied."""
+        self._processes = processes
+        piped = processes.piped
+        self._ranks = [ProcessLane(setup, piped[setup.shard.rank]) for setup in setups]
         self._epoll = select.epoll()
-        for rank in self._ranks.values():
+        for rank in self._ranks:
             self._epoll.register(rank.fileno(), select.EPOLLIN)
-        self._reason: str | None = None
-
-    @property
-    def pids(self) -> dict[int, int]:
-        return {number: rank.pid for number, rank in self._ranks.items()}
 
     def tell(self, work: Work) -> None:
         """Have `work` run on every rank. Raises LaneDied where one is gone."""
         frame = msgspec.msgpack.encode(work)
-        for rank in self._ranks.values():
+        for rank in self._ranks:
             rank.write(frame)
 
     def lose(self, error: Exception) -> None:
         """An exchange with them failed; from any thread. The next `check` raises."""
-        self._reason = self._reason or str(error)
+        self._processes.lose(str(error))
 
     def abandon(self, error: Exception) -> None:
         """Likewise, where no result of a lane will say so: their ends do."""
         self.lose(error)
-        for rank in self._ranks.values():
+        for rank in self._ranks:
             rank.kill()
-
-    def silence(self, number: int, seconds: float) -> None:
-        """Rank `number` stands still: end it, so that nobody waits for it."""
-        pid = self._ranks[number].pid
-        self._reason = f"rank {number} (process {pid}) did not move for {seconds:.1f} s"
-        log.error("event=rank_silent rank=%d pid=%d seconds=%.1f", number, pid, seconds)
-        os.kill(pid, signal.SIGKILL)
 
     def check(self) -> None:
         """Raises LaneDied, with all other ranks ended, if the mesh cannot go on."""
-        if self._reason is not None:
-            self._end(self._reason)
+        if self._processes.reason is not None:
+            self._end(self._processes.reason)
 
     def wait_started(self) -> None:
-        for rank in self._ranks.values():
-            rank.wait_started()
+        """Return when all have come one step further. Raises MuxrtError if one cannot."""
+        for rank in self._ranks:
+            try:
+                rank.wait_started()
+            except LaneDied as error:
+                self._end(self._processes.reason or error.message)
 
     def launch(self, work: Work) -> None:
         raise AssertionError("works go to the lanes of rank 0")
@@ -134,23 +117,23 @@ class Others:
 
     def collect(self) -> list[Result]:
         self.check()
-        for rank in self._ranks.values():
+        for rank in self._ranks:
             try:
                 results = rank.collect()
             except LaneDied as error:
-                self._end(self._reason or error.message)
+                self._end(self._processes.reason or error.message)
             for result in results:  # after it started, a rank speaks only to complain
-                self._end(self._reason or f"{rank.name}: {result.error}")
+                self._end(self._processes.reason or f"{rank.name}: {result.error}")
         return []
 
     def close(self) -> None:
-        for rank in self._ranks.values():
-            rank.kill()  # it may stand still, and holds nothing that anybody waits for
+        self._processes.close()  # one may stand still; they hold nothing that anybody waits for
+        for rank in self._ranks:
             rank.close()
         self._epoll.close()
 
-    def _end(self, reason: str) -> None:
-        for rank in self._ranks.values():
+    def _end(self, reason: str) -> NoReturn:
+        for rank in self._ranks:
             rank.kill()
         raise LaneDied(f"the unit's mesh is broken: {reason}")
 
@@ -190,25 +173,29 @@ def open_mesh(
     cores: Sequence[int],
     load: Load,
     unit: str = "",
+    ranks: RankProcesses | None = None,
+    share: Share = split_cores,
     device: torch.device | None = None,
 ) -> LaneExecutor:
-    """Start the other ranks, load this one's weights and start its lanes.
+    """Have the other ranks load, load this one's weights and start its lanes.
 
-    `unit` is its name and generation, for units that fetch from it; `device` is this rank's, where
-    ranks have one each and share the cores. Raises ConfigError for a unit that cannot be cut,
-    MuxrtError where a rank cannot start.
+    `unit` is its name and generation, for units that fetch from it; `ranks` were started before;
+    `share` says which cores of a rank each lane has; `device` is this rank's, where ranks have one
+    each and share the cores. Raises ConfigError for a unit that cannot be cut, MuxrtError where a
+    rank cannot start.
     """
-    size, timeout_s = plan.spec.mesh.tp, plan.spec.mesh.timeout_s
+    size = plan.spec.mesh.tp
     parts = rank_cores(cores, size) if device is None else (tuple(cores),) * size
     shards = [Shard(rank, size) for rank in range(size)]
     plans = [plan_rank(plan, shapes, shard) for shard in shards]
-    for part in parts:
-        split_cores(part, plan.spec.lanes.split)
+    lanes = [share(part, plan.spec.lanes.split) for part in parts]
     with ExitStack() as stack:
-        memory = Segment(memory_bytes(plan))
+        ranks = ranks or RankProcesses(plan.spec.mesh, plan.num_lanes)
+        stack.callback(ranks.close)
+        os.ftruncate(ranks.memory, memory_bytes(plan))
+        memory = Segment(memory_bytes(plan), ranks.memory)
         stack.callback(memory.close)
         is_shared = device is None and plan.spec.mesh.exchange == "shared"
-        wakes = _open_wakes(plan, stack) if is_shared else ()
         store = None if is_shared else open_store()
         setups = [
             RankSetup(
@@ -218,26 +205,26 @@ def open_mesh(
                 shapes=dict(shapes),
                 models=tuple(models),
                 cores=parts[shard.rank],
-                memory=memory.fd,
-                wakes=wakes,
+                lanes=tuple(map(tuple, lanes[shard.rank])),
+                memory=ranks.memory,
+                wakes=ranks.wakes,
                 unit=unit,
                 port=None if store is None else store.port,
                 device=rank_device(plan.spec.mesh, device, shard.rank),
             )
             for shard in shards
         ]
-        others = Others(setups[1:])
+        others = Others(setups[1:], ranks)
         stack.callback(others.close)
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
         lose = others.lose if device is None else others.abandon
         opened = open_lanes(setups[0], loaded, lines, stack, lose)
-        lanes: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
+        first: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
-        watch = Watch(open_beats(memory, size), 0, others.pids, timeout_s, others.silence)
-        stack.callback(watch.close)
-        return LaneExecutor([*lanes, others], stack.pop_all(), opened.reached)
+        ranks.loaded()
+        return LaneExecutor([*first, others], stack.pop_all(), opened.reached)
     raise AssertionError("an exit stack swallows nothing")
 
 
@@ -252,22 +239,6 @@ def rank_device(mesh: Mesh, first: torch.device | None, rank: int) -> str | None
 def memory_bytes(plan: UnitPlan) -> int:
     """What the ranks of a unit share."""
     return BEATS_BYTES + (plan.num_lanes + 1) * num_bytes(plan.spec.mesh.tp)
-
-
-def _open_wakes(plan: UnitPlan, stack: ExitStack) -> tuple[tuple[int, ...], ...]:
-    """By lane and rank."""
-    lanes = range(plan.num_lanes + 1)
-    wakes = tuple(tuple(open_wake() for _ in range(plan.spec.mesh.tp)) for _ in lanes)
-    for lane in wakes:
-        for wake in lane:
-            stack.callback(os.close, wake)
-    return wakes
-
-
-def open_beats(memory: Segment, size: int) -> npt.NDArray[np.int64]:
-    """[ranks]"""
-    beats: npt.NDArray[np.int64] = memory.tensor(torch.int64, count=size).numpy()
-    return beats
 
 
 def open_lines(
@@ -322,10 +293,9 @@ def _open_on_cores(
     )
     reached = join_addresses(exchange, plan.models, lines[-1]) if exchange else None
     copier = Copier(storage, plan.arena.block_bytes, exchange, there)
-    shares = split_cores(setup.cores, plan.spec.lanes.split)
     lanes = [
-        ThreadLane(f"lane-{number}", share, _batches(there, lines[number], lose))
-        for number, share in enumerate(shares)
+        ThreadLane(f"lane-{number}", cores, _batches(there, lines[number], lose))
+        for number, cores in enumerate(setup.lanes)
     ]
     together = _guarded(CopyTogether(copier, lines[-1]).run, lose)
     lanes.append(ThreadLane("copy", setup.cores, lambda _: together, size=1))

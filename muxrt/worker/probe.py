@@ -24,7 +24,16 @@ from muxrt.config.placement import (
     UnitModel,
     UnitSpec,
 )
-from muxrt.core import Batch, BatchEntry, Phase, Prompt, SamplingParams, SlotOpen
+from muxrt.core import (
+    Batch,
+    BatchEntry,
+    Copy,
+    CopyKind,
+    Phase,
+    Prompt,
+    SamplingParams,
+    SlotOpen,
+)
 from muxrt.cost.grid import Pass
 from muxrt.engine.build import UnitPlan, plan_unit
 from muxrt.errors import MuxrtError
@@ -76,8 +85,8 @@ def _lengths(passes: Sequence[Pass]) -> list[int]:
 class Opened(NamedTuple):
     """Lanes that a probe may launch on, and the arena behind them."""
 
-    lanes: Sequence[Lane]
-    arena: Tensor  # [bytes] uint8
+    executor: LaneExecutor
+    arena: Tensor | None  # [bytes] uint8; None: it is cut over ranks, behind a copy lane
 
 
 class Place(Protocol):
@@ -87,8 +96,17 @@ class Place(Protocol):
     mesh: Mesh
     warm_runs: int  # of a pass on a lane, before its time counts
 
-    def open(self, plan: UnitPlan, stack: ExitStack) -> Opened:
-        """Start the lanes; `stack` gives everything back."""
+    def open(self, plan: UnitPlan) -> Opened:
+        """Start the lanes. Raises MuxrtError where one cannot."""
+
+
+def executor_of(lanes: Sequence[Lane], stack: ExitStack) -> LaneExecutor:
+    """Once all have started; it takes over what `stack` gives back."""
+    for lane in lanes:
+        stack.callback(lane.close)
+    for lane in lanes:
+        lane.wait_started()
+    return LaneExecutor(lanes, stack.pop_all())
 
 
 class OnCores:
@@ -103,11 +121,13 @@ class OnCores:
         self._models = models
         self._lanes = lanes
 
-    def open(self, plan: UnitPlan, stack: ExitStack) -> Opened:
-        storage = Storage(plan)
-        stack.callback(storage.close)
-        lanes = list(thread_lanes(residents(plan, self._models, storage), self._lanes))
-        return Opened(lanes, storage.arena.tensor())
+    def open(self, plan: UnitPlan) -> Opened:
+        with ExitStack() as stack:
+            storage = Storage(plan)
+            stack.callback(storage.close)
+            lanes = list(thread_lanes(residents(plan, self._models, storage), self._lanes))
+            return Opened(executor_of(lanes, stack), storage.arena.tensor())
+        raise AssertionError("an exit stack swallows nothing")
 
 
 class Probe:
@@ -130,15 +150,13 @@ class Probe:
         self._warm_runs = place.warm_runs
         self._ids = count()
         self._warm: set[tuple[int, str, Pass]] = set()
-        with ExitStack() as stack:
-            opened = place.open(self.plan, stack)
-            for lane in opened.lanes:
-                stack.callback(lane.close)
-            for lane in opened.lanes:
-                lane.wait_started()
-            self._executor = LaneExecutor(opened.lanes, stack.pop_all())
+        opened = place.open(self.plan)
+        self._executor = opened.executor
         try:
-            _fill(self.plan, opened.arena, self._slots)
+            if opened.arena is None:
+                self._run(list(self._copies()))
+            else:
+                _fill(self.plan, opened.arena, self._slots)
             for name in self._slots:
                 self._run(list(self._openings(name, shapes[name].vocab_size)))
         except BaseException:
@@ -195,9 +213,9 @@ class Probe:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _run(self, batches: Sequence[Batch]) -> list[float]:
+    def _run(self, asked: Sequence[Batch] | Sequence[Copy]) -> list[float]:
         """Launch them all at once; seconds of each on its lane."""
-        works = [msgspec.structs.replace(batch, id=next(self._ids)) for batch in batches]
+        works = [msgspec.structs.replace(work, id=next(self._ids)) for work in asked]
         results = self._executor.run(works)
         for work, result in zip(works, results, strict=True):
             if result.error is not None:
@@ -226,6 +244,17 @@ class Probe:
             entry = BatchEntry(slot, 0, 1, True, 0, ids.tobytes())
             yield Batch(0, 0, model, Phase.DECODE, (entry,), (opened,))
 
+    def _copies(self) -> Iterator[Copy]:
+        """Write every block of every slot on all ranks: see `_fill`. Each gets the host's one."""
+        for name, blocks in _blocks(self.plan, self._slots).items():
+            layout = self.plan.models[name].layout
+            for slot, num_tokens in enumerate(self._slots[name].tokens):
+                number = layout.num_blocks(num_tokens)
+                ids, blocks = blocks[:number], blocks[number:]
+                host = np.zeros(number, np.int32).tobytes()
+                lane, kind = self.plan.num_lanes, CopyKind.SWAP_IN
+                yield Copy(0, lane, name, kind, slot, ids.tobytes(), host)
+
 
 def _least_decode(passes: Sequence[Pass]) -> Pass | None:
     decodes = [one for one in passes if one.phase is Phase.DECODE]
@@ -253,7 +282,9 @@ def _plan(
     )
     ample = plan_unit(unit, short, shapes)
     needed = sum(len(ids) for ids in _blocks(ample, slots).values())
-    memory = msgspec.structs.replace(unit.memory, kv_bytes=needed * ample.arena.block_bytes)
+    block_bytes = ample.arena.block_bytes
+    host_blocks = 1 if place.mesh.tp > 1 else 0  # see `Probe._copies`
+    memory = Memory(kv_bytes=needed * block_bytes, swap_bytes=host_blocks * block_bytes)
     return plan_unit(msgspec.structs.replace(unit, memory=memory), short, shapes)
 
 

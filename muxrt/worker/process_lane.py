@@ -8,19 +8,16 @@ import logging
 import os
 import select
 import signal
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import msgspec
 
-import muxrt
 from muxrt.config.model import ModelShape
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
@@ -31,6 +28,7 @@ from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment, SharedWeights, Storage, StorageFds
 from muxrt.worker.lanes import LaneDied, attempt, occupy
 from muxrt.worker.logs import log_to_stderr
+from muxrt.worker.piped import Piped, start_piped
 from muxrt.worker.runner import Resident, Runner
 
 log = logging.getLogger(__name__)
@@ -55,11 +53,15 @@ class SharedModel(msgspec.Struct, frozen=True):
         return Llama.from_state(self.shape, SharedWeights(segment, self.places).state())
 
 
-class Setup(Protocol):
-    """What a lane's process starts from: a struct, sent before the first order."""
+class Named(Protocol):
+    """What a lane's process is told first: a struct, sent before the first order."""
 
     @property
     def name(self) -> str: ...
+
+
+class Setup(Named, Protocol):
+    """Likewise, with what its process is started with."""
 
     @property
     def module(self) -> str:
@@ -111,25 +113,21 @@ _RESULTS = msgspec.msgpack.Decoder(Result)
 class ProcessLane:
     """The unit's end."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Start the process; `wait_started` tells whether it could."""
+    def __init__(self, setup: Named, piped: Piped) -> None:
+        """Tell a process that was started; `wait_started` tells whether it could begin.
+
+        Raises LaneDied where it has ended.
+        """
         self.name = setup.name
-        down, self._orders = os.pipe()
-        self._results, up = os.pipe()
+        self._process, self._orders, self._results = piped
         self._reader = FrameReader(self._results)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", setup.module, str(down), str(up)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(down, up, *setup.descriptors),
-                env=os.environ | {"PYTHONPATH": _python_path()} | setup.environ,
-            )
-        finally:
-            os.close(down)
-            os.close(up)
         self._steps: deque[Result] = deque()
-        os.set_blocking(self._results, False)
         self._send(setup)
+
+    @classmethod
+    def start(cls, setup: Setup) -> Self:
+        """Start the process, too."""
+        return cls(setup, start_piped(setup.module, setup.descriptors, environ=setup.environ))
 
     @property
     def pid(self) -> int:
@@ -209,13 +207,13 @@ SetupT = TypeVar("SetupT")
 
 
 def main(setup_type: type[SetupT], start: Callable[[SetupT, Give], Child]) -> None:
-    """The lane's end: `python -m MODULE ORDERS_FD RESULTS_FD`.
+    """The lane's end: `python -m MODULE ORDERS_FD RESULTS_FD ...`.
 
     `start` makes the lane; what it is given takes the results, in order.
     """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # the unit drains first, then closes the pipe
-    orders, results = (int(argument) for argument in sys.argv[1:])
+    orders, results = (int(argument) for argument in sys.argv[1:3])
     inbox: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_receive, args=(orders, inbox), name="orders", daemon=True).start()
 
@@ -268,12 +266,6 @@ class CoresChild:
 
     def learn(self, model: str, opened: tuple[SlotOpen, ...]) -> None:
         self._runner.learn(model, opened)
-
-
-def _python_path() -> str:
-    """Where this process finds muxrt, the child must too, wherever it was started."""
-    home = str(Path(muxrt.__file__).parent.parent)
-    return os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The process of a rank other than the first: `python -m muxrt.worker.rank`, started by rank 0."""
+"""What a rank other than the first does in its process (worker/rank_process.py)."""
 
-import ctypes
 import logging
 import os
-import signal
 from contextlib import ExitStack
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -14,28 +13,17 @@ from muxrt.worker.collectives import open_store
 from muxrt.worker.kv_storage import Segment
 from muxrt.worker.load import load_device_model, load_model, take_device
 from muxrt.worker.logs import log_to_stderr
-from muxrt.worker.mesh import (
-    Models,
-    RankSetup,
-    memory_bytes,
-    open_beats,
-    open_lanes,
-    open_lines,
-)
+from muxrt.worker.mesh import Models, RankSetup, memory_bytes, open_lanes, open_lines
 from muxrt.worker.process_lane import Give, main
 from muxrt.worker.watch import Watch
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
 
 class RankChild:
     """The rank in its own process: its part of each model, and as many lanes as rank 0."""
 
-    def __init__(self, setup: RankSetup, give: Give) -> None:
-        self._parent = os.getppid()
-        _die_with_parent()
+    def __init__(self, setup: RankSetup, give: Give, watch: Watch) -> None:
         os.sched_setaffinity(0, setup.cores)
         log_to_stderr(setup.name)
         self._stack = ExitStack()  # what lives as long as the process
@@ -45,8 +33,7 @@ class RankChild:
         give(Result())  # loaded: rank 0 meets us as soon as all are
         lines = open_lines(setup, memory, store, self._stack)
         self._lanes = open_lanes(setup, models, lines, self._stack, self._end).lanes
-        beats, timeout_s = open_beats(memory, setup.shard.size), setup.plan.spec.mesh.timeout_s
-        self._watch = Watch(beats, setup.shard.rank, (0,), timeout_s, self._end_unit)
+        watch.loaded()
 
     def launch(self, work: Work) -> None:
         lane = self._lanes[work.lane]
@@ -58,13 +45,6 @@ class RankChild:
 
     def _end(self, error: Exception) -> NoReturn:
         log.error("event=rank_lost error=%s", error)
-        os._exit(1)
-
-    def _end_unit(self, rank: int, seconds: float) -> NoReturn:
-        """Rank 0 stands still: its supervisor starts the unit again once it is gone."""
-        log.error("event=unit_silent pid=%d seconds=%.1f", self._parent, seconds)
-        if os.getppid() == self._parent:  # it is still itself, and not a stranger by its number
-            os.kill(self._parent, signal.SIGKILL)
         os._exit(1)
 
 
@@ -82,10 +62,6 @@ def _load(setup: RankSetup) -> Models:
     }
 
 
-def _die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends, though it were stopped then."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    main(RankSetup, RankChild)
+def run(watch: Watch) -> None:
+    """Load what rank 0 says, and run its works."""
+    main(RankSetup, partial(RankChild, watch=watch))

@@ -127,11 +127,6 @@ class SharedRanks:
         )
 
 
-def open_wake() -> int:
-    """An eventfd by which a rank is woken; rank processes inherit it."""
-    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-
 def _counters_bytes(size: int) -> int:
     return 2 * size * meeting.SPACING * 8
 
