@@ -85,6 +85,7 @@ def test_a_cpu_unit_asks_for_no_gpu(folder: Path) -> None:
             ("lanes", "kind"),
             "found mps on a mesh of 2 GPUs, expected green or stream",
         ),
+        ({"mesh": ", exchange: gloo"}, ("mesh", "exchange"), "GPUs exchange by NCCL"),
         (
             {"mesh": ", gpus: [0, 1, 2, 3]"},
             (),

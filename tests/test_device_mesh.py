@@ -283,7 +283,10 @@ def go_on(executor: LaneExecutor, desk: Desk, seat: Seat) -> None:
 class Line:
     """Nobody is at its other end."""
 
+    patient = 0  # how often
+
     def patiently(self) -> AbstractContextManager[None]:
+        self.patient += 1
         return nullcontext()
 
 
@@ -300,7 +303,8 @@ def work(lane: int, number: int = 0) -> Batch:
 class Rank:
     """Lanes of one rank, and why they were lost."""
 
-    def __init__(self, tick_s: float = 1.0) -> None:
+    def __init__(self, tick_s: float) -> None:
+        self.line = Line()
         self.lost: list[Exception] = []
         self.missed = Event()
         self.turns = Turns()
@@ -311,7 +315,7 @@ class Rank:
         self.missed.set()
 
     def guard(self, lane: int, timeout_s: float = 60.0) -> Guard:
-        line: Any = Line()
+        line: Any = self.line
         return Guard(lane, line, self.turns, self.overdue, timeout_s, self.lose)
 
 
@@ -372,6 +376,7 @@ def test_a_work_that_does_not_end_is_missed(rank: Rank) -> None:
         rank.turns.tell(1)
         second = launch(work(1))  # the first of its kind may take longer
     second.wait()
+    assert rank.line.patient == 1
     assert [str(error) for error in rank.lost] == ["a work of lane 1 does not end"]
 
 

@@ -173,6 +173,10 @@ def _check_gpu_ranks(index: int, unit: UnitSpec, nccl: Callable[[], None]) -> No
             (*at, "mesh", "gpus"),
             f"found {list(found)}, expected 1, 2, 4 or 8 different GPUs",
         )
+    if unit.mesh.exchange == "gloo":
+        raise KeyedError(
+            (*at, "mesh", "exchange"), "found gloo, expected none on a GPU: GPUs exchange by NCCL"
+        )
     if len(found) == 1:
         return
     if unit.lanes.kind == "mps":
