@@ -47,7 +47,7 @@ from muxrt.engine.build import UnitPlan, plan_unit
 from muxrt.models.llama import Llama
 from muxrt.models.ranks import Ranks
 from muxrt.worker.build import open_executor
-from muxrt.worker.collectives import GlooRanks, open_store
+from muxrt.worker.collectives import GroupRanks, open_store
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.frames import FrameReader, write_frame
 from muxrt.worker.kv_storage import Segment
@@ -195,7 +195,7 @@ def exchange(kind: str, num_tokens: int, rounds: int) -> dict[str, Any]:
         line: Ranks
         if kind == "gloo":
             store = server if rank == 0 else open_store(server.port)
-            line = GlooRanks(store, "bench", Shard(rank, 2), 30.0)
+            line = GroupRanks(store, "bench", Shard(rank, 2), 30.0)
         else:
             line = SharedRanks(memory.tensor(), wakes, Shard(rank, 2), 30.0)
         values, found = torch.zeros(num_tokens, HIDDEN), []

@@ -1,7 +1,6 @@
 """The models of worker_world on `torch.device("cpu")` as the device: its code, and no GPU.
 
-What stands in for the driver is one class: a graph that repeats calls, as torch.cuda.CUDAGraph does
-what was launched. Like that one it does nothing while it records.
+What stands in for the driver is one class: a graph that repeats calls (played_graphs.py).
 """
 
 from collections.abc import Callable
@@ -15,38 +14,16 @@ from muxrt.worker.device_runner import DeviceCopier, DeviceResident, DeviceRunne
 from muxrt.worker.device_storage import DeviceStorage
 from muxrt.worker.flight import Share
 from muxrt.worker.graphs import Steps
+from tests.played_graphs import Repeated, steps
 from tests.worker_world import SHAPES, Desk
+
+__all__ = ["ALL", "CPU", "OnDevice", "Repeated", "Share", "device_llamas", "steps"]
 
 # OpenMP's threads wait for each other where other processes run beside the tests.
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 ALL = Share("all", torch.cpu.Stream(), 4)
-
-
-class Repeated:
-    """Stands in for a CUDA graph."""
-
-    made = 0
-
-    def __init__(self) -> None:
-        self.replays = 0
-        self._run: Callable[[], None] | None = None
-        Repeated.made += 1
-
-    def capture(self, run: Callable[[], None]) -> None:
-        assert self._run is None
-        self._run = run
-
-    def replay(self) -> None:
-        assert self._run is not None
-        self.replays += 1
-        self._run()
-
-
-def steps(budget_bytes: int = 1 << 20) -> Steps:
-    """Graphs that take no memory."""
-    return Steps(budget_bytes, Repeated, lambda: 0)
 
 
 def device_llamas(home: Path, dtype: torch.dtype = torch.float32) -> dict[str, DeviceLlama]:

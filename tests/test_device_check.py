@@ -45,8 +45,9 @@ def no_gpu() -> int:
     raise NoGpu("there is none")
 
 
-def plan(found: ServeConfig, gpus: Callable[[], int] = lambda: 2) -> UnitPlan:
-    return check(found, {0}, {}, gpus).plans[0]
+def plan(found: ServeConfig, gpus: Callable[[], int] = lambda: 4) -> UnitPlan:
+    """With NCCL."""
+    return check(found, {0}, {}, gpus, lambda: None).plans[0]
 
 
 def test_a_gpu_that_is_not_there_is_refused_by_its_key(folder: Path) -> None:
@@ -77,8 +78,19 @@ def test_a_cpu_unit_asks_for_no_gpu(folder: Path) -> None:
         ({"device": "cpu"}, ("lanes", "kind"), "found green, expected cores or processes"),
         ({"lanes": ", split: [1, 1]"}, ("lanes", "split"), "expected sm_pct on a GPU"),
         ({"lanes": ", sm_pct: [60, 50]"}, ("lanes", "sm_pct"), "found 110 % in all"),
-        ({"mesh": ", gpus: [2]"}, ("mesh", "gpus"), "found GPU 2, expected 0 to 1"),
-        ({"mesh": ", gpus: [0, 1]"}, ("mesh", "gpus"), "found 2 GPUs, expected one"),
+        ({"mesh": ", gpus: [4]"}, ("mesh", "gpus"), "found GPU 4, expected 0 to 3"),
+        ({"mesh": ", gpus: [1, 1]"}, ("mesh", "gpus"), r"found \[1, 1\], expected 1, 2, 4 or 8"),
+        (
+            {"mesh": ", gpus: [0, 1]", "kind": "mps"},
+            ("lanes", "kind"),
+            "found mps on a mesh of 2 GPUs, expected green or stream",
+        ),
+        ({"mesh": ", exchange: gloo"}, ("mesh", "exchange"), "GPUs exchange by NCCL"),
+        (
+            {"mesh": ", gpus: [0, 1, 2, 3]"},
+            (),
+            "small cannot be cut over 4 ranks: found 3 heads and 3 kv heads",
+        ),
         ({"part": ", sm_pct: [60, 40]"}, ("models", 0, "sm_pct"), "found shares of its own"),
     ],
 )
@@ -88,6 +100,27 @@ def test_what_a_gpu_unit_cannot_have(
     with pytest.raises(KeyedError, match=message) as raised:
         plan(config(folder, **options))
     assert raised.value.key == ("units", 0, *key)
+
+
+@pytest.mark.parametrize("kind", ["green", "stream"])
+def test_a_mesh_of_gpus_needs_as_many_here(folder: Path, kind: str) -> None:
+    """Cores are not cut: ranks share them. small has three kv heads, room for two on each rank."""
+    two = config(folder, kind=kind, mesh=", gpus: [0, 1]", lanes=", sm_pct: [60, 40]")
+    found = plan(two)
+    assert (found.spec.mesh.tp, found.num_lanes) == (2, 2)
+    assert found.models["small"].layout.shape.num_kv_heads == 4
+    with pytest.raises(KeyedError, match="found GPU 1, expected 0 to 0"):
+        plan(two, lambda: 1)
+
+
+def test_a_mesh_of_gpus_needs_nccl(folder: Path) -> None:
+    """Which torch for CPUs has not."""
+    torch = pytest.importorskip("torch")
+    if torch.distributed.is_nccl_available():
+        pytest.skip("this torch has NCCL")
+    with pytest.raises(KeyedError, match="found 2 GPUs, expected one: torch .* without NCCL") as no:
+        check(config(folder, mesh=", gpus: [0, 1]"), {0}, {}, lambda: 2)
+    assert no.value.key == ("units", 0, "mesh", "gpus")
 
 
 def test_int8_weights_are_for_cpus(folder: Path) -> None:

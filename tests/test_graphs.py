@@ -1,11 +1,13 @@
 """When decode steps are captured, replayed and dropped; buckets."""
 
+from collections.abc import Callable
+
 import pytest
 
 pytest.importorskip("torch")
 
 from muxrt.worker.graphs import Key, Steps, batch_bucket, context_bucket
-from tests.device_world import Repeated
+from tests.played_graphs import Repeated
 
 
 class Counted:
@@ -25,11 +27,13 @@ def key(number: int) -> Key:
 class World:
     """Steps whose graphs take `graph_bytes` each."""
 
-    def __init__(self, budget_bytes: int, graph_bytes: int = 100) -> None:
+    def __init__(
+        self, budget_bytes: int, graph_bytes: int = 100, agree: Callable[[int], int] = int
+    ) -> None:
         self.used_bytes = 0
         self.made: list[Repeated] = []
         self._graph_bytes = graph_bytes
-        self.steps = Steps(budget_bytes, self._new_graph, lambda: self.used_bytes)
+        self.steps = Steps(budget_bytes, self._new_graph, lambda: self.used_bytes, agree)
 
     def _new_graph(self) -> Repeated:
         world = self
@@ -83,6 +87,17 @@ def test_a_graph_larger_than_the_budget_is_kept_until_the_next() -> None:
             world.launch(number)
     assert [graph.replays for graph in world.made] == [2, 2]
     assert world.steps.num_bytes == 100
+
+
+def test_ranks_drop_the_same_graphs_whatever_they_take_on_each() -> None:
+    worlds = [World(250, size, agree=lambda _: 100) for size in (70, 130)]
+    for world in worlds:
+        for number in (1, 2, 1, 2, 3, 3):
+            world.launch(number)
+        assert [graph.replays for graph in world.made] == [1, 1, 1]
+        assert world.steps.num_bytes == 200
+        world.launch(1)
+        assert len(world.made) == 3, "it was dropped, and runs once before it is captured again"
 
 
 def test_without_a_budget_nothing_is_captured() -> None:

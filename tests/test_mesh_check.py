@@ -1,11 +1,14 @@
 """Tensor-parallel placements that this machine cannot run are refused by their key, in one line."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from model_folders import two_models
+from rich.console import Console
 
 from muxrt.cli.check import check, summary
+from muxrt.cli.tables import print_checked
 from muxrt.config.document import KeyedError
 from muxrt.config.load import load
 from muxrt.config.shard import Shard
@@ -108,3 +111,15 @@ def test_the_shipped_mesh_is_served_where_there_are_two_cores() -> None:
     assert [unit["ranks"] for unit in summary(with_cores)["units"]] == [2]
     with pytest.raises(KeyedError, match="found 2 ranks and this machine has 1 cores"):
         check(load(path), {0}, {})
+
+
+def test_the_shipped_mesh_of_gpus_is_served_where_there_are_two() -> None:
+    """They share a core."""
+    path = Path(__file__).parent.parent / "configs" / "tensor_parallel_gpu.yaml"
+    checked = check(load(path), {0}, {}, lambda: 2, lambda: None)
+    assert [unit["ranks"] for unit in summary(checked)["units"]] == [2]
+    printed = StringIO()
+    print_checked(Console(file=printed, width=200), path, checked)
+    assert "on GPUs 0, 1, 2 ranks in stream lanes of 50 %, 50 %" in printed.getvalue()
+    with pytest.raises(KeyedError, match="found GPU 1, expected 0 to 0"):
+        check(load(path), {0}, {}, lambda: 1, lambda: None)

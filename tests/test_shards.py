@@ -26,7 +26,7 @@ from muxrt.errors import ConfigError  # noqa: E402
 from muxrt.models.llama import Llama, Session  # noqa: E402
 from muxrt.models.ranks import Ranks  # noqa: E402
 from muxrt.models.weights import Kind, list_weights  # noqa: E402
-from muxrt.worker.collectives import GlooRanks, RankLost  # noqa: E402
+from muxrt.worker.collectives import GroupRanks, RankLost  # noqa: E402
 from muxrt.worker.kv_storage import Segment  # noqa: E402
 from muxrt.worker.rank_processes import open_wake  # noqa: E402
 from muxrt.worker.shared_ranks import ROOM, SharedRanks, num_bytes  # noqa: E402
@@ -150,6 +150,15 @@ def test_a_rank_reads_what_it_holds_and_no_more(folder: Path) -> None:
 def test_what_others_hold_may_be_anything(folder: Path, tmp_path: Path) -> None:
     """Rank 1 of a file in which everything else is NaN is rank 1 of the file."""
     shard = Shard(1, 2)
+    poisoned_copy(folder, tmp_path, shard)
+    clean = Llama.load(folder, "float32", shard=shard).state()
+    found = Llama.load(tmp_path, "float32", shard=shard).state()
+    assert clean.keys() == found.keys()
+    assert all(torch.equal(clean[name], found[name]) for name in clean)
+
+
+def poisoned_copy(folder: Path, into: Path, shard: Shard) -> None:
+    """The model, of which everything that the rank does not hold is NaN."""
     tensors = load_file(folder / "model.safetensors")
     poisoned = {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
     for weight in list_weights(load_shape(folder), shard):
@@ -159,12 +168,8 @@ def test_what_others_hold_may_be_anything(folder: Path, tmp_path: Path) -> None:
             poisoned[part.name][place] = tensors[part.name][place]
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            (tmp_path / name).write_text((folder / name).read_text())
-    save_file(poisoned, tmp_path / "model.safetensors")
-    clean = Llama.load(folder, "float32", shard=shard).state()
-    found = Llama.load(tmp_path, "float32", shard=shard).state()
-    assert clean.keys() == found.keys()
-    assert all(torch.equal(clean[name], found[name]) for name in clean)
+            (into / name).write_text((folder / name).read_text())
+    save_file(poisoned, into / "model.safetensors")
 
 
 # -- the forward pass, over gloo between two threads -----------------------------------------
@@ -179,7 +184,7 @@ def lines(request: pytest.FixtureRequest) -> Iterator[list[Ranks]]:
     def meet(rank: int) -> None:
         shard = Shard(rank, 2)
         if request.param == "gloo":
-            found[rank] = GlooRanks(store, "test", shard, TIMEOUT_S)
+            found[rank] = GroupRanks(store, "test", shard, TIMEOUT_S)
         else:
             found[rank] = SharedRanks(memory.tensor(), wakes, shard, TIMEOUT_S)
 

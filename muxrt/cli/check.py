@@ -16,6 +16,7 @@ from muxrt.config.placement import ModelSpec, UnitSpec, exchanging
 from muxrt.config.plan import load_plan, mesh_problems
 from muxrt.config.replan import Replan
 from muxrt.config.serve import (
+    RANKS,
     ApiKeys,
     ServeConfig,
     rank_problems,
@@ -26,7 +27,7 @@ from muxrt.config.shard import Shard
 from muxrt.cost.memory import num_params
 from muxrt.engine.build import UnitPlan, linear_dtype, plan_unit, weight_bytes, weight_dtype
 from muxrt.engine.ranks import plan_rank
-from muxrt.errors import ConfigError
+from muxrt.errors import ConfigError, MuxrtError
 from muxrt.sched.queues import ServedModel
 from muxrt.worker.driver import NoGpu, count_gpus
 
@@ -62,10 +63,12 @@ def check(
     cores: set[int],
     environ: Mapping[str, str],
     gpus: Callable[[], int] = count_gpus,
+    nccl: Callable[[], None] | None = None,
 ) -> Checked:
     """`check_file` for a configuration in memory; raises `KeyedError`.
 
-    `gpus` counts those of this machine, or raises NoGpu.
+    `gpus` counts those of this machine, or raises NoGpu; `nccl` raises MuxrtError where torch has
+    none (None: torch is asked).
     """
     _check_keys(config.endpoint.api_keys, environ, ("endpoint", "api_keys"))
     if config.admin is not None:
@@ -78,6 +81,7 @@ def check(
         _check_lanes(index, unit)
         if unit.mesh.device == "gpu":
             _check_gpu(index, unit, gpus)
+            _check_gpu_ranks(index, unit, nccl or _ask_torch)
         _check_dtypes(unit, config)
         _check_cores(index, unit, cores)
     if config.replan is not None:
@@ -158,7 +162,7 @@ def _check_lanes(index: int, unit: UnitSpec) -> None:
 
 
 def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
-    """One GPU, which is here, and nothing asked of it that only the planner knows."""
+    """GPUs that are here, and nothing asked of them that only the planner knows."""
     at = ("units", index, "mesh")
     try:
         count = gpus()
@@ -167,18 +171,47 @@ def _check_gpu(index: int, unit: UnitSpec, gpus: Callable[[], int]) -> None:
     for gpu in unit.mesh.gpus or ():
         if gpu >= count:
             raise KeyedError((*at, "gpus"), f"found GPU {gpu}, expected 0 to {count - 1}")
-    if len(unit.mesh.gpus or (0,)) != 1:
-        raise KeyedError(
-            (*at, "gpus"),
-            f"found {len(unit.mesh.gpus or ())} GPUs, expected one: tensor parallelism runs on"
-            " CPU cores only, so far",
-        )
     for number, part in enumerate(unit.models):
         if part.sm_pct is not None:
             raise KeyedError(
                 ("units", index, "models", number, "sm_pct"),
                 "found shares of its own, expected none: lanes are the unit's (lanes.sm_pct)",
             )
+
+
+def _check_gpu_ranks(index: int, unit: UnitSpec, nccl: Callable[[], None]) -> None:
+    """Several GPUs that can be one mesh: a rank is a process, and ranks add up by NCCL."""
+    found, at = unit.mesh.gpus or (0,), ("units", index)
+    if len(found) not in RANKS or len(set(found)) != len(found):
+        raise KeyedError(
+            (*at, "mesh", "gpus"),
+            f"found {list(found)}, expected 1, 2, 4 or 8 different GPUs",
+        )
+    if unit.mesh.exchange == "gloo":
+        raise KeyedError(
+            (*at, "mesh", "exchange"), "found gloo, expected none on a GPU: GPUs exchange by NCCL"
+        )
+    if len(found) == 1:
+        return
+    if unit.lanes.kind == "mps":
+        raise KeyedError(
+            (*at, "lanes", "kind"),
+            f"found mps on a mesh of {len(found)} GPUs, expected green or stream: a rank is a"
+            " process, its lanes are threads",
+        )
+    try:
+        nccl()
+    except MuxrtError as error:
+        raise KeyedError(
+            (*at, "mesh", "gpus"),
+            f"found {len(found)} GPUs, expected one: {error.message}",
+        ) from None
+
+
+def _ask_torch() -> None:
+    from muxrt.worker.collectives import check_nccl  # late: importing torch takes seconds
+
+    check_nccl()
 
 
 def _check_exchange(index: int, unit: UnitSpec) -> None:

@@ -89,7 +89,9 @@ _DOES = {"prefill": " (prefills)", "decode": " (decodes)", "mixed": ""}
 def _mesh(spec: UnitSpec) -> str:
     if spec.mesh.device == "gpu":
         shares = ", ".join(f"{share} %" for share in spec.lanes.sm_pct or (100,))
-        return f"GPU {(spec.mesh.gpus or (0,))[0]} in {spec.lanes.kind} lanes of {shares}"
+        gpus = spec.mesh.gpus or (0,)
+        where = f"GPU {gpus[0]}" if len(gpus) == 1 else f"GPUs {_listed(gpus)}, {len(gpus)} ranks"
+        return f"{where} in {spec.lanes.kind} lanes of {shares}"
     cores = "every core" if spec.mesh.cores is None else f"cores {_listed(spec.mesh.cores)}"
     if spec.mesh.tp > 1:
         cores += f", {spec.mesh.tp} ranks"

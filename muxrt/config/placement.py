@@ -100,6 +100,7 @@ class Mesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     pp: Count = 1  # pipeline stages
     nodes: tuple[Index, ...] | None = None  # the machine of each stage, instead of `node`
     # How ranks on cores add up: memory that all have mapped, or torch.distributed's gloo.
+    # GPUs exchange by NCCL.
     exchange: Literal["shared", "gloo"] = "shared"
     timeout_s: Positive = 5.0  # a rank that does not move for so long takes the unit down
     load_timeout_s: Positive = 30.0  # likewise, while it imports, reads weights and opens its lanes

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from muxrt.config.model import ModelShape, load_shape
+from muxrt.config.shard import Shard
 from muxrt.kernels import DeviceMeta, KvCache, gpu
 from muxrt.kernels.gpu import DecodeWorkspace
 from muxrt.models.device_weights import DeviceWeights, load_device_weights, random_device_weights
 from muxrt.models.layers import Rope
-from muxrt.models.weights import Progress, State
+from muxrt.models.ranks import Ranks
+from muxrt.models.weights import WHOLE, Progress, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,15 @@ class DeviceLayer:
 class DeviceLlama:
     """Weights on a device and how to run them; holds no state of any sequence."""
 
-    def __init__(self, shape: ModelShape, weights: DeviceWeights) -> None:
-        self.shape = shape
+    def __init__(self, shape: ModelShape, weights: DeviceWeights, shard: Shard = WHOLE) -> None:
+        """`shape` is the whole model's, `weights` what this rank holds of it."""
+        self.vocab = shard.vocab(shape)  # the rows of embedding and head that are here
+        self.shape = shape = shard.of(shape)
         self.weights = weights
         state = weights.state()
         self.norm = state["norm"]
         self.head = Linear.of(state, "head")
-        self.embedding = state.get("embedding", self.head.weight)  # [vocab, hidden]
+        self.embedding = state.get("embedding", self.head.weight)  # [rows that are here, hidden]
         self.layers = [DeviceLayer.of(state, index) for index in range(shape.num_layers)]
 
     @classmethod
@@ -79,13 +83,15 @@ class DeviceLlama:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        shard: Shard = WHOLE,
     ) -> "DeviceLlama":
-        """The model in a Hugging Face folder; `progress(bytes done, bytes in all)` as it loads.
+        """A rank's part of the model in a Hugging Face folder; `progress` as in `load_weights`.
 
         Raises ConfigError for what is missing, damaged or not supported.
         """
         shape = load_shape(folder)
-        return cls(shape, load_device_weights(folder, shape, dtype, device, progress))
+        weights = load_device_weights(folder, shape, dtype, device, progress, shard)
+        return cls(shape, weights, shard)
 
     @classmethod
     def random(cls, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> "DeviceLlama":
@@ -109,10 +115,20 @@ class DeviceSession:
     """
 
     def __init__(
-        self, llama: DeviceLlama, kv: KvCache, rope: tuple[Tensor, Tensor], sm_count: int
+        self,
+        llama: DeviceLlama,
+        kv: KvCache,
+        rope: tuple[Tensor, Tensor],
+        sm_count: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`rope`: see `rope_table`; `sm_count`: SMs of the lane."""
+        """`rope`: see `rope_table`; `sm_count`: SMs of the lane.
+
+        `ranks` are those that hold the model together, where it is not here as a whole: all of them
+        call the same methods in the same order, with batches of the same sizes.
+        """
         self.llama = llama
+        self._ranks = ranks
         self.sm_count = sm_count
         self._kv = kv
         self._rope = rope
@@ -128,11 +144,10 @@ class DeviceSession:
         """Final normed hidden states of new tokens; their K and V are written into the arena.
 
         tokens [T] -> [T, hidden]. With a `workspace` it is a decode step: every sequence has one
-        token at most.
+        token at most. Of several ranks the first one's tokens count, and become those of all.
         """
         llama, shape, kv = self.llama, self.llama.shape, self._kv
-        residual = self._empty(len(tokens), shape.hidden_size)
-        gpu.embed(tokens, llama.embedding, residual)
+        residual = self._embed(tokens)
         x, delta = torch.empty_like(residual), None
         # Rows of padding are not written: zeros, lest what the memory held makes them NaN.
         attended = self._empty(len(tokens), shape.num_heads * shape.head_dim).zero_()
@@ -146,16 +161,36 @@ class DeviceSession:
                 gpu.prefill_attention(qkv, kv, meta, index, attended, scale)
             else:
                 gpu.decode_attention(qkv, kv, meta, index, attended, scale, workspace)
-            delta = layer.output(attended)
+            delta = self._sum(layer.output(attended))
             gpu.rms_norm(residual, layer.mlp_norm, shape.rms_eps, x, delta)
             gpu.silu_mul(layer.gate_up(x), gated)
-            delta = layer.down(gated)
+            delta = self._sum(layer.down(gated))
         gpu.rms_norm(residual, llama.norm, shape.rms_eps, x, delta)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab] float32."""
-        return self.llama.head(hidden).float()
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[N, hidden] -> [N, vocab] float32; None on ranks other than the first."""
+        logits = self.llama.head(hidden)
+        if self._ranks is None:
+            return logits.float()
+        joined = self._ranks.join(logits, self.llama.shape.vocab_size)
+        return None if joined is None else joined.float()
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream before the first layer. tokens [T] -> [T, hidden]"""
+        llama = self.llama
+        residual = self._empty(len(tokens), llama.shape.hidden_size)
+        if self._ranks is not None:
+            self._ranks.share(tokens)  # it alone knows what was drawn
+            tokens = tokens - llama.vocab.start  # of rows that others hold `embed` makes zeros
+        gpu.embed(tokens, llama.embedding, residual)
+        return self._sum(residual)
+
+    def _sum(self, part: Tensor) -> Tensor:
+        """`part`, which becomes its sum over the ranks."""
+        if self._ranks is not None:
+            self._ranks.add(part)
+        return part
 
     def _empty(self, rows: int, width: int) -> Tensor:
         return torch.empty(rows, width, dtype=self.llama.dtype, device=self.llama.device)

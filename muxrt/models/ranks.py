@@ -8,8 +8,9 @@ from torch import Tensor
 class Ranks(Protocol):
     """One lane's line to the other ranks; all call the same methods in the same order.
 
-    Every method returns once the ranks it needs have called it, too, and raises RankLost (worker)
-    where one does not within the mesh's timeout.
+    On cores every method returns once the ranks it needs have called it, too, and raises RankLost
+    (worker) where one does not within the mesh's timeout. On GPUs it is launched on the current
+    stream, and the host goes on: all of it may be captured in a CUDA graph.
     """
 
     rank: int

@@ -50,6 +50,10 @@ class Shares:
             others = sum(self._in_flight) - self._in_flight[lane]
         return self._own[lane] if others else self._whole[lane]
 
+    def own(self, lane: int) -> Share:
+        """Its own part, whatever the others do."""
+        return self._own[lane]
+
 
 class DeviceThreads:
     """Launches works in order on one thread, and gives their results from another."""

@@ -26,12 +26,13 @@ from muxrt.core import (
 )
 from muxrt.kernels import KvCache, gpu
 from muxrt.models.device_llama import DeviceLlama, DeviceSession, rope_table
+from muxrt.models.ranks import Ranks
 from muxrt.worker.device_sampler import edit_row
 from muxrt.worker.device_storage import Blocks, DeviceSlots, DeviceStorage, upload
 from muxrt.worker.flight import Flight, Share, Span
 from muxrt.worker.graphs import Key, Steps, batch_bucket, context_bucket
 from muxrt.worker.inputs import Inputs, Sizes, download
-from muxrt.worker.runner import Ints, Layout, batch_result, prompt_spans
+from muxrt.worker.runner import Ints, Layout, PromptSpan, batch_result, prompt_spans
 from muxrt.worker.sampler import (
     EDITS,
     LOGPROBS,
@@ -68,28 +69,30 @@ class DeviceResident:
         torch.get_device_module(storage.device).synchronize()
         return cls(llama, storage.kv_cache(model), rope, slots, sampling)
 
-    def session(self, sm_count: int) -> DeviceSession:
-        """For a share of that many SMs."""
-        return DeviceSession(self.llama, self.kv, self.rope, sm_count)
+    def session(self, sm_count: int, ranks: Ranks | None = None) -> DeviceSession:
+        """For a share of that many SMs; `ranks`: see `DeviceSession`."""
+        return DeviceSession(self.llama, self.kv, self.rope, sm_count, ranks)
 
 
 class DecodeStep:
     """One token of each sequence, from the slots' tokens to the drawn ones; see `Steps`."""
 
-    def __init__(self, model: DeviceResident, key: Key, sm_count: int) -> None:
+    def __init__(self, model: DeviceResident, key: Key, sm_count: int, ranks: Ranks | None) -> None:
         device = model.slots.tokens.device
         self.inputs = Inputs(Sizes(key.sequences, key.sequences, key.sequences), device)
         self.drawn = torch.zeros(key.sequences, dtype=torch.int64, device=device)
         self._model = model
-        self._session = model.session(sm_count)
+        self._session = model.session(sm_count, ranks)
         self._workspace = self._session.workspace(key.sequences, key.tokens)
 
     def run(self) -> None:
         meta, slots = self.inputs.meta, self._model.slots
         tokens = slots.tokens[meta.slots.long(), meta.positions.long()]
         hidden = self._session.forward(tokens, meta, self._workspace)
-        draw(self._session.logits(hidden), self.inputs, self.drawn)
-        keep(slots, self.inputs, self.drawn)
+        logits = self._session.logits(hidden)
+        if logits is not None:
+            draw(logits, self.inputs, self.drawn)
+            keep(slots, self.inputs, self.drawn)
 
 
 def draw(logits: Tensor, inputs: Inputs, out: Tensor) -> None:
@@ -108,11 +111,22 @@ def keep(slots: DeviceSlots, inputs: Inputs, drawn: Tensor) -> None:
 class DeviceRunner:
     """Launches the batches of a unit's models for one lane; its thread's alone."""
 
-    def __init__(self, models: Mapping[str, DeviceResident], steps: Steps, choose: Choose) -> None:
-        """`choose` says which share of the device the next batch gets."""
+    def __init__(
+        self,
+        models: Mapping[str, DeviceResident],
+        steps: Steps,
+        choose: Choose,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`choose` says which share of the device the next batch gets.
+
+        `ranks`: see `DeviceSession`. All run the same batches in order, on shares of the same
+        names; the first one draws, and the results of the others say nothing.
+        """
         self._models = models
         self._steps = steps
         self._choose = choose
+        self._ranks = ranks
         self._last: tuple[Share, Any] | None = None
 
     def learn(self, model: str, opened: Iterable[SlotOpen]) -> None:
@@ -148,7 +162,8 @@ class DeviceRunner:
         is_plain &= bool((params["prompt_logprobs"] < 0).all())
         if is_plain and len(asking) == len(layout.positions):
             return self._decode(model, share, batch, layout, span)
-        return _run_whole(model, share, batch, layout, asking)
+        session = model.session(share.sm_count, self._ranks)
+        return _run_whole(model, session, batch, layout, asking)
 
     def _decode(
         self, model: DeviceResident, share: Share, batch: Batch, layout: Layout, span: Span
@@ -157,7 +172,7 @@ class DeviceRunner:
         sequences = batch_bucket(len(layout.slots))
         longest = int(layout.positions.max()) + 1
         key = Key(batch.model, share.name, sequences, context_bucket(longest))
-        step = self._steps.get(key, lambda: DecodeStep(model, key, share.sm_count))
+        step = self._steps.get(key, lambda: DecodeStep(model, key, share.sm_count, self._ranks))
         assert isinstance(step, DecodeStep)
         step.inputs.copy_from(
             _filled(model, layout, np.arange(len(layout.slots)), step.inputs.sizes)
@@ -206,18 +221,20 @@ def read_tokens(tokens: Tensor, stops: list[frozenset[int]]) -> Drawn:
 
 
 def _run_whole(
-    model: DeviceResident, share: Share, batch: Batch, layout: Layout, asking: Ints
+    model: DeviceResident, session: DeviceSession, batch: Batch, layout: Layout, asking: Ints
 ) -> Callable[[float], Result]:
     """Any batch, of its own size: prompts, chunks, penalties, logprobs."""
     slots, device = model.slots, model.slots.tokens.device
-    session = model.session(share.sm_count)
+    # Of slots nothing is read behind the last exchange with other ranks but by the first one, whose
+    # result lets others have them.
+    spans = prompt_spans(layout, model.sampling, slots.unscored)
     inputs = Inputs(Sizes.of(layout, len(asking)), device)
     inputs.copy_from(_filled(model, layout, asking, inputs.sizes))
     meta = inputs.meta
     owners = meta.slots[meta.token_sequence.long()]
     tokens = slots.tokens[owners.long(), meta.positions.long()]
     hidden = session.forward(tokens, meta)
-    scored = _score_prompts(model, session, layout, hidden)
+    scored = _score_prompts(model, session, spans, hidden)
     drawn = _draw(model, session, inputs, layout, asking, hidden) if len(asking) else None
 
     def read(seconds: float) -> Result:
@@ -235,12 +252,17 @@ def _draw(
     layout: Layout,
     asking: Ints,
     hidden: Tensor,
-) -> Callable[[], Drawn]:
-    """Draw after the last row of every entry that asks; how to read it later."""
+) -> Callable[[], Drawn] | None:
+    """Draw after the last row of every entry that asks; how to read it later.
+
+    None on ranks other than the first.
+    """
     rows = layout.bounds[asking + 1] - 1
     slots, positions = layout.slots[asking], layout.positions[rows] + 1
     params = model.sampling.params[slots]
     logits = session.logits(hidden[inputs.draws.rows.long()])
+    if logits is None:
+        return None
     wanted = np.flatnonzero(params["needs"] & LOGPROBS)
     scores = logits[upload(wanted, logits.device)].log_softmax(dim=-1) if len(wanted) else None
     for row, edits in model.sampling.edits(slots).items():
@@ -265,10 +287,9 @@ def _draw(
 
 
 def _score_prompts(
-    model: DeviceResident, session: DeviceSession, layout: Layout, hidden: Tensor
+    model: DeviceResident, session: DeviceSession, spans: list[PromptSpan] | None, hidden: Tensor
 ) -> Callable[[], dict[int, tuple[TokenLogprobs, ...]]] | None:
     """Logprobs of the prompt tokens that this batch predicts, by entry; None if none asked."""
-    spans = prompt_spans(layout, model.sampling, model.slots.unscored)
     if spans is None:
         return None
     step = max(1, SLICE_ELEMS // session.llama.shape.vocab_size)
@@ -276,9 +297,10 @@ def _score_prompts(
     for span in spans:
         known = model.slots.tokens[span.slot, span.positions]
         for rows, tokens in zip(hidden[span.rows].split(step), known.split(step), strict=True):
-            scores = session.logits(rows).log_softmax(dim=-1)
-            top = _download(TopScores.of(scores, tokens, span.count))
-            parts.append((span.entry, top, span.count))
+            logits = session.logits(rows)
+            if logits is not None:
+                top = _download(TopScores.of(logits.log_softmax(dim=-1), tokens, span.count))
+                parts.append((span.entry, top, span.count))
 
     def read() -> dict[int, tuple[TokenLogprobs, ...]]:
         scored: dict[int, tuple[TokenLogprobs, ...]] = {}
@@ -297,7 +319,15 @@ def _download(top: TopScores) -> TopScores:
 class DeviceCopier:
     """Moves blocks between arena and host memory, on a stream of its own."""
 
-    def __init__(self, storage: DeviceStorage, block_bytes: int, share: Share) -> None:
+    def __init__(
+        self,
+        storage: DeviceStorage,
+        block_bytes: int,
+        share: Share,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Of several `ranks` each moves its planes: it is over when it is over on all."""
+        self._ranks = ranks
         self._storage = storage
         self._block_bytes = block_bytes
         self._share = share
@@ -319,5 +349,7 @@ class DeviceCopier:
             gpu.copy_blocks(src, dst, src_ids, dst_ids, self._block_bytes)
             if not is_out:
                 self._storage.slots[copy.model].append([Blocks(copy.slot, 0, ids)])
+            if self._ranks is not None:
+                self._ranks.add(torch.zeros(1, device=device))  # behind the copies of all
             span.end()
         return Flight(span, lambda seconds: Result(elapsed_s=seconds))

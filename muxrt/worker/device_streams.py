@@ -1,7 +1,7 @@
 """Streams on a device, and what of it each may use: green contexts where they are to be had."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
@@ -30,13 +30,21 @@ def check_device(device: torch.device) -> None:
         raise MuxrtError("mesh.device: found gpu, but no package triton: pip install 'muxrt[gpu]'")
 
 
-def open_steps(plan: UnitPlan, device: torch.device) -> Steps:
-    """For one lane, with its part of the unit's memory for graphs; none but on CUDA."""
+def open_steps(plan: UnitPlan, device: torch.device, agree: Callable[[int], int] = int) -> Steps:
+    """For one lane, with its part of a GPU's memory for graphs; none but on CUDA.
+
+    `agree`: see `Steps`.
+    """
     if device.type != "cuda":
         return Steps(0, _no_graph, lambda: 0)
     pool = torch.cuda.graph_pool_handle()
     budget_bytes = plan.spec.memory.graph_bytes // plan.num_lanes
-    return Steps(budget_bytes, lambda: CudaGraph(pool), lambda: torch.cuda.memory_reserved(device))
+    return Steps(
+        budget_bytes,
+        lambda: CudaGraph(pool),
+        lambda: torch.cuda.memory_reserved(device),
+        agree,
+    )
 
 
 def _no_graph() -> Graph:

@@ -86,11 +86,17 @@ class Steps:
         budget_bytes: int,
         new_graph: Callable[[], Graph],
         used_bytes: Callable[[], int],
+        agree: Callable[[int], int] = int,
     ) -> None:
-        """Graphs may take `budget_bytes`; `used_bytes` tells how much all memory now is."""
+        """Graphs may take `budget_bytes`; `used_bytes` tells how much all memory now is.
+
+        `agree` makes one size of those that a graph has on several ranks: a step is an exchange
+        between them, so all must capture, drop and run the same ones.
+        """
         self._budget_bytes = budget_bytes
         self._new_graph = new_graph
         self._used_bytes = used_bytes
+        self._agree = agree
         self._has_run: set[Key] = set()
         self._steps: dict[Key, Step] = {}
         self._graphs: OrderedDict[Key, tuple[Graph, int]] = OrderedDict()
@@ -136,7 +142,7 @@ class Steps:
     def _capture(self, key: Key, step: Step) -> None:
         graph, before = self._new_graph(), self._used_bytes()
         graph.capture(step.run)
-        self._graphs[key] = (graph, max(0, self._used_bytes() - before))
+        self._graphs[key] = (graph, self._agree(max(0, self._used_bytes() - before)))
         log.info("event=graph_captured key=%s bytes=%d", key, self._graphs[key][1])
         # The newest stays even if it alone is too large: the next one takes its place.
         while self.num_bytes > self._budget_bytes and len(self._graphs) > 1:

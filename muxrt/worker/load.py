@@ -35,6 +35,7 @@ from muxrt.models.llama import DType, LinearDType, Llama
 from muxrt.models.weights import WHOLE, Progress
 from muxrt.worker.boot import load_shapes, plan_boot, take_cores
 from muxrt.worker.build import open_executor
+from muxrt.worker.collectives import check_nccl
 from muxrt.worker.device_build import open_device_executor
 from muxrt.worker.device_streams import check_device
 from muxrt.worker.executor import LaneExecutor
@@ -61,7 +62,7 @@ def load_unit(boot: UnitBoot, tell: Tell, ranks: RankProcesses | None = None) ->
     plan = plan_boot(boot, len(cores), shapes)
     is_gpu = boot.unit.mesh.device == "gpu"
     if is_gpu:
-        executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell)
+        executor = open_on_device(boot, plan, shapes, take_gpu(boot), tell, ranks)
     elif plan.habits is not None:
         plan, executor = _open_sleepers(boot, shapes, cores, _telling(tell, ranks), ranks)
     else:
@@ -138,13 +139,20 @@ def _open_sleepers(
 
 def take_gpu(boot: UnitBoot) -> torch.device:
     """The GPU of the unit's mesh, current from now on. Raises MuxrtError without one."""
+    device = torch.device("cuda", (boot.unit.mesh.gpus or (0,))[0])
+    take_device(device)
+    if boot.unit.mesh.tp > 1:
+        check_nccl()
+    return device
+
+
+def take_device(device: torch.device) -> None:
+    """It is the current one from now on. Raises MuxrtError where torch cannot compute there."""
     # Where the driver cannot keep the lanes' work queues apart, more of them make it likely. Read
     # when CUDA starts, which is below.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    device = torch.device("cuda", (boot.unit.mesh.gpus or (0,))[0])
     check_device(device)
-    torch.cuda.set_device(device)
-    return device
+    torch.get_device_module(device).set_device(device)
 
 
 def open_on_device(
@@ -153,18 +161,33 @@ def open_on_device(
     shapes: Mapping[str, ModelShape],
     device: torch.device,
     tell: Tell,
+    ranks: RankProcesses | None = None,
 ) -> LaneExecutor:
-    """Load the unit's models there and start its lanes. Raises MuxrtError with what is wrong."""
+    """Load the unit's models there and start its lanes; of several ranks `device` is the first's.
+
+    `ranks` are the others. Raises MuxrtError with what is wrong.
+    """
     if plan.spec.has_roles:
         raise ConfigError(
             f"{plan.spec.name}: found roles on a GPU, expected mixed: K and V are fetched from and"
             " into main memory only, so far"
         )
-    models = {}
-    for spec in boot.models:
-        shape = shapes[spec.name]
-        models[spec.name] = load_device_model(boot.unit.name, spec, shape, device, tell)
-    return open_device_executor(plan, models, device)
+    told = _telling(tell, ranks)
+
+    def load(shard: Shard) -> dict[str, DeviceLlama]:
+        return {
+            spec.name: load_device_model(
+                boot.unit.name, spec, shapes[spec.name], device, told, shard
+            )
+            for spec in boot.models
+        }
+
+    if plan.spec.mesh.tp > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        return open_mesh(
+            plan, boot.models, shapes, cores, load, boot.identity, ranks, device=device
+        )
+    return open_device_executor(plan, load(WHOLE), device)
 
 
 def _leave_lanes(plan: UnitPlan, cores: Sequence[int]) -> None:
@@ -246,18 +269,26 @@ def load_sleepers(
 
 
 def load_device_model(
-    unit: str, spec: ModelSpec, shape: ModelShape, device: torch.device, tell: Tell
+    unit: str,
+    spec: ModelSpec,
+    shape: ModelShape,
+    device: torch.device,
+    tell: Tell,
+    shard: Shard = WHOLE,
 ) -> DeviceLlama:
     """Likewise, on a GPU. Raises ConfigError."""
     dtype: torch.dtype = getattr(torch, linear_dtype(spec, shape, "gpu"))
     begun_s = monotonic()
-    llama = DeviceLlama.load(spec.folder, dtype, device, _progress(unit, spec.name, tell))
+    progress = _progress(unit, spec.name, tell)
+    llama = DeviceLlama.load(spec.folder, dtype, device, progress, shard)
     torch.get_device_module(device).synchronize()  # the last copies are still on their way
     gigabytes, seconds = llama.weights.memory.numel() / 1e9, monotonic() - begun_s
     log.info(
         "event=weights_loaded model=%s gb=%.2f seconds=%.2f gb_per_s=%.2f",
         *(spec.name, gigabytes, seconds, gigabytes / seconds),
     )
+    bytes_read = llama.weights.bytes_read
+    log.info("event=weights_read model=%s rank=%d bytes=%d", spec.name, shard.rank, bytes_read)
     return llama
 
 

@@ -1,10 +1,10 @@
 """A unit over several ranks: the unit's process is rank 0, the others are processes of their own.
 
-Every rank has its own cores, its own slices of the weights and its own arena, with its part of
-every block: ids are equal on all. A work is encoded once and written to each rank, which runs it on
-its lane of the same number; rank 0 alone draws tokens, and its result is the mesh's. What moves
-blocks is over when it is over everywhere, and so is a batch: behind its last exchange between the
-ranks nobody touches K and V any more.
+Every rank has its own cores, or a GPU (worker/device_mesh.py), its own slices of the weights and
+its own arena, with its part of every block: ids are equal on all. A work is encoded once and
+written to each rank, which runs it on its lane of the same number; rank 0 alone draws tokens, and
+its result is the mesh's. What moves blocks is over when it is over everywhere, and so is a batch:
+behind its last exchange between the ranks nobody touches K and V any more.
 """
 
 import os
@@ -12,23 +12,26 @@ import select
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import msgspec
+import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from muxrt.config.model import ModelShape
-from muxrt.config.placement import ModelSpec
+from muxrt.config.placement import Mesh, ModelSpec
 from muxrt.config.shard import Shard
 from muxrt.core import Result, SlotOpen, Work
 from muxrt.engine.build import UnitPlan
 from muxrt.engine.ranks import plan_rank, rank_cores
 from muxrt.errors import MuxrtError
 from muxrt.kernels import Team
+from muxrt.models.device_llama import DeviceLlama
 from muxrt.models.llama import Llama
 from muxrt.models.ranks import Ranks
 from muxrt.worker.build import open_mover
-from muxrt.worker.collectives import GlooRanks, RankLost, open_store
+from muxrt.worker.collectives import CPU, GroupRanks, RankLost, open_store
+from muxrt.worker.device_mesh import open_device_lanes
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.kv_storage import Segment, Storage
@@ -45,7 +48,8 @@ from muxrt.worker.watch import BEATS_BYTES
 # that is gone or stands still is found by its beats.
 WAKE_S = 60.0
 
-Load = Callable[[Shard], dict[str, Llama]]
+Models = dict[str, Llama] | dict[str, DeviceLlama]
+Load = Callable[[Shard], Models]
 Lose = Callable[[Exception], None]
 Share = Callable[[Sequence[int], Sequence[int] | None], Sequence[Sequence[int]]]
 
@@ -63,7 +67,8 @@ class RankSetup(msgspec.Struct, frozen=True):
     memory: int  # descriptor of what all ranks map: beats, and rooms for exchanges behind them
     wakes: tuple[tuple[int, ...], ...]  # eventfds, by lane and rank
     unit: str  # name and generation
-    port: int | None  # of gloo's store; None: sums go through that memory
+    port: int | None  # of torch.distributed's store; None: sums go through that memory
+    device: str | None = None  # as torch names it; None: its cores
 
 
 class Others:
@@ -87,6 +92,12 @@ class Others:
     def lose(self, error: Exception) -> None:
         """An exchange with them failed; from any thread. The next `check` raises."""
         self._processes.lose(str(error))
+
+    def abandon(self, error: Exception) -> None:
+        """Likewise, where no result of a lane will say so: their ends do."""
+        self.lose(error)
+        for rank in self._ranks:
+            rank.kill()
 
     def check(self) -> None:
         """Raises LaneDied, with all other ranks ended, if the mesh cannot go on."""
@@ -136,7 +147,7 @@ class Others:
 class MeshLane:
     """A lane of rank 0, whose works all ranks run."""
 
-    def __init__(self, lane: ThreadLane, others: Others) -> None:
+    def __init__(self, lane: Lane, others: Others) -> None:
         self._lane, self._others = lane, others
 
     def wait_started(self) -> None:
@@ -171,16 +182,18 @@ def open_mesh(
     ranks: RankProcesses | None = None,
     share: Share = split_cores,
     sleepers: Mapping[str, HostWeights] | None = None,
+    device: torch.device | None = None,
 ) -> LaneExecutor:
     """Have the other ranks load, load this one's weights and start its lanes.
 
     `unit` is its name and generation, for units that fetch from it; `ranks` were started before;
     `share` says which cores of a rank each lane has; `sleepers` are there once `load` has returned:
-    the weights of models that may sleep. Raises ConfigError for a unit that cannot be cut,
-    MuxrtError where a rank cannot start.
+    the weights of models that may sleep; `device` is this rank's, where ranks have one each and
+    share the cores. Raises ConfigError for a unit that cannot be cut, MuxrtError where a rank
+    cannot start.
     """
     size = plan.spec.mesh.tp
-    parts = rank_cores(cores, size)
+    parts = rank_cores(cores, size) if device is None else (tuple(cores),) * size
     shards = [Shard(rank, size) for rank in range(size)]
     plans = [plan_rank(plan, shapes, shard) for shard in shards]
     lanes = [share(part, plan.spec.lanes.split) for part in parts]
@@ -190,7 +203,8 @@ def open_mesh(
         os.ftruncate(ranks.memory, memory_bytes(plan))
         memory = Segment(memory_bytes(plan), ranks.memory)
         stack.callback(memory.close)
-        store = open_store() if plan.spec.mesh.exchange == "gloo" else None
+        is_shared = device is None and plan.spec.mesh.exchange == "shared"
+        store = None if is_shared else open_store()
         setups = [
             RankSetup(
                 name=f"{plan.spec.name}/rank-{shard.rank}",
@@ -204,6 +218,7 @@ def open_mesh(
                 wakes=ranks.wakes,
                 unit=unit,
                 port=None if store is None else store.port,
+                device=rank_device(plan.spec.mesh, device, shard.rank),
             )
             for shard in shards
         ]
@@ -212,13 +227,22 @@ def open_mesh(
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
-        opened = open_lanes(setups[0], loaded, lines, stack, others.lose, sleepers)
+        lose = others.lose if device is None else others.abandon
+        opened = open_lanes(setups[0], loaded, lines, stack, lose, sleepers)
         first: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
         ranks.loaded()
         every = [*first, others]
         return LaneExecutor(every, stack.pop_all(), opened.reached, opened.weight_bytes)
     raise AssertionError("an exit stack swallows nothing")
+
+
+def rank_device(mesh: Mesh, first: torch.device | None, rank: int) -> str | None:
+    """The device of a rank, as torch names it, where the first rank has `first`."""
+    if first is None or first.type != "cuda":
+        return None if first is None else str(first)
+    assert mesh.gpus is not None, "a GPU for each rank"
+    return f"cuda:{mesh.gpus[rank]}"
 
 
 def memory_bytes(plan: UnitPlan) -> int:
@@ -240,9 +264,10 @@ def open_lines(
             rooms = memory.tensor(offset=BEATS_BYTES + lane * size, count=size)
             lines.append(SharedRanks(rooms, setup.wakes[lane], setup.shard, timeout_s))
         else:
-            gloo = GlooRanks(store, f"lane-{lane}", setup.shard, timeout_s)
-            stack.callback(gloo.close)
-            lines.append(gloo)
+            device = torch.device(setup.device) if setup.device else CPU
+            group = GroupRanks(store, f"lane-{lane}", setup.shard, timeout_s, device)
+            stack.callback(group.close)
+            lines.append(group)
     return lines
 
 
@@ -250,20 +275,36 @@ def open_lines(
 class OpenedRank:
     """The lanes of one rank, the copy lane last."""
 
-    lanes: list[ThreadLane]
+    lanes: Sequence[Lane]
     reached: Reached | None  # on the first rank, where the unit hands sequences over
     weight_bytes: dict[str, int]  # on the first rank: of models that may sleep, on all ranks
 
 
 def open_lanes(
     setup: RankSetup,
-    models: dict[str, Llama],
+    models: Models,
     lines: Sequence[Ranks],
     stack: ExitStack,
     lose: Lose,
     sleepers: Mapping[str, HostWeights] | None = None,
 ) -> OpenedRank:
     """Start a rank's lanes; `models` is emptied, `lose` hears why the mesh is broken."""
+    if setup.device is None:
+        mine = cast(dict[str, Llama], models)
+        return _open_on_cores(setup, mine, lines, stack, lose, sleepers or {})
+    theirs, groups = cast(dict[str, DeviceLlama], models), cast(Sequence[GroupRanks], lines)
+    device = torch.device(setup.device)
+    return OpenedRank(open_device_lanes(setup.plan, theirs, groups, device, lose, stack), None, {})
+
+
+def _open_on_cores(
+    setup: RankSetup,
+    models: dict[str, Llama],
+    lines: Sequence[Ranks],
+    stack: ExitStack,
+    lose: Lose,
+    sleepers: Mapping[str, HostWeights],
+) -> OpenedRank:
     plan = setup.plan
     storage = Storage(plan)
     stack.callback(storage.close)
@@ -275,7 +316,7 @@ def open_lanes(
     )
     reached = join_addresses(exchange, plan.models, lines[-1]) if exchange else None
     mover = open_mover(plan, storage, sleepers, len(setup.cores), stack)
-    weight_bytes = add_up({n: w.num_bytes for n, w in (sleepers or {}).items()}, lines[-1])
+    weight_bytes = add_up({n: w.num_bytes for n, w in sleepers.items()}, lines[-1])
     copier = Copier(storage, plan.arena.block_bytes, exchange, there, mover)
     lanes = [
         ThreadLane(f"lane-{number}", cores, _batches(there, lines[number], lose))

@@ -5,14 +5,16 @@ import os
 from contextlib import ExitStack
 from functools import partial
 
+import torch
+
 from muxrt.core import Result, SlotOpen, Work
-from muxrt.models.llama import Llama
+from muxrt.engine.messages import Loading
 from muxrt.worker.collectives import open_store
 from muxrt.worker.host_weights import HostWeights
 from muxrt.worker.kv_storage import Segment
-from muxrt.worker.load import load_models, load_sleepers
+from muxrt.worker.load import load_device_model, load_models, load_sleepers, take_device
 from muxrt.worker.logs import log_to_stderr
-from muxrt.worker.mesh import RankSetup, memory_bytes, open_lanes, open_lines
+from muxrt.worker.mesh import Models, RankSetup, memory_bytes, open_lanes, open_lines
 from muxrt.worker.process_lane import Give, main
 from muxrt.worker.watch import Watch
 
@@ -55,9 +57,20 @@ def run(watch: Watch) -> None:
     main(RankSetup, partial(RankChild, watch=watch))
 
 
-def load_rank(setup: RankSetup) -> tuple[dict[str, Llama], dict[str, HostWeights]]:
+def load_rank(setup: RankSetup) -> tuple[Models, dict[str, HostWeights]]:
     """The rank's part of each model; of those that may sleep, asleep, their weights, too."""
     name, specs, shapes, shard = setup.name, setup.models, setup.shapes, setup.shard
+    if setup.device is not None:
+        device = torch.device(setup.device)
+        take_device(device)
+        return {
+            spec.name: load_device_model(name, spec, shapes[spec.name], device, _silent, shard)
+            for spec in specs
+        }, {}
     if setup.plan.habits is not None:
-        return load_sleepers(name, specs, shapes, lambda _: None, shard)
-    return load_models(name, specs, shapes, lambda _: None, shard), {}
+        return load_sleepers(name, specs, shapes, _silent, shard)
+    return load_models(name, specs, shapes, _silent, shard), {}
+
+
+def _silent(loading: Loading) -> None:
+    """Rank 0 alone tells how far it is."""

@@ -29,8 +29,9 @@ class RankProcesses:
         # Beats at first; whoever knows how much ranks exchange makes it larger, and closes it.
         self.memory = os.memfd_create("muxrt-mesh")
         os.ftruncate(self.memory, BEATS_BYTES)
-        lanes = range(num_lanes + 1 if mesh.exchange == "shared" else 0)
-        # Eventfds by which ranks are woken, by lane and rank; none where gloo wakes.
+        is_shared = mesh.exchange == "shared" and mesh.device == "cpu"
+        lanes = range(num_lanes + 1 if is_shared else 0)
+        # Eventfds by which ranks are woken, by lane and rank; none where gloo or NCCL wakes.
         self.wakes = tuple(tuple(open_wake() for _ in range(mesh.tp)) for _ in lanes)
         wakes = [wake for lane in self.wakes for wake in lane]
         for wake in wakes:
