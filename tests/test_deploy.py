@@ -162,6 +162,42 @@ async def test_a_unit_that_cannot_load_undoes_the_change(folder: Path, tmp_path:
     assert placement_on_disk(before, tmp_path) == ["main"]
 
 
+@on_loop
+async def test_a_new_unit_that_dies_while_another_one_loads_undoes_the_change(
+    folder: Path, tmp_path: Path
+) -> None:
+    """It was ready once, so requests went to it while it came back, and no more to the old one."""
+    before = make_config(folder)
+    after = make_config(folder, {"main": ["tiny", "x"], "other": ["y"]})
+    async with desk(before, tmp_path) as at:
+        change = at.apply(after)
+        first = await at.next_unit("main.2")
+        await first.ready()
+        second = await at.next_unit("other")
+        first.die(-9)
+        await second.ready()
+        status, body = await change
+        assert status == 500 and "main.2 died before the switch" in body["error"]["message"]
+        await at.settled()
+        assert at.units() == ["main"]
+        served = at.ask()
+        await answer(at.stage.unit)
+        assert (await served)[0] == 200
+
+
+@on_loop
+async def test_a_unit_that_never_gets_ready_undoes_the_change(folder: Path, tmp_path: Path) -> None:
+    """For ever every other change was refused, as one went on."""
+    before, after = make_config(folder), make_config(folder, {"main": ["tiny", "x"]})
+    async with desk(before, tmp_path, load_s=0.2) as at:
+        change = at.apply(after)
+        await at.next_unit("main.2")
+        status, body = await change
+        assert status == 500 and "main.2 was not ready after 0.2 s" in body["error"]["message"]
+        await at.settled()
+        assert at.units() == ["main"]
+
+
 LOADING = ("before it is ready", "old unit while the new one loads")
 
 
@@ -475,6 +511,12 @@ async def test_what_cannot_be_served_is_refused_before_anything_starts(
         gone = msgspec.structs.replace(make_config(folder), models=(missing,))
         status, body = await at.apply(gone)
         assert status == 400 and "nowhere" in body["error"]["message"]
+        nearby = msgspec.structs.replace(missing, path="models/tiny")
+        status, body = await at.apply(msgspec.structs.replace(gone, models=(nearby,)))
+        assert status == 400 and "expected an absolute one" in body["error"]["message"]
+        odd = {"units": make_config(folder, {"main": ["tiny", "x"]}).units}
+        status, body = await at.post("/admin/placement", odd)
+        assert status == 400 and "found 'x', expected one of tiny" in body["error"]["message"]
         status, body = await at.apply(make_config(folder, {"main": ["tiny", "x"]}))
         assert status == 400 and "max_extra_bytes" in body["error"]["message"]
         assert at.units() == ["main"]

@@ -22,6 +22,7 @@ from muxrt.engine.messages import Loading, UnitBoot
 from muxrt.errors import MuxrtError
 from muxrt.worker import process
 from muxrt.worker.collectives import RankLost
+from muxrt.worker.load import load_unit
 from muxrt.worker.rank import RankChild
 from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.watch import BEATS_BYTES, Beats, Watch
@@ -78,14 +79,21 @@ def test_the_other_ranks_are_started_before_the_first_one_imports(
 @two_cores
 def test_a_rank_that_ended_is_noticed_while_the_first_one_reads(tmp_path: Path) -> None:
     """Not only once rank 0 has read everything and waits for the others."""
+    cores = os.sched_getaffinity(0)
     ranks = RankProcesses(Mesh(gpus=(0, 1)), num_lanes=1)
     try:
         ranks.check()
         ranks.piped[1].process.kill()
         ranks.piped[1].process.wait()
+        told: list[Loading] = []
+        config = real_config(tmp_path, {"cut": ["a"]})
+        unit = msgspec.structs.replace(config.units[0], mesh=Mesh(gpus=(0, 1)))
+        boot = UnitBoot(unit=unit, models=config.models, endpoint="", identity="cut#1")
         with pytest.raises(MuxrtError, match=r"rank 1 \(process \d+\) ended with status -9"):
-            ranks.check()
+            load_unit(boot, told.append, ranks)
+        assert not told, "it went on reading"
     finally:
+        os.sched_setaffinity(0, cores)
         ranks.close()
 
 

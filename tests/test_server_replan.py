@@ -294,17 +294,60 @@ def test_what_cannot_be_made_on_time_is_left(
         assert not planners()
 
 
+def test_a_clock_that_was_ahead_delays_nothing(
+    muxrt: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that started with the clock of next year waited for next year."""
+    monkeypatch.setattr("muxrt.server.replan.LOOK_S", 0.01)
+    prepare(muxrt, tmp_path)
+    with real_server(config_of(tmp_path)) as server:
+        deployer = server.server.deployer
+        assert deployer is not None
+        now_s = time.time()
+        clock = [now_s + 365 * 86400]
+        replanner = Replanner(terms(tmp_path), tmp_path / "log", deployer, lambda: clock[0])
+        server.run(replanner.start)
+        clock[0] = now_s
+        until(lambda: replanner.next_s <= now_s + 86400)
+        assert replanner.num_missed == 0
+        server.run(replanner.stop)
+
+
+def test_the_planner_sees_no_keys(
+    muxrt: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_ADMIN", "secret-of-admin")
+    monkeypatch.setenv("OF_USERS", "secret-of-users")
+    monkeypatch.setenv("MUXRT_ADMIN_KEY", "secret-of-commands")
+    prepare(muxrt, tmp_path)
+    config = config_of(tmp_path, scenarios=500)
+    assert config.admin is not None
+    admin = msgspec.structs.replace(config.admin, keys=ApiKeys(env="OF_ADMIN"))
+    endpoint = msgspec.structs.replace(config.endpoint, api_keys=ApiKeys(env="OF_USERS"))
+    with real_server(msgspec.structs.replace(config, admin=admin, endpoint=endpoint)) as server:
+        replanner = server.server.replanner
+        assert replanner is not None
+
+        async def ask_once() -> None:
+            replanner.ask()
+
+        server.run(ask_once)
+        (pid,) = until(planners)
+        seen = until(lambda: Path(f"/proc/{pid}/environ").read_bytes())
+        assert b"PATH=" in seen and b"secret" not in seen
+
+
 def test_a_server_that_is_killed_leaves_no_planner(muxrt: CommandLine, tmp_path: Path) -> None:
     prepare(muxrt, tmp_path)
     file = tmp_path / "live.yaml"
-    file.write_text(dump(config_of(tmp_path)))
+    file.write_text(dump(config_of(tmp_path, scenarios=500)))  # it would take very long
     endpoint = start_endpoint(file, load(file), tmp_path / "serve.log")
     try:
         endpoint.wait_ready(lambda _: None)
         assert ask(endpoint, body=b"")[0] == 202
         (pid,) = until(lambda: planners(endpoint.process.pid))
         endpoint.process.kill()
-        until(lambda: not cmdline(pid), 30)
+        until(lambda: not cmdline(pid), 30)  # of its own accord it would not have ended by then
     finally:
         endpoint.stop()
 

@@ -133,7 +133,7 @@ def replan(
     outlook = look_out(Words(config, traffic, plan, now_s, *history, slo, scenarios, units, zone))
     terms = Terms(window_s(outlook), margin, least_gain)
     found = run(outlook, strategy.value, terms)
-    wanted = carried_out(admin, found)
+    wanted = carried_out(admin, found, units)
     report(found, wanted, out=out, picture=picture, as_json=as_json)
 
 

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from muxrt.cli.admin_client import AdminClient
+from muxrt.cli.admin_client import AdminClient, AdminError
 from muxrt.cli.replan_run import Candidate, Replan
 from muxrt.cli.show import console
 from muxrt.config.load import dump
@@ -35,13 +35,20 @@ def check_paths(out: Path | None, picture: Path | None) -> None:
         check_name(picture)
 
 
-def carried_out(admin: AdminClient | None, found: Replan) -> ServeConfig:
+def carried_out(
+    admin: AdminClient | None, found: Replan, before: tuple[UnitSpec, ...] | None
+) -> ServeConfig:
     """The new file: as the server has it, which serves it now where that is worth it.
 
-    Raises what AdminClient does; then nothing is changed.
+    `before` is what it served when that was planned. Raises what AdminClient does, and AdminError
+    where it serves something else by now; then nothing is changed.
     """
     if admin is None or not found.best.decision.is_worth:
         return found.config
+    if admin.units() != before:
+        raise AdminError(
+            f"{admin.url}: the placement was changed while another one was planned: it stays"
+        )
     units = admin.apply(found.best.units)
     print(f"{admin.url} serves the new placement", file=sys.stderr)
     return msgspec.structs.replace(found.config, units=units)

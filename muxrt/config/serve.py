@@ -16,6 +16,7 @@ from muxrt.config.placement import (
     Name,
     NotNegative,
     Placement,
+    Positive,
     UnitSpec,
     exchanging,
 )
@@ -63,6 +64,7 @@ class Admin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     keys: ApiKeys  # of their own: no API key opens them
     journal: Name | None = None  # a file; without it a restart forgets changes
+    load_s: Positive = 3600.0  # a new unit may load for so long, or the change is undone
     drain_s: NotNegative = 600.0  # old units may finish what runs in them for so long
     max_extra_bytes: Count | None = None  # that a change may take beside what runs; None = any
 

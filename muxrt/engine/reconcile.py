@@ -41,8 +41,12 @@ class Deployment(msgspec.Struct, frozen=True):
     units: tuple[UnitSpec, ...]
 
     def specs_of(self, unit: UnitSpec) -> tuple[ModelSpec, ...]:
-        """The models of a unit, in its order."""
+        """The models of a unit, in its order. Raises ConfigError for one that is not known."""
         by_name = {model.name: model for model in self.models}
+        for part in unit.models:
+            if part.name not in by_name:
+                known = ", ".join(by_name)
+                raise ConfigError(f"unit {unit.name}: found {part.name!r}, expected one of {known}")
         return tuple(by_name[part.name] for part in unit.models)
 
 

@@ -40,3 +40,13 @@ def add_chunk(sequence: Sequence, num_tokens: int, lane: int) -> BatchEntry:
     sequence.lane = lane
     blocks = pack_ids(sequence.groups[first_group:])
     return BatchEntry(sequence.slot, start, num_tokens, samples, first_group, blocks)
+
+
+def may_run(sequence: Sequence, lane: int) -> bool:
+    """Not on its way out, and what is in flight of it comes before on the same lane."""
+    return sequence.can_run and (not sequence.in_flight or sequence.lane == lane)
+
+
+def is_prompt_done(sequence: Sequence) -> bool:
+    """K and V of all of its prompt are there."""
+    return sequence.num_committed >= sequence.request.prompt_tokens

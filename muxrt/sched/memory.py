@@ -23,6 +23,7 @@ lends and rule 3 never finds a borrower.
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from itertools import takewhile
 
 from msgspec.structs import replace
 
@@ -131,7 +132,7 @@ class Memory:
 
     def _start_computing(self, sequence: Sequence) -> bool:
         queue = self._queues[sequence.request.model]
-        known = self.pool.prefixes.match(sequence.request.keys)
+        known = self._known(sequence)
         missing = queue.model.layout.num_groups(sequence.num_tokens) - len(known)
         if not self._may_start(sequence, missing, known):
             return False
@@ -141,6 +142,13 @@ class Memory:
         sequence.num_scheduled = sequence.num_committed = sequence.num_cached
         queue.start(sequence)
         return True
+
+    def _known(self, sequence: Sequence) -> list[BlockGroup]:
+        """Groups that hold its first tokens already, none of them on its way out of the pool."""
+        found = self.pool.prefixes.match(sequence.request.keys)
+        if not self.pool.num_leaving:
+            return found
+        return list(takewhile(lambda group: not self.pool.is_leaving(group), found))
 
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take blocks for `num_tokens` more tokens of a running sequence; False = not now."""
@@ -189,6 +197,13 @@ class Memory:
         self._claims.pop(model, None)
         self.reserved.pop(model, None)
 
+    def disclaim_all(self) -> bool:
+        """Nothing is kept for anybody any more; False if nothing was."""
+        was_kept = bool(self._claims or self.reserved)
+        self._claims.clear()
+        self.reserved.clear()
+        return was_kept
+
     def need(self, sequence: Sequence) -> int:
         """Blocks a waiting sequence needs to start, prefix hits not counted."""
         model = self._queues[sequence.request.model].model
@@ -200,7 +215,7 @@ class Memory:
             return head.num_pending
         if head.incoming is not None:
             return 1  # its K and V come; a decode step is all that it needs
-        known = self.pool.prefixes.match(head.request.keys)
+        known = self._known(head)
         layout = self._queues[head.request.model].model.layout
         return head.num_tokens - len(known) * layout.block_tokens
 
@@ -260,7 +275,8 @@ class Memory:
             self._call_back(blocks)
         elif self._room(sequence.request.model) < blocks:
             self._preempt_newer(sequence, blocks)
-        # Otherwise free blocks are there but claimed; the claim ends in a bounded time.
+        # Otherwise free blocks are there but kept for others; that ends, at the latest with the
+        # last work in flight (`Scheduler.schedule`).
 
     def _call_back(self, blocks: int) -> None:
         """Preempt the newest sequences of borrowers until `blocks` are or will be available."""
@@ -352,6 +368,8 @@ class Memory:
         sequence.state = SequenceState.FINISHED
         sequence.preempt = False
         queue.changed()
+        if self._short.get(sequence.request.model) is sequence:
+            self._end_shortage(sequence.request.model)
         if sequence.in_flight or any(sequence is waiting for waiting, _ in self.copies):
             self._leaving.add(sequence)
             return

@@ -30,7 +30,7 @@ from muxrt.cost.latency import BatchShape, Latency, attention_work
 from muxrt.errors import Overloaded
 from muxrt.sched.admission import Admission, Allowance, Need
 from muxrt.sched.due import DueTimes
-from muxrt.sched.entries import add_chunk, add_step, open_slot
+from muxrt.sched.entries import add_chunk, add_step, is_prompt_done, may_run, open_slot
 from muxrt.sched.memory import Memory
 from muxrt.sched.queues import ModelQueue, by_order
 from muxrt.sched.rotation import Rotation
@@ -204,12 +204,17 @@ class Scheduler:
             return self._fly(part, sequences)
         if self.memory.copies:
             return self._next_copy()
-        for lane in self._idle_lanes():
-            batch = self.policy.next_batch(self, lane, now)
-            if batch is not None:
-                return batch
-        # A policy that found no blocks may have preempted by swapping out.
-        return self._next_copy() if self.memory.copies else None
+        for _ in range(2):
+            for lane in self._idle_lanes():
+                batch = self.policy.next_batch(self, lane, now)
+                if batch is not None:
+                    return batch
+            if self.memory.copies:  # a policy that found no blocks may have preempted by swapping
+                return self._next_copy()
+            # With nothing in flight nothing changes: whoever blocks are kept for cannot come now.
+            if self.flights or not self.memory.disclaim_all():
+                break
+        return None
 
     def _idle_lanes(self) -> list[int]:
         """Lanes that take more work, the emptiest first."""
@@ -247,7 +252,7 @@ class Scheduler:
         chunks: list[tuple[Sequence, int]] = []
         budget = allowed.tokens
         for sequence in queue.prefilling:
-            if _can_run(sequence, lane) and (not chunks or sequence.num_pending <= budget):
+            if may_run(sequence, lane) and (not chunks or sequence.num_pending <= budget):
                 chunks.append((sequence, min(budget, sequence.num_pending)))
                 budget -= chunks[-1][1]
         for _ in range(allowed.sequences):
@@ -332,7 +337,7 @@ class Scheduler:
 
     def is_prefilling(self, model: str, lane: int) -> bool:
         """Prompts of `model` are under way and may go on on `lane`."""
-        return any(_can_run(sequence, lane) for sequence in self.queues[model].prefilling)
+        return any(may_run(sequence, lane) for sequence in self.queues[model].prefilling)
 
     def _next_copy(self) -> Copy | Transfer:
         sequence, kind = self.memory.copies.popleft()
@@ -425,7 +430,7 @@ class Scheduler:
         finish = None
         if token is not None and result.stopped[index]:
             finish = FinishReason.STOP
-        elif sequence.outputs_committed >= request.max_tokens and _is_prompt_done(sequence):
+        elif sequence.outputs_committed >= request.max_tokens and is_prompt_done(sequence):
             finish = FinishReason.LENGTH
         if finish is FinishReason.LENGTH and request.hold_s:
             self.transfers.hold(sequence)
@@ -489,12 +494,3 @@ class Scheduler:
 
 def _is_prefill(work: Scheduled) -> bool:
     return isinstance(work, Batch) and work.phase is Phase.PREFILL
-
-
-def _can_run(sequence: Sequence, lane: int) -> bool:
-    """Not on its way out, and what is in flight of it comes before on the same lane."""
-    return sequence.can_run and (not sequence.in_flight or sequence.lane == lane)
-
-
-def _is_prompt_done(sequence: Sequence) -> bool:
-    return sequence.num_committed >= sequence.request.prompt_tokens

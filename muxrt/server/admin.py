@@ -4,6 +4,7 @@ The routes are there only if the configuration has `admin`. Bodies are JSON; ans
 """
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -235,6 +236,10 @@ class AdminRoutes:
         streams = http.query.get("streams", "finish")
         if streams not in STREAMS:
             raise BadRequest(f"streams: found {streams!r}, expected one of {', '.join(STREAMS)}")
+        for spec in wanted.models:
+            if spec.path is not None and not Path(spec.path).is_absolute():
+                # Relative to what? The journal, and a replan's file, are read from elsewhere.
+                raise BadRequest(f"{spec.name}: found path {spec.path}, expected an absolute one")
         return _json(await self._deployer.apply(wanted, streams == "move"))
 
     # -- planned anew ------------------------------------------------------------------------

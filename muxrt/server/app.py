@@ -105,13 +105,16 @@ class Server:
             self.models,
             journal=self._journal,
             drain_s=admin.drain_s,
+            load_s=admin.load_s,
             limit_bytes=admin.max_extra_bytes,
         )
         self.deployer.on_switch = metrics.serve
         replan, traffic = self.config.replan, self.config.traffic
         if replan is not None:
             assert traffic is not None, "check_references wants it"
-            self.replanner = Replanner(replan, Path(traffic.path), self.deployer)
+            sources = (admin.keys, self.config.endpoint.api_keys)
+            hidden = frozenset(s.env for s in sources if s is not None and s.env is not None)
+            self.replanner = Replanner(replan, Path(traffic.path), self.deployer, hidden=hidden)
             metrics.watch(self.replanner)
         AdminRoutes(keys, self.deployer, self.supervisor, self.dispatcher, self.replanner).add_to(
             app

@@ -60,9 +60,13 @@ class Deployer:
         *,
         journal: Journal | None = None,
         drain_s: float = 600.0,
+        load_s: float = 3600.0,
         limit_bytes: int | None = None,
     ) -> None:
-        """`models` is what the edge knows; `drain_s` is how long old units may finish."""
+        """`models` is what the edge knows.
+
+        `load_s` is how long each new unit may load, `drain_s` how long old ones may finish.
+        """
         self.deployment = deployment
         self.progress = Progress()
         self.on_switch: Callable[[Sequence[ModelSpec]], None] = lambda models: None
@@ -71,6 +75,7 @@ class Deployer:
         self._models = models
         self._journal = journal
         self._drain_s = drain_s
+        self._load_s = load_s
         self._limit_bytes = limit_bytes
         self._task: asyncio.Task[None] | None = None
         self._switched: asyncio.Future[None] | None = None
@@ -114,6 +119,7 @@ class Deployer:
             for step in change.steps:
                 if step.kind is Kind.LOAD:
                     await self._take(step, self._load(change, step.unit))
+            self._refuse_dead(change)
             self._switch(change, served)
         except BaseException as error:
             await self._undo(change, error)
@@ -175,7 +181,19 @@ class Deployer:
 
     async def _load(self, change: Change, name: str) -> None:
         spec = next(unit for unit in change.after.units if unit.name == name)
-        await self._supervisor.add(spec, change.after.specs_of(spec))
+        try:
+            async with asyncio.timeout(self._load_s):
+                await self._supervisor.add(spec, change.after.specs_of(spec))
+        except TimeoutError:
+            raise MuxrtError(
+                f"unit {name} was not ready after {self._load_s:g} s (admin.load_s)"
+            ) from None
+
+    def _refuse_dead(self, change: Change) -> None:
+        """Raises MuxrtError if a unit that was ready has died while others loaded."""
+        for name in change.loaded:
+            if not self._supervisor.units[name].is_ready:
+                raise MuxrtError(f"unit {name} died before the switch")
 
     def _switch(self, change: Change, served: dict[str, ServedModel]) -> None:
         """New requests go to the new placement. Once it is written down nothing here can fail."""

@@ -289,8 +289,8 @@ class Dispatcher:
             handoff = self._waiters[live.request.id].handoff
             assert handoff is not None, "it has an heir"
             self._relay.on(live.request.id, handoff, Event.HEIR_DIED)
-        lost = self.ledger.of_unit(unit.name)
-        log.warning("event=requests_lost unit=%s count=%d", unit.name, len(lost))
+        if lost := self.ledger.of_unit(unit.name):
+            log.warning("event=requests_lost unit=%s count=%d", unit.name, len(lost))
         for live in lost:
             waiter = self._waiters[live.request.id]
             if waiter.outputs and waiter.handoff is not None:
@@ -325,16 +325,14 @@ class Dispatcher:
         moved = 0
         for live in self.ledger.of_unit(unit):
             waiter = self._waiters[live.request.id]
-            route = self._way_out(waiter)
-            if route is None:
+            if (route := self._way_out(waiter)) is None:
                 continue
             there = route.replica.unit
             self._close(live.request.id)
             waiter.known_as = waiter.known_as or live.request.id
             self._units.send(unit, Abort(live.request.id))
             # Another id: what the old unit said of it before it hears of this is nobody's.
-            request = self._rest(waiter, there)
-            self.ledger.open(request, there)
+            self.ledger.open(request := self._rest(waiter, there), there)
             self.ledger.add_tokens(request.id, live.output_tokens)
             self._send(request, waiter, there)
             moved += 1
@@ -350,8 +348,10 @@ class Dispatcher:
         route = self.router.route(Ask(draft.model, draft.num_tokens))
         if route is None or route.is_handed_over or route.decoder is not None:
             return None
-        longest = self._units.units[route.replica.unit].models[draft.model].max_model_len
-        return route if draft.num_tokens + draft.max_tokens <= longest else None
+        ready = self._units.units[route.replica.unit].models[draft.model]
+        is_long = draft.num_tokens + draft.max_tokens > ready.max_model_len
+        # Where models sleep it might wait for room for longer than it may.
+        return None if is_long or ready.may_sleep else route
 
     def _rest(self, waiter: _Waiter, unit: str) -> Request:
         """What is left of a request, for another unit."""

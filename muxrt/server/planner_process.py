@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +23,7 @@ LOWEST = 19  # niceness: what serves goes first wherever both want a core
 HOUR_S = 3600.0
 # As `muxrt` ends what it refuses, and says why.
 REFUSED, ERROR = (1, 2), "error: "
+ADMIN_KEY = "MUXRT_ADMIN_KEY"  # that the command line reads
 
 
 class Planned(msgspec.Struct, frozen=True):
@@ -39,17 +39,21 @@ class PlannerFailed(MuxrtError):
     """The planner crashed, took too long, or said what nobody understands."""
 
 
-async def plan_anew(replan: Replan, log: Path, served: Deployment) -> Planned:
+async def plan_anew(
+    replan: Replan, log: Path, served: Deployment, hidden: frozenset[str] = frozenset()
+) -> Planned:
     """Where what is served should live, by the traffic in `log`.
 
-    Raises ConfigError with why the planner refuses, PlannerFailed where it came to no answer; when
-    this returns or raises, the process and all that it started are gone.
+    The planner sees the environment without `hidden`, the variables that hold keys. Raises
+    ConfigError with why the planner refuses, PlannerFailed where it came to no answer; when this
+    returns or raises, the process and all that it started are gone.
     """
     with tempfile.TemporaryDirectory(prefix="muxrt-replan-") as folder:
         file = Path(folder) / "served.yaml"
         text = dump(ServeConfig(models=served.models, units=served.units))
         await asyncio.to_thread(file.write_text, text, encoding="utf-8")
-        return _read(*await _run(words(replan, log, file), seconds_of(replan.timeout)))
+        command, timeout_s = words(replan, log, file), seconds_of(replan.timeout)
+        return _read(*await _run(command, timeout_s, _without(hidden)))
 
 
 def words(replan: Replan, log: Path, file: Path) -> list[str]:
@@ -73,7 +77,9 @@ def words(replan: Replan, log: Path, file: Path) -> list[str]:
     return [sys.executable, "-m", "muxrt.cli.tied", "replan", str(file), *said, "--json"]
 
 
-async def _run(command: list[str], timeout_s: float) -> tuple[int, bytes, bytes]:
+async def _run(
+    command: list[str], timeout_s: float, environ: dict[str, str]
+) -> tuple[int, bytes, bytes]:
     """Exit code, stdout and stderr. Raises PlannerFailed where it takes longer."""
     try:
         process = await asyncio.create_subprocess_exec(
@@ -81,7 +87,7 @@ async def _run(command: list[str], timeout_s: float) -> tuple[int, bytes, bytes]
             stdin=asyncio.subprocess.PIPE,  # open as long as the server lives
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=_quiet(environment(os.environ)),
+            env=environ,
             start_new_session=True,  # so that all that it starts can be ended with it
         )
     except OSError as error:
@@ -104,9 +110,10 @@ async def _run(command: list[str], timeout_s: float) -> tuple[int, bytes, bytes]
     return code, out, err
 
 
-def _quiet(environ: Mapping[str, str]) -> dict[str, str]:
-    """Without the administrator's key: the planner changes nothing."""
-    return {name: value for name, value in environ.items() if name != "MUXRT_ADMIN_KEY"}
+def _without(hidden: frozenset[str]) -> dict[str, str]:
+    """The environment without keys: the planner changes nothing, and asks nobody."""
+    environ = environment(os.environ)
+    return {name: value for name, value in environ.items() if name not in hidden | {ADMIN_KEY}}
 
 
 def _read(code: int, out: bytes, err: bytes) -> Planned:

@@ -70,8 +70,12 @@ class Replanner:
         traffic: Path,
         deployer: Deployer,
         clock: Callable[[], float] = time,
+        hidden: frozenset[str] = frozenset(),
     ) -> None:
-        """`traffic` is the folder of the log; `clock` is in seconds since 1970."""
+        """`traffic` is the folder of the log; `clock` is in seconds since 1970.
+
+        `hidden` are variables of the environment that the planner must not see.
+        """
         self.replan = replan
         self.next_s = next_time(replan, clock())
         self.last: Decision | None = None
@@ -81,6 +85,7 @@ class Replanner:
         self._traffic = traffic
         self._deployer = deployer
         self._clock = clock
+        self._hidden = hidden
         self._tasks: list[asyncio.Task[None]] = []  # the schedule, and the one that goes on
         self._is_over = False
 
@@ -140,6 +145,8 @@ class Replanner:
         while True:
             while (left_s := self.next_s - self._clock()) > 0:
                 await asyncio.sleep(min(left_s, LOOK_S))
+                # A clock that was set back: nobody waits for what it said before.
+                self.next_s = min(self.next_s, next_time(self.replan, self._clock()))
             due_s, now_s = self.next_s, self._clock()
             self.next_s = next_time(self.replan, now_s)
             if self.begun_s is None and now_s - due_s <= LATE_S:
@@ -165,7 +172,7 @@ class Replanner:
     async def _run(self, begun_s: float, is_asked: bool) -> None:
         before, planned = self._deployer.deployment, None
         try:
-            planned = await plan_anew(self.replan, self._traffic, before)
+            planned = await plan_anew(self.replan, self._traffic, before, self._hidden)
             outcome, reason = await self._carry_out(before, planned), planned.reason
         except (ConfigError, BadRequest, Conflict) as error:
             outcome, reason = Outcome.REFUSED, error.message

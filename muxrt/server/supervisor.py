@@ -175,6 +175,8 @@ class Supervisor:
         await asyncio.wait([task], timeout=deadline_s + EXIT_GRACE_S)
         self._kill(unit)
         await asyncio.wait([task])
+        await asyncio.sleep(LAST_WORDS_S)  # what it said last is read before it is forgotten
+        self._on_death(unit)
         del self.units[name], self._tasks[name]
         self._on_change(unit)
 

@@ -62,6 +62,10 @@ class GroupRanks:
         self.rank = shard.rank
         self.size = shard.size
         self._device = device
+        if device.type == "cuda":
+            # Its watchdog counts from the launch, behind whatever the lane does before: for who is
+            # late there is `Overdue` (worker/device_mesh.py).
+            timeout_s = max(timeout_s, MEET_S)
         self._timeout = timedelta(seconds=timeout_s)
         open_group = _open_nccl if device.type == "cuda" else _open_gloo
         self._group = open_group(PrefixStore(name, store), shard, self._timeout)
@@ -114,7 +118,9 @@ class GroupRanks:
             self._group._set_default_timeout(self._timeout)
 
     def close(self) -> None:
-        """End its threads; nothing may be under way."""
+        """End its threads; nothing may be under way, unless NCCL does it. Twice is as once."""
+        if self._group is None:
+            return
         if self._device.type == "cuda":
             self._group.abort()  # without the others, who may be gone
         self._group = None

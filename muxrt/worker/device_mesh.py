@@ -29,7 +29,7 @@ from muxrt.worker.device_runner import DeviceCopier, DeviceResident, DeviceRunne
 from muxrt.worker.device_storage import DeviceStorage
 from muxrt.worker.device_streams import open_shares, open_steps, plain_share
 from muxrt.worker.flight import Flight, Launch
-from muxrt.worker.graphs import batch_bucket
+from muxrt.worker.graphs import batch_bucket, context_bucket
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ class Overdue:
         self._tick_s = tick_s
         self._lose = lose
         self._left: dict[int, int] = {}  # ticks, by lane that waits for the end of a work
+        self._num_new = 0  # works in flight that may compile
         self._lock = Lock()
         self._is_closed = Event()
         self._thread = Thread(target=self._live, name="overdue", daemon=True)
@@ -154,6 +155,17 @@ class Overdue:
         finally:
             with self._lock:
                 del self._left[lane]
+
+    @property
+    def is_patient(self) -> bool:
+        """A work is in flight for which ranks may take different times, and so all behind it."""
+        with self._lock:
+            return self._num_new > 0
+
+    def new(self, change: int) -> None:
+        """So many more such works are in flight."""
+        with self._lock:
+            self._num_new += change
 
     def close(self) -> None:
         """Look no more."""
@@ -184,7 +196,7 @@ class Guard:
     ) -> None:
         self._number, self._line, self._turns = number, line, turns
         self._overdue, self._timeout_s, self._lose = overdue, timeout_s, lose
-        self._known: set[tuple[str, int, int]] = set()
+        self._known: set[tuple[str, int, int, int]] = set()
 
     def over(self, launch: Launch) -> Launch:
         """`launch`, whose failures break the mesh unless every rank has the same."""
@@ -192,12 +204,17 @@ class Guard:
         def in_turn(work: Work) -> Flight:
             is_new = self._is_new(work)
             patiently = self._line.patiently() if is_new else nullcontext()
+            self._overdue.new(is_new)
             with self._turns.take(self._number), self._guarded(), patiently:
                 flight = launch(work)
-            seconds = MEET_S if is_new else self._timeout_s
-            return GuardedFlight(flight.span, flight.read, self, seconds)
+            seconds = MEET_S if self._overdue.is_patient else self._timeout_s
+            return GuardedFlight(flight.span, flight.read, self, seconds, is_new)
 
         return in_turn
+
+    def ended(self, is_new: bool) -> None:
+        """A work is over."""
+        self._overdue.new(-is_new)
 
     @contextmanager
     def waiting(self, seconds: float) -> Iterator[None]:
@@ -220,10 +237,12 @@ class Guard:
 
     def _is_new(self, work: Work) -> bool:
         """The first of its kind may compile kernels, for which ranks take different times."""
-        kind = (work.model, 0, 0)
+        kind = (work.model, 0, 0, 0)
         if isinstance(work, Batch):
             tokens = sum(entry.num_tokens for entry in work.entries)
-            kind = (work.model, batch_bucket(len(work.entries)), batch_bucket(tokens))
+            longest = max(entry.start + entry.num_tokens for entry in work.entries)
+            sizes = (batch_bucket(len(work.entries)), batch_bucket(tokens))
+            kind = (work.model, *sizes, context_bucket(longest))
         is_new = kind not in self._known
         self._known.add(kind)
         return is_new
@@ -235,7 +254,11 @@ class GuardedFlight(Flight):
 
     guard: Guard
     patience_s: float
+    is_new: bool
 
     def wait(self) -> Result:
-        with self.guard.waiting(self.patience_s):
-            return Flight.wait(self)
+        try:
+            with self.guard.waiting(self.patience_s):
+                return Flight.wait(self)
+        finally:
+            self.guard.ended(self.is_new)

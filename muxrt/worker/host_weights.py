@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from time import perf_counter
 from typing import Self
 
@@ -67,8 +67,11 @@ class HostWeights:
 
     def load(self, threads: Executor) -> None:
         """It wakes: its weights are there. Raises MuxrtError where the copy cannot be read."""
+        reads = [threads.submit(self._read, piece) for piece in self._pieces()]
+        wait(reads)  # for all: what is read after a failure would take memory that nobody counts
         try:
-            list(threads.map(self._read, self._pieces()))
+            for read in reads:
+                read.result()
         except OSError as error:
             self.drop()
             raise MuxrtError(f"the copy of its weights cannot be read: {error}") from None

@@ -40,7 +40,7 @@ from muxrt.worker.device_build import open_device_executor
 from muxrt.worker.device_streams import check_device
 from muxrt.worker.executor import LaneExecutor
 from muxrt.worker.host_weights import HostWeights
-from muxrt.worker.lanes import split_cores
+from muxrt.worker.lanes import LaneDied, split_cores
 from muxrt.worker.mesh import open_mesh
 from muxrt.worker.rank_processes import RankProcesses
 from muxrt.worker.service import Opened, Tell
@@ -69,6 +69,8 @@ def load_unit(boot: UnitBoot, tell: Tell, ranks: RankProcesses | None = None) ->
         executor = _open_on_cores(boot, plan, shapes, cores, _telling(tell, ranks), ranks)
     try:
         warm_up(plan, executor, tell)
+    except LaneDied:
+        raise  # lanes may wait for who is gone: the process ends, and all of it with that
     except BaseException:
         executor.close()
         raise

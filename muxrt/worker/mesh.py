@@ -99,6 +99,11 @@ class Others:
         for rank in self._ranks:
             rank.kill()
 
+    @property
+    def is_lost(self) -> bool:
+        """The mesh cannot go on."""
+        return self._processes.reason is not None
+
     def check(self) -> None:
         """Raises LaneDied, with all other ranks ended, if the mesh cannot go on."""
         if self._processes.reason is not None:
@@ -139,6 +144,7 @@ class Others:
         self._epoll.close()
 
     def _end(self, reason: str) -> NoReturn:
+        self._processes.lose(reason)
         for rank in self._ranks:
             rank.kill()
         raise LaneDied(f"the unit's mesh is broken: {reason}")
@@ -195,7 +201,6 @@ def open_mesh(
     size = plan.spec.mesh.tp
     parts = rank_cores(cores, size) if device is None else (tuple(cores),) * size
     shards = [Shard(rank, size) for rank in range(size)]
-    plans = [plan_rank(plan, shapes, shard) for shard in shards]
     lanes = [share(part, plan.spec.lanes.split) for part in parts]
     with ExitStack() as stack:
         ranks = ranks or RankProcesses(plan.spec.mesh, plan.num_lanes)
@@ -209,7 +214,7 @@ def open_mesh(
             RankSetup(
                 name=f"{plan.spec.name}/rank-{shard.rank}",
                 shard=shard,
-                plan=plans[shard.rank],
+                plan=plan_rank(plan, shapes, shard),
                 shapes=dict(shapes),
                 models=tuple(models),
                 cores=parts[shard.rank],
@@ -227,14 +232,40 @@ def open_mesh(
         loaded = load(shards[0])
         others.wait_started()  # they have loaded, too, and meet us next
         lines = open_lines(setups[0], memory, store, stack)
-        lose = others.lose if device is None else others.abandon
-        opened = open_lanes(setups[0], loaded, lines, stack, lose, sleepers)
+        opened = _open_first(setups[0], loaded, lines, stack, others, sleepers)
         first: list[Lane] = [MeshLane(lane, others) for lane in opened.lanes]
         others.wait_started()
         ranks.loaded()
-        every = [*first, others]
-        return LaneExecutor(every, stack.pop_all(), opened.reached, opened.weight_bytes)
+        return LaneExecutor([*first, others], stack.pop_all(), opened.reached, opened.weight_bytes)
     raise AssertionError("an exit stack swallows nothing")
+
+
+def _open_first(
+    setup: RankSetup,
+    models: Models,
+    lines: Sequence[Ranks],
+    stack: ExitStack,
+    others: Others,
+    sleepers: Mapping[str, HostWeights] | None,
+) -> "OpenedRank":
+    """The lanes of rank 0. Raises what another rank said that could not start its own."""
+    lose = others.lose if setup.device is None else others.abandon
+    try:
+        opened = open_lanes(setup, models, lines, stack, lose, sleepers)
+    except RankLost:
+        others.wait_started()
+        raise
+    if setup.device is not None and torch.device(setup.device).type == "cuda":
+        # Before the lanes are closed: one may wait behind an exchange that nobody joins any more.
+        stack.callback(_leave, lines, others)
+    return opened
+
+
+def _leave(lines: Sequence[Ranks], others: Others) -> None:
+    """End the exchanges of a mesh that is broken."""
+    for line in lines if others.is_lost else ():
+        if isinstance(line, GroupRanks):
+            line.close()
 
 
 def rank_device(mesh: Mesh, first: torch.device | None, rank: int) -> str | None:
@@ -316,7 +347,7 @@ def _open_on_cores(
     )
     reached = join_addresses(exchange, plan.models, lines[-1]) if exchange else None
     mover = open_mover(plan, storage, sleepers, len(setup.cores), stack)
-    weight_bytes = add_up({n: w.num_bytes for n, w in sleepers.items()}, lines[-1])
+    weight_bytes = add_up({n: w.num_bytes for n, w in sleepers.items()}, lines[0])
     copier = Copier(storage, plan.arena.block_bytes, exchange, there, mover)
     lanes = [
         ThreadLane(f"lane-{number}", cores, _batches(there, lines[number], lose))

@@ -1,7 +1,7 @@
 """The process of a rank other than the first, as rank 0 starts it (worker/rank_processes.py).
 
-`python -m muxrt.worker.rank_process ORDERS_FD RESULTS_FD MEMORY_FD RANK MESH`: it beats, and
-watches rank 0, before it imports what takes long.
+`python -m muxrt.worker.rank_process ORDERS_FD RESULTS_FD MEMORY_FD RANK MESH PARENT_PID`: it beats,
+and watches rank 0, before it imports what takes long.
 """
 
 import ctypes
@@ -26,8 +26,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main() -> None:
     memory, rank = (int(argument) for argument in sys.argv[3:5])
     mesh = msgspec.json.decode(sys.argv[5], type=Mesh)
-    parent = os.getppid()
+    parent = int(sys.argv[6])
     _die_with_parent()
+    if os.getppid() != parent:
+        os._exit(0)  # it ended before the kernel knew whom this process goes with
     watch = Watch(Beats(memory, mesh.tp), rank, (0,), mesh, partial(_end_unit, parent))
     import_module("muxrt.worker.rank").run(watch)
 

@@ -37,9 +37,9 @@ class RankProcesses:
         for wake in wakes:
             self._stack.callback(os.close, wake)
         inherited = (self.memory, *wakes)
-        facts = msgspec.json.encode(mesh).decode()
+        facts, us = msgspec.json.encode(mesh).decode(), str(os.getpid())
         self.piped: dict[int, Piped] = {
-            rank: start_piped(MODULE, inherited, (str(self.memory), str(rank), facts))
+            rank: start_piped(MODULE, inherited, (str(self.memory), str(rank), facts, us))
             for rank in range(1, mesh.tp)
         }
         self.reason: str | None = None  # why the mesh cannot go on
@@ -73,6 +73,8 @@ class RankProcesses:
     def _silence(self, rank: int, seconds: float) -> None:
         """It stands still: end it, so that nobody waits for it."""
         process = self.piped[rank].process
+        if process.poll() == 0:
+            return  # it gave up, and its pipe says why
         self.lose(f"rank {rank} (process {process.pid}) did not move for {seconds:.1f} s")
         log.error("event=rank_silent rank=%d pid=%d seconds=%.1f", rank, process.pid, seconds)
         process.kill()
