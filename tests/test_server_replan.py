@@ -309,7 +309,6 @@ def test_a_clock_that_was_ahead_delays_nothing(
         server.run(replanner.start)
         clock[0] = now_s
         until(lambda: replanner.next_s <= now_s + 86400)
-        assert replanner.num_missed == 0
         server.run(replanner.stop)
 
 

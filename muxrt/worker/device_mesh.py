@@ -205,8 +205,12 @@ class Guard:
             is_new = self._is_new(work)
             patiently = self._line.patiently() if is_new else nullcontext()
             self._overdue.new(is_new)
-            with self._turns.take(self._number), self._guarded(), patiently:
-                flight = launch(work)
+            try:
+                with self._turns.take(self._number), self._guarded(), patiently:
+                    flight = launch(work)
+            except BaseException:
+                self.ended(is_new)
+                raise
             seconds = MEET_S if self._overdue.is_patient else self._timeout_s
             return GuardedFlight(flight.span, flight.read, self, seconds, is_new)
 
@@ -240,7 +244,7 @@ class Guard:
         kind = (work.model, 0, 0, 0)
         if isinstance(work, Batch):
             tokens = sum(entry.num_tokens for entry in work.entries)
-            longest = max(entry.start + entry.num_tokens for entry in work.entries)
+            longest = max((e.start + e.num_tokens for e in work.entries), default=1)
             sizes = (batch_bucket(len(work.entries)), batch_bucket(tokens))
             kind = (work.model, *sizes, context_bucket(longest))
         is_new = kind not in self._known
