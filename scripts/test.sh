@@ -16,6 +16,6 @@ stage environment muxrt_env
 stage format ruff format --check .
 stage lint ruff check .
 stage types mypy
-# Two at a time: most tests wait for processes, messages or a clock now and then. A file's tests share what they set up.
+# Two at a time, as one alone leaves half of two cores idle. A file's tests share what they set up.
 muxrt_say "tests: python -m pytest -n 2 --dist loadfile $*"
 exec python -m pytest -n 2 --dist loadfile "$@" # the last stage: pytest's closing line ends the output
