@@ -32,7 +32,7 @@ from muxrt.config.placement import (  # noqa: E402
     UnitSpec,
 )
 from muxrt.config.shard import Shard  # noqa: E402
-from muxrt.core import Batch, Copy, Phase, Result, Work  # noqa: E402
+from muxrt.core import Batch, Phase, Result, Work  # noqa: E402
 from muxrt.engine.build import UnitPlan  # noqa: E402
 from muxrt.engine.messages import UnitBoot  # noqa: E402
 from muxrt.models.device_llama import DeviceLlama  # noqa: E402
@@ -56,9 +56,15 @@ from tests.device_mesh_world import on_devices  # noqa: E402
 from tests.device_world import device_llamas  # noqa: E402
 from tests.mesh_world import Compute, alone  # noqa: E402
 from tests.played_graphs import BUDGET_BYTES, Repeated, playing  # noqa: E402
-from tests.real_world import DEMO, MODELS, RealWorld, demo_plan, prompts  # noqa: E402
-from tests.test_equality import keys_of  # noqa: E402
-from tests.test_mesh import SETTING, assert_same, step_of, submit  # noqa: E402
+from tests.rank_worlds import (  # noqa: E402
+    CASES,
+    SETTING,
+    draw_and_score,
+    serve_a_crowd,
+    serve_prompts_again,
+    step_of,
+)
+from tests.real_world import DEMO, MODELS, demo_plan  # noqa: E402
 from tests.test_worker_process import children  # noqa: E402
 from tests.worker_world import SHAPES, Desk, Reference, Seat, make_plan, write_models  # noqa: E402
 
@@ -73,66 +79,21 @@ def two() -> Iterator[Compute]:
         yield alone(executor)
 
 
-@pytest.mark.parametrize(
-    ("scheduling", "count", "longest", "output"),
-    [
-        ({}, 8, 120, 24),  # two lanes, at depth 2
-        ({"prefill_tokens": 32}, 6, 200, 8),  # in chunks
-        ({"preempt": "swap"}, 10, 600, 50),
-        ({"preempt": "recompute"}, 10, 600, 50),
-    ],
-)
+@pytest.mark.parametrize(("scheduling", "count", "longest", "output"), CASES)
 def test_two_ranks_give_the_tokens_of_one(
     two: Compute, scheduling: dict[str, Any], count: int, longest: int, output: int
 ) -> None:
     replayed = Repeated.replayed
-    worlds = [
-        RealWorld(**SETTING, **scheduling),
-        RealWorld(tp=2, compute=two, **SETTING, **scheduling),
-    ]
-    for world in worlds:
-        submit(world, count, longest, output)
-        world.run()
-    assert_same(*worlds)
-    works = worlds[1].executor.works
-    assert {work.lane for work in works if isinstance(work, Batch)} == {0, 1}
+    serve_a_crowd(two, scheduling, count, longest, output)
     assert Repeated.replayed > replayed, "no step came from a graph"
-    if "preempt" in scheduling:
-        assert worlds[1].preempted() > 3
-        assert any(isinstance(work, Copy) for work in works) == (scheduling["preempt"] == "swap")
 
 
 def test_cached_prefixes_lie_on_every_rank(two: Compute) -> None:
-    worlds = [RealWorld(**SETTING), RealWorld(tp=2, compute=two, **SETTING)]
-    for world in worlds:
-        for _ in range(2):
-            for model in MODELS:
-                block_tokens = world.plan.models[model].layout.block_tokens
-                for prompt in prompts(model, 6, 100):
-                    keys = keys_of(model, prompt, block_tokens)
-                    world.submit(model, prompt, 12, keys, ignore_eos=True)
-            world.run()
-    assert sum(served.cached_tokens for served in worlds[1].served.values()) > 100
-    assert_same(*worlds)
+    serve_prompts_again(two)
 
 
 def test_it_draws_and_scores_as_one_rank_does(two: Compute) -> None:
-    """Seeds, penalties, logprobs of answers and of prompts in chunks."""
-    asked = {"temperature": 0.8, "presence_penalty": 0.5, "logprobs": 3, "prompt_logprobs": 2}
-    worlds = [
-        RealWorld(prefill_tokens=50, **SETTING),
-        RealWorld(prefill_tokens=50, tp=2, compute=two, **SETTING),
-    ]
-    for world in worlds:
-        submit(world, 4, 120, 12, **asked)
-        world.run()
-    for one, other in zip(*(world.served.values() for world in worlds), strict=True):
-        assert one.tokens == other.tokens
-        found = other.prompt_logprobs + other.logprobs
-        assert len(found) == len(one.prompt) - 1 + 12
-        for here, there in zip(one.prompt_logprobs + one.logprobs, found, strict=True):
-            assert here.token == there.token
-            assert abs(here.logprob - there.logprob) < 1e-3
+    draw_and_score(two)
 
 
 # -- both lanes at once ----------------------------------------------------------------------

@@ -24,10 +24,10 @@ from muxrt.worker.graphs import CudaGraph  # noqa: E402
 from muxrt.worker.lanes import LaneDied  # noqa: E402
 from tests.device_mesh_world import on_devices  # noqa: E402
 from tests.mesh_world import alone  # noqa: E402
+from tests.rank_worlds import SETTING, assert_same, submit  # noqa: E402
 from tests.real_world import DEMO, MODELS, RealWorld, demo_plan  # noqa: E402
 from tests.test_device_mesh import go_on  # noqa: E402
 from tests.test_gpu_engine import serve  # noqa: E402
-from tests.test_mesh import SETTING, assert_same, submit  # noqa: E402
 from tests.test_shards import together  # noqa: E402
 from tests.test_worker_process import children  # noqa: E402
 from tests.worker_world import SHAPES, Desk, Reference, make_plan, write_models  # noqa: E402
